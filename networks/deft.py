@@ -1,0 +1,493 @@
+"""sd-scripts' face of DEFT: `--network_module networks.deft`.
+
+Functions and methods stand in the order in which a trainer calls them; `docs/sd_scripts.md` shows how to use them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from networks import deft_io, deft_math
+from networks.deft_config import DeftConfig, DeftError, parse_options
+from networks.deft_io import AdapterFile, DeftLayer
+from networks.deft_module import DeftModule, add_to_weight, layer_shape
+from networks.deft_targets import (
+    Layer,
+    Part,
+    adaptable_layers,
+    as_list,
+    is_pointwise,
+    looks_made_for,
+    recognise,
+)
+
+logger = logging.getLogger(__name__)
+
+RankAndScale = tuple[int, float]
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoder: nn.Module | Sequence[nn.Module] | None,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> DeftNetwork:
+    """A fresh network; `kwargs` are the strings of `--network_args`.
+
+    :raises DeftError: for an unknown or wrong option, or a model that is not adapted
+    """
+    for key in ("dim", "alpha"):
+        if key in kwargs:
+            raise DeftError(f"network_args {key}={kwargs[key]}: use --network_{key}")
+    command_line = {"dim": network_dim, "alpha": network_alpha, "neuron_dropout": neuron_dropout}
+    config = parse_options({**kwargs, **{key: value for key, value in command_line.items() if value is not None}})
+
+    def choose(name: str, layer: nn.Module) -> RankAndScale | None:
+        if is_pointwise(layer):
+            return config.dim, config.scale
+        return None if config.conv_dim is None else (config.conv_dim, config.conv_scale)
+
+    return DeftNetwork(text_encoder, unet, multiplier, config, choose, with_convolutions=config.conv_dim is not None)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str | None,
+    vae: nn.Module | None,
+    text_encoder: nn.Module | Sequence[nn.Module] | None,
+    unet: nn.Module,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> tuple[DeftNetwork, Mapping[str, Tensor]]:
+    """A network with the layers, ranks and options of a file, and the file's tensors, which are not loaded yet.
+
+    :param kwargs: options that override the file's; `--network_dim` and `--network_alpha` do not apply
+    :raises DeftError: when the file cannot be read or fits none of the model's layers
+    """
+    adapter = (
+        deft_io.read_adapter(file)
+        if weights_sd is None and file is not None
+        else deft_io.parse_adapter(weights_sd or {}, {}, "the given weights")
+    )
+    options = {**adapter.options, "init": None, **{k: v for k, v in kwargs.items() if v is not None}}
+    dropouts = ("neuron_dropout", "rank_dropout", "module_dropout", "dropout")
+    config = parse_options({k: v for k, v in options.items() if not (for_inference and k in dropouts)})
+
+    def choose(name: str, layer: nn.Module) -> RankAndScale | None:
+        if name not in adapter.layers:
+            return None
+        found = adapter.layers[name]
+        if adapter.options:  # in our own files alpha / rank is 1, and the options have the s of the training
+            return found.rank, config.scale if is_pointwise(layer) else config.conv_scale
+        return found.rank, found.scale
+
+    network = DeftNetwork(text_encoder, unet, multiplier, config, choose, with_convolutions=True, source=adapter)
+    return network, adapter.tensors
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What a load did; sd-scripts prints it."""
+
+    source: str
+    loaded: int
+    left_at_start: int
+    other_half: int
+
+    def __str__(self) -> str:
+        rest = f", {self.left_at_start} modules are not in the file and start fresh" if self.left_at_start else ""
+        rest += f", {self.other_half} of the file belong to a half that is not trained" if self.other_half else ""
+        return f"{self.loaded} modules loaded from {self.source}{rest}"
+
+
+class DeftNetwork(nn.Module):
+    """The adapters of one model: a U-Net's and its text encoders'.
+
+    :param choose: (rank, s) of a layer by its key name, or None to leave it alone
+    :param with_convolutions: whether k x k convolutions are offered to `choose`
+    :param source: the file that the layers are taken from, for messages
+    :raises DeftError: when no layer at all is adapted
+    """
+
+    train_t5xxl = False  # sd-scripts' FLUX and SD3 trainers read it
+
+    def __init__(
+        self,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        multiplier: float,
+        config: DeftConfig,
+        choose: Callable[[str, nn.Module], RankAndScale | None],
+        with_convolutions: bool,
+        source: AdapterFile | None = None,
+    ):
+        super().__init__()
+        self.multiplier, self.config = multiplier, config
+        architecture = recognise(unet)
+        capped: list[str] = []
+
+        def build(model: nn.Module, part: Part) -> list[DeftModule]:
+            modules = []
+            for name, layer in adaptable_layers(model, part, with_convolutions):
+                chosen = choose(name, layer)
+                if chosen is None:
+                    continue
+                if source is not None:
+                    _check_shape(source, name, layer)
+                largest = min(layer_shape(layer))
+                if chosen[0] > largest:
+                    capped.append(f"{name} ({largest})")
+                modules.append(DeftModule(name, layer, multiplier, min(chosen[0], largest), chosen[1], config))
+            return modules
+
+        # plain lists: only the halves that `apply_to` applies become submodules
+        self.text_encoder_modules: list[DeftModule] = []
+        for encoder, part in zip(as_list(text_encoder), architecture.text_encoders, strict=False):
+            self.text_encoder_modules += build(encoder, part)
+        self.unet_modules = build(unet, architecture.unet)
+        if not self.all_modules:
+            made_for = looks_made_for(source.tensors) if source else "another model"
+            raise DeftError(
+                f"{source.source if source else 'networks.deft'}: no layer of this model fits ({made_for}?)"
+            )
+        if capped:
+            logger.warning(f"rank capped at the layer's size in {len(capped)} layers: {', '.join(capped[:3])}, ...")
+        if not config.pad:
+            logger.warning("pad=false: files of mixed ranks are misread by diffusers; use them elsewhere")
+        logger.info(
+            f"DEFT: {len(self.text_encoder_modules)} text encoder and {len(self.unet_modules)} U-Net modules, {config}"
+        )
+
+    @property
+    def all_modules(self) -> list[DeftModule]:
+        """Text encoders first, as sd-scripts orders them."""
+        return self.text_encoder_modules + self.unet_modules
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    # --- before training -------------------------------------------------------------------------------------------
+
+    def prepare_network(self, args: Any) -> None:
+        """Refuses, before the night, options of sd-scripts' that a save or a step would fail on.
+
+        :raises DeftError: for `--save_model_as` other than safetensors, and `--scale_weight_norms` with PaRa
+        """
+        if getattr(args, "save_model_as", None) not in (None, "safetensors"):
+            raise DeftError(f"--save_model_as={args.save_model_as}: networks.deft writes safetensors only")
+        if getattr(args, "scale_weight_norms", None) and self.config.para:
+            raise DeftError("--scale_weight_norms: a PaRa adapter (para=true) has no size that could be scaled")
+
+    def apply_to(
+        self,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        apply_text_encoder: bool = True,
+        apply_unet: bool = True,
+    ) -> None:
+        """Replaces the forward of every adapted layer of the halves that are asked for.
+
+        :raises DeftError: when nothing is left to adapt
+        """
+        if not apply_text_encoder:
+            self.text_encoder_modules = []
+        if not apply_unet:
+            self.unet_modules = []
+        if not self.all_modules:
+            raise DeftError("nothing to train: the file or the options leave no module in the chosen half of the model")
+        for module in self.all_modules:
+            module.apply_to()
+            self.add_module(module.lora_name, module)
+
+    def remove(self) -> None:
+        """Gives every adapted layer its own forward back."""
+        for module in self.all_modules:
+            module.restore()
+
+    def load_weights(self, file: str) -> LoadResult:
+        """Takes over a LoRA or DEFT file, after `apply_to`.
+
+        :raises DeftError: when the file cannot be read, is made for another model, holds modules that have no
+            counterpart here, or has a higher rank than the network (unless `truncate=true`)
+        """
+        return self.load_adapter(deft_io.read_adapter(file))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """A network's own state, bit for bit, or the tensors of an adapter file, which sd-scripts' generators pass."""
+        if deft_io.is_adapter_dict(state_dict):
+            return self.load_adapter(deft_io.parse_adapter(state_dict, {}, "the given weights"))
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def load_adapter(self, adapter: AdapterFile) -> LoadResult:
+        """`load_weights` for a file that has been read."""
+        modules = {module.lora_name: module for module in self.all_modules}
+        halves = {name.split("_")[1][:2] for name in modules}  # "un" and "te"
+        unknown = [name for name in adapter.layers if name not in modules]
+        other_half = [name for name in unknown if name.split("_")[1][:2] not in halves and name.startswith("lora_")]
+        missing = sorted(set(unknown) - set(other_half))
+        made_for = looks_made_for(adapter.tensors)
+        if len(unknown) == len(adapter.layers):
+            raise DeftError(f"{adapter.source}: none of its modules is in this network; it looks made for {made_for}")
+        if missing:
+            raise DeftError(
+                f"{adapter.source}: {len(missing)} of its modules have no counterpart, {missing[0]} for one; use "
+                f"--dim_from_weights, or conv_dim=... for convolutions (it looks made for {made_for})"
+            )
+        for name in adapter.layers.keys() & modules.keys():
+            _check_shape(adapter, name, modules[name].org_module)
+        errors = {n: self._load_layer(m, adapter) for n, m in modules.items() if n in adapter.layers}
+        truncated = {name: error for name, error in errors.items() if error is not None}
+        for name, error in truncated.items():
+            logger.info(f"truncated {name}: relative error {error:.2e}")
+        if truncated:
+            logger.warning(
+                f"{adapter.source}: {len(truncated)} modules truncated, largest error {max(truncated.values()):.2e}"
+            )
+        return LoadResult(adapter.source, len(errors), len(modules) - len(errors), len(other_half))
+
+    def _load_layer(self, module: DeftModule, adapter: AdapterFile) -> float | None:
+        """Loads one layer; the relative error where `truncate` cut its rank, else None."""
+        layer = adapter.layers[module.lora_name]
+        if isinstance(layer, DeftLayer):
+            same_form = adapter.options.get("basis", self.config.basis) == self.config.basis
+            same_form &= (layer.R is None) == self.config.para and (layer.gate is None) == (module.g is None)
+            if same_form and layer.rank == module.rank:
+                R = None if layer.R is None else layer.R * (layer.scale / module.scale)
+                module.set_matrices(layer.P, R, layer.E0)
+                if module.g is not None and layer.gate is not None:
+                    module.g.data.copy_(layer.gate)
+                return None
+            up, down = _file_factors(layer, adapter.options.get("basis", self.config.basis), module.base_weight)
+        else:
+            up, down = layer.up, layer.down
+        if up.shape[1] <= module.rank:
+            module.load_lora(up, down)
+            return None
+        if not self.config.truncate:
+            raise DeftError(
+                f"{adapter.source}: {module.lora_name} has rank {up.shape[1]}, the network {module.rank}; use "
+                f"--dim_from_weights, a larger dim, or --network_args truncate=true (best approximation)"
+            )
+        up, down, error = deft_math.truncate(up, down, module.rank)
+        module.load_lora(up, down)
+        return error
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Nothing to do: a layer's forward can be run again at any time."""
+
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups and their descriptions. A half whose rate is 0 or unset is frozen and has no group.
+
+        :param text_encoder_lr: one for all encoders or one each, the last for the rest; None or empty: `default_lr`
+        :raises DeftError: when nothing is left to train
+        """
+        rates = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
+        te_rate = rates[0] if rates else default_lr
+        halves = (
+            ("textencoder", self.text_encoder_modules, te_rate),
+            ("unet", self.unet_modules, default_lr if unet_lr is None else unet_lr),
+        )
+        groups, descriptions = [], []
+        for description, modules, rate in halves:
+            parameters = [p for module in modules for p in module.parameters()]
+            for parameter in parameters:
+                parameter.requires_grad_(bool(rate))
+            if parameters and rate:
+                groups.append({"params": parameters, "lr": float(rate)})
+                descriptions.append(description)
+        if not groups:
+            raise DeftError("nothing to train: every learning rate is 0 or unset (--learning_rate, --unet_lr)")
+        return groups, descriptions
+
+    def prepare_optimizer_params(
+        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """As `prepare_optimizer_params_with_multiple_te_lrs`, with one rate for the text encoder."""
+        return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
+
+    def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
+        """Nothing to do: the base model's requires_grad_(False) does not reach the adapters."""
+
+    # --- during training -------------------------------------------------------------------------------------------
+
+    def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
+        """Called by trainers at the start of every epoch."""
+        self.train()
+
+    def on_step_start(self, text_encoder: Any, unet: Any) -> None:
+        """Called by trainers at the start of every step."""
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Strength of the adapter: 1 in training, 0 for the base model."""
+        self.multiplier = multiplier
+        for module in self.all_modules:
+            module.multiplier = multiplier
+
+    def get_trainable_params(self) -> Iterable[nn.Parameter]:
+        """For gradient clipping."""
+        return self.parameters()
+
+    @torch.no_grad()
+    def apply_max_norm_regularization(self, max_norm: float, device: torch.device) -> tuple[int, float, float]:
+        """Scales every delta whose Frobenius norm is above `max_norm` down to it, exactly.
+
+        :returns: how many were scaled, and the mean and the largest norm afterwards
+        """
+        norms: list[float] = []
+        scaled = 0
+        for module in self.all_modules:
+            norm = float(deft_math.delta_norm(*module.lora_factors()))
+            if norm > max_norm:
+                module.scale_delta(max_norm / norm)
+                scaled, norm = scaled + 1, max_norm
+            norms.append(norm)
+        return scaled, sum(norms) / len(norms), max(norms)
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Writes a plain LoRA, or with `save_format=deft` the formula's matrices in float32; whole or not at all.
+
+        :param dtype: of the LoRA's tensors; None is float32
+        :param metadata: of the trainer; DEFT's own fields are added to a copy
+        :raises DeftError: for non-finite parameters or a failing disk; what was in the file's place stays
+        """
+        self._check_finite(file)
+        dtype = dtype or torch.float32
+        if self.config.save_format == "deft":
+            layers = {m.lora_name: _as_deft_layer(m) for m in self.all_modules}
+            tensors, recorded = deft_io.deft_tensors(layers), {n: [layer.rank, 0] for n, layer in layers.items()}
+        else:
+            factors = {m.lora_name: (*m.lora_factors(), m.org_module.weight.shape) for m in self.all_modules}
+            keep_scale = self.config.basis == "relu"  # under qr any scaling of up spans the same subspace
+            tensors, recorded = deft_io.lora_tensors(factors, dtype, self.config.pad, keep_scale)
+            self._log_padding(file, recorded, dtype)
+        full = {key: str(value) for key, value in (metadata or {}).items()}
+        full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
+        full |= self._base_metadata()
+        full |= deft_io.webui_hashes(tensors, full)
+        deft_io.write_safetensors(tensors, file, full)
+
+    def _check_finite(self, file: str) -> None:
+        for name, tensor in self.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise DeftError(f"{file}: not saved, since {name} has non-finite values; what was there is untouched")
+
+    def _log_padding(self, file: str, recorded: Mapping[str, Sequence[int]], dtype: torch.dtype) -> None:
+        shapes = {m.lora_name: layer_shape(m.org_module) for m in self.all_modules}
+        sizes = [(rank, sum(shapes[name])) for name, (rank, _) in recorded.items()]
+        file_rank, true_size = max(rank for rank, _ in sizes), sum(rank * size for rank, size in sizes)
+        padded_size = file_rank * sum(size for _, size in sizes)
+        if self.config.pad and padded_size > true_size:
+            byte = dtype.itemsize / 2**20
+            logger.info(
+                f"{file}: {padded_size * byte:.1f} MiB, {true_size * byte:.1f} without padding every layer to rank "
+                f"{file_rank}, which diffusers needs"
+            )
+
+    def _base_metadata(self) -> dict[str, str]:
+        weights = [(m.lora_name, m.org_module.weight) for m in self.all_modules]
+        return {
+            deft_io.BASE_HASH_KEY: deft_io.base_fingerprint(weights),
+            deft_io.BASE_DTYPE_KEY: ",".join(sorted({str(w.dtype).removeprefix("torch.") for _, w in weights})),
+        }
+
+    # --- generating ------------------------------------------------------------------------------------------------
+
+    def is_mergeable(self) -> bool:
+        """Whether `merge_to` works."""
+        return True
+
+    def merge_to(
+        self,
+        text_encoder: Any,
+        unet: Any,
+        weights_sd: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Adds the deltas of `weights_sd` to the base weights; `apply_to` is not needed before.
+
+        :param dtype: the weights keep their own
+        :param device: where to compute; None is where each weight is
+        """
+        adapter = deft_io.parse_adapter(weights_sd, {}, "the given weights")
+        for module in self.all_modules:
+            layer = adapter.layers.get(module.lora_name)
+            if layer is None:
+                continue
+            up, down = (
+                _file_factors(layer, self.config.basis, module.base_weight)
+                if isinstance(layer, DeftLayer)
+                else (layer.up, layer.down)
+            )
+            add_to_weight(module.org_module, up, down, self.multiplier)
+        logger.info("weights are merged")
+
+    def backup_weights(self) -> None:
+        """Keeps a copy of every base weight on its layer, for `restore_weights`."""
+        for module in self.all_modules:
+            module.backup()
+
+    def restore_weights(self) -> None:
+        """Takes every merged delta out again."""
+        for module in self.all_modules:
+            module.restore_weight()
+
+    def pre_calculation(self) -> None:
+        """Merges the deltas into the base weights that `backup_weights` has kept."""
+        for module in self.all_modules:
+            module.pre_calculate()
+
+    def set_region(self, sub_prompt_index: int, is_last_network: bool, mask: Tensor) -> None:
+        """:raises NotImplementedError: regional prompts need sd-scripts' own LoRA class, which loads DEFT's files"""
+        raise NotImplementedError("regional prompts: pass --network_module networks.lora, which loads the same file")
+
+    def set_current_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Called for regional prompts only; see `set_region`."""
+        self.set_region(0, True, torch.ones(()))
+
+
+def _check_shape(adapter: AdapterFile, name: str, layer: Layer) -> None:
+    """:raises DeftError: when the file's layer has another shape than the model's"""
+    found = adapter.layers[name]
+    if isinstance(found, DeftLayer):
+        expected: tuple[int, ...] = layer_shape(layer)
+        shape: tuple[int, ...] = (found.P.shape[0], expected[1] if found.R is None else found.R.shape[1])
+    else:
+        expected, shape = tuple(layer.weight.shape), (found.up.shape[0], *found.kernel)
+    if shape != expected:
+        raise DeftError(
+            f"{adapter.source}: {name} is made for a weight of {shape}, this model has "
+            f"{expected}; the file looks made for {looks_made_for(adapter.tensors)}"
+        )
+
+
+def _as_deft_layer(module: DeftModule) -> DeftLayer:
+    return DeftLayer(module.effective_P, module.effective_R, module.E0, module.scale, module.g)
+
+
+def _file_factors(layer: DeftLayer, basis: Any, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """up and down of a DEFT file's layer on the model at hand."""
+    W = base_weight()
+    scale = layer.scale * (1.0 if layer.gate is None else float(torch.sigmoid(layer.gate)))
+    P, E0 = layer.P.to(W), layer.E0.to(W)
+    R = None if layer.R is None else layer.R.to(W)
+    return deft_math.lora_factors(P, R, E0, scale, basis, lambda: W)

@@ -1,0 +1,241 @@
+"""Adapter files: reading LoRA and DEFT files, writing them whole or not at all, hashes and metadata.
+
+Names in a LoRA file are `<layer>.lora_up.weight`, `<layer>.lora_down.weight`, `<layer>.alpha`; in a DEFT file
+(`save_format=deft`) `<layer>.deft_P`, `.deft_R`, `.deft_E0`, `.deft_g` and `.alpha`, the formula's own matrices with
+s = alpha / rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from networks import deft_math
+from networks.deft_config import DeftError
+from networks.deft_targets import looks_made_for
+
+OPTIONS_KEY = "deft_options"  # JSON of DeftConfig
+LAYERS_KEY = "deft_layers"  # JSON: layer -> [rank without padding, exponent of balancing_exponent]
+BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One layer of a LoRA file: float32 up (m, k) and down (k, n), with the file's alpha / rank in down.
+
+    `rank` is k without padding, `scale` the file's alpha / rank, `kernel` the shape of down behind its rank.
+    """
+
+    up: Tensor
+    down: Tensor
+    rank: int
+    scale: float
+    kernel: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DeftLayer:
+    """One layer of a DEFT file: the formula's P (m, r), R (r, n) or None, E0 (m, r), s and the gate or None."""
+
+    P: Tensor
+    R: Tensor | None
+    E0: Tensor
+    scale: float
+    gate: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        return self.P.shape[1]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds: layers by key name, and the metadata's `deft_*` part (empty in files of other programs)."""
+
+    source: str
+    layers: Mapping[str, LoraLayer | DeftLayer]
+    options: dict[str, object]
+    tensors: Mapping[str, Tensor]
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a `.safetensors` file.
+
+    :raises DeftError: when it is missing, cut off, or of a kind that would have to be unpickled
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DeftError(f"no such adapter file: {path}")
+    if path.suffix != ".safetensors":
+        raise DeftError(f"{path}: only .safetensors is read, since other formats can run code; convert the file first")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DeftError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def read_adapter(path: str | os.PathLike) -> AdapterFile:
+    """Reads a LoRA or DEFT file."""
+    tensors, metadata = read_tensors(path)
+    return parse_adapter(tensors, metadata, str(path))
+
+
+def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> AdapterFile:
+    """Sorts the tensors of a LoRA or DEFT file into layers and takes padding off.
+
+    :raises DeftError: for any other kind of adapter
+    """
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        layer, _, part = key.partition(".")
+        grouped.setdefault(layer, {})[part] = value
+    try:
+        options = json.loads(metadata.get(OPTIONS_KEY, "{}"))
+        recorded = json.loads(metadata.get(LAYERS_KEY, "{}"))
+        layers = {name: _parse_layer(parts, recorded.get(name)) for name, parts in grouped.items()}
+    except KeyError as missing:
+        raise DeftError(
+            f"{source}: neither a plain LoRA nor a DEFT file (unexpected or missing {missing}); "
+            f"it looks made for {looks_made_for(tensors)}"
+        ) from None
+    except ValueError as error:
+        raise DeftError(f"{source}: its deft_* metadata cannot be read ({error})") from None
+    if not layers:
+        raise DeftError(f"{source}: holds no adapter layers")
+    return AdapterFile(source, layers, options, tensors)
+
+
+def _parse_layer(parts: dict[str, Tensor], recorded: list[int] | None) -> LoraLayer | DeftLayer:
+    """:raises KeyError: with the name of a part that is missing or that no plain LoRA or DEFT layer has"""
+    parts = dict(parts)
+    alpha = parts.pop("alpha", None)
+    if "deft_P" in parts:
+        P, E0 = parts.pop("deft_P"), parts.pop("deft_E0")
+        R, gate = parts.pop("deft_R", None), parts.pop("deft_g", None)
+        scale = 1.0 if alpha is None else float(alpha) / P.shape[1]
+        _refuse_rest(parts)
+        return DeftLayer(P, R, E0, scale, gate)
+    up, down = parts.pop("lora_up.weight"), parts.pop("lora_down.weight")
+    _refuse_rest(parts)
+    kernel = tuple(down.shape[1:])
+    padded = down.shape[0]
+    scale = (float(alpha) or padded) / padded if alpha is not None else 1.0
+    up, down = deft_math.strip_padding(up.float().flatten(1), down.float().flatten(1))
+    exponent = recorded[1] if recorded else 0
+    rank = down.shape[0]
+    if recorded and rank < recorded[0] <= padded:  # zero directions that were not padding
+        rank = recorded[0]
+    elif rank == 0:
+        rank = padded
+    return LoraLayer(up * 2.0**exponent, down * scale * 2.0**-exponent, rank, scale, kernel)
+
+
+def _refuse_rest(parts: Mapping[str, Tensor]) -> None:
+    for name in parts:
+        raise KeyError(name)
+
+
+def is_adapter_dict(tensors: Iterable[str]) -> bool:
+    """Whether names are those of an adapter file, not of a network's state dict."""
+    return any(key.endswith((".lora_up.weight", ".lora_down.weight", ".deft_P")) for key in tensors)
+
+
+def lora_tensors(
+    layers: Mapping[str, tuple[Tensor, Tensor, tuple[int, ...]]], dtype: torch.dtype, pad: bool, keep_scale: bool
+) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """The tensors of a plain LoRA file and, for the metadata, each layer's true rank and balancing exponent.
+
+    One rank R and alpha = R in the whole file, since diffusers misreads files of mixed ranks or alphas; smaller layers
+    get zero columns and rows, which every client reads right.
+
+    :param layers: name -> (up (m, r), down (r, n), shape of the base weight), float32
+    :param pad: False leaves each layer its own rank
+    :param keep_scale: whether the relative size of up and down has a meaning that the metadata must bring back
+    """
+    file_rank = max(up.shape[1] for up, _, _ in layers.values())
+    tensors: dict[str, Tensor] = {}
+    recorded: dict[str, list[int]] = {}
+    for name, (up, down, shape) in layers.items():
+        true_rank = up.shape[1]
+        exponent = deft_math.balancing_exponent(up, down) if dtype == torch.float16 else 0
+        up, down = up * 2.0**-exponent, down * 2.0**exponent
+        rank = file_rank if pad else true_rank
+        up = torch.nn.functional.pad(up, (0, rank - true_rank))
+        down = torch.nn.functional.pad(down, (0, 0, 0, rank - true_rank))
+        ones = (1,) * (len(shape) - 2)
+        tensors[f"{name}.lora_up.weight"] = _for_file(up.reshape(*up.shape, *ones), dtype)
+        tensors[f"{name}.lora_down.weight"] = _for_file(down.reshape(rank, *shape[1:]), dtype)
+        tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # float32 always: bfloat16 rounds ranks above 256
+        recorded[name] = [true_rank, exponent if keep_scale else 0]
+    return tensors, recorded
+
+
+def _for_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def deft_tensors(layers: Mapping[str, DeftLayer]) -> dict[str, Tensor]:
+    """The tensors of a DEFT file, float32."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        parts = {"deft_P": layer.P, "deft_R": layer.R, "deft_E0": layer.E0, "deft_g": layer.gate}
+        tensors.update({f"{name}.{p}": _for_file(t, torch.float32) for p, t in parts.items() if t is not None})
+        tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.rank)
+    return tensors
+
+
+def base_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of base weights that is the same on every device: of the integer row and column sums of their bits.
+
+    :param weights: (name, weight), of any floating dtype
+    """
+    digest = hashlib.sha256()
+    bits_of_size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, weight in weights:
+        bits = weight.detach().flatten(1).contiguous().view(bits_of_size[weight.element_size()])
+        sums = {"rows": bits.sum(1, dtype=torch.int64).cpu(), "columns": bits.sum(0, dtype=torch.int64).cpu()}
+        digest.update(name.encode() + save(sums))
+    return digest.hexdigest()
+
+
+def webui_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash`, by which Automatic1111 and Civitai know a file.
+
+    As `precalculate_safetensors_hashes` of sd-scripts' library/train_util.py (commit 48d368fa): SHA-256 of the file
+    behind its header, and of 64 KiB at 1 MiB, the file having the training's `ss_*` metadata alone.
+    """
+    content = save(dict(tensors), {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    header = 8 + int.from_bytes(content[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(memoryview(content)[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """Writes a file whole or not at all: what was there stays if anything fails on the way.
+
+    :raises DeftError: when the disk is full or the folder cannot be written to
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), str(partial), dict(metadata))
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise DeftError(f"{path}: could not be saved, what was there is untouched ({error})") from None
+    finally:
+        partial.unlink(missing_ok=True)

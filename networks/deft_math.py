@@ -1,0 +1,184 @@
+"""The mathematics of DEFT (arXiv 2509.22793): pure functions on tensors; no modules, no files.
+
+W (m x n) is a frozen weight with m outputs and n inputs. P (m x r) spans the subspace that is taken out and R (r x n)
+is what is put there. With a left factor L and an eraser E, both m x r,
+
+    basis qr    L = E = Q, the orthonormal basis of span(P)     W' = (I - Q Q^T) W + s Q R
+    basis relu  L = P, E = relu(P), the unconstrained form      W' = (I - P relu(P)^T) W + s P R
+
+every form is W' - W = L (s R - E^T W): a LoRA with up = L and down = s R - E^T W. R is kept as the deviation from the
+start, whose eraser E0 is fixed:
+
+    down = s R - (E - E0)^T W
+
+The paper's own R is R + E0^T W / s. PaRa, W' = (I - Q Q^T) W, has neither R nor E0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def orthonormal_basis(P: Tensor) -> Tensor:
+    """Q of the QR decomposition of P with a positive diagonal, differentiable.
+
+    By Cholesky, G = P^T P = C C^T and Q = P C^-T, in two passes: one alone loses orthogonality as r nears m.
+
+    :param P: (m, r) with r <= m, float32 or float64
+    :returns: (m, r), Q^T Q = I
+    """
+    try:
+        return _cholesky_basis(_cholesky_basis(P))
+    except torch.linalg.LinAlgError:  # nearly dependent columns: slower, and always there
+        return _positive_qr(P)[0]
+
+
+def _cholesky_basis(P: Tensor) -> Tensor:
+    C = torch.linalg.cholesky(P.mT @ P)
+    return torch.linalg.solve_triangular(C, P.mT, upper=False).mT
+
+
+def _positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Thin QR with a positive diagonal of the triangular factor: A = Q T."""
+    Q, T = torch.linalg.qr(A)
+    sign = torch.where(T.diagonal() < 0, -1.0, 1.0).to(A.dtype)
+    return Q * sign, T * sign[:, None]
+
+
+def left_and_eraser(P: Tensor, basis: str) -> tuple[Tensor, Tensor]:
+    """The left factor L and the eraser E, each (m, r), of basis `qr` or `relu`."""
+    if basis == "qr":
+        Q = orthonormal_basis(P)
+        return Q, Q
+    return P, torch.relu(P)
+
+
+def lora_factors(
+    P: Tensor, R: Tensor | None, E0: Tensor, scale: Tensor | float, basis: str, read_weight: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The adapter as a LoRA of scale 1: up (m, r) and down (r, n), differentiable in P, R and scale.
+
+    :param P: (m, r)
+    :param R: (r, n), or None for PaRa
+    :param E0: (m, r), the eraser at the start; zeros for the paper's start and for PaRa
+    :param scale: s
+    :param basis: `qr` or `relu`
+    :param read_weight: returns W (m, n) in P's dtype; called in the forward and again in the backward pass, so that
+        no converted copy of W is kept in between and W may be moved about (block swap)
+    """
+    L, E = left_and_eraser(P, basis)
+    removed = _TransposedTimesWeight.apply(E - E0, read_weight)
+    return L, -removed if R is None else scale * R - removed
+
+
+class _TransposedTimesWeight(torch.autograd.Function):
+    """D^T W for a frozen W that is read anew by each pass."""
+
+    @staticmethod
+    def forward(ctx: Any, D: Tensor, read_weight: Callable[[], Tensor]) -> Tensor:
+        ctx.read_weight = read_weight
+        return D.mT @ read_weight()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.read_weight() @ grads[0].mT, None
+
+
+def start_directions(m: int, rank: int, scale: float, ratio: float) -> Tensor:
+    """A random P (m, rank): entries N(0, 1/m) / (scale * ratio), so columns of norm about 1 / (scale * ratio).
+
+    Adam turns P by its rate over P's own size. With columns of this norm, `scale` (alpha / rank) slows or speeds the
+    whole adapter as it does a LoRA, and the turn of P moves a weight of the usual size (variance 1 / 3n) as far as a
+    LoRA's step does on every layer shape; `ratio` is P's rate over R's.
+    """
+    return torch.randn(m, rank) / (math.sqrt(m) * scale * ratio)
+
+
+def injection_rate(m: int, n: int) -> float:
+    """The factor c of R = c R', R' being what the optimizer sees: sqrt(m / 3n).
+
+    A LoRA's first step moves W by rate * sqrt(m r / 3) (its down has variance 1 / 3n), a step of R by
+    rate * sqrt(r n): c makes them equal.
+    """
+    return math.sqrt(m / (3 * n))
+
+
+def leading_directions(W: Tensor, rank: int) -> Tensor:
+    """The `rank` leading left singular vectors of W (m, n), as (m, rank)."""
+    if W.shape[0] <= W.shape[1]:
+        return torch.linalg.eigh(W @ W.mT).eigenvectors[:, -rank:].flip(1)
+    right = torch.linalg.eigh(W.mT @ W).eigenvectors[:, -rank:].flip(1)
+    return _positive_qr(W @ right)[0]
+
+
+def strip_padding(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Drops the indices whose column of up (m, r) and row of down (r, n) are both zero."""
+    used = (up != 0).any(0) | (down != 0).any(1)
+    return up[:, used], down[used]
+
+
+def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A LoRA as a DEFT, exactly: P (m, rank), R (rank, n), E0 (m, rank) with E(P) = E0 and L s R = up @ down.
+
+    Directions that `up` does not span (all of them in a fresh LoRA, dependent columns, a rank below `rank`) are filled
+    with random ones that add nothing; for `qr` they are orthogonal to the rest, and P = Q.
+
+    :param up: (m, k), float32, with k <= rank
+    :param down: (k, n), float32, the LoRA's scale already in it
+    """
+    m, k = up.shape
+    if basis == "relu":  # a zero column of up still learns through its row of down, so only missing ones are filled
+        P = torch.cat([up, 0.02 * torch.randn(m, rank - k, device=up.device)], dim=1)
+        return P, torch.nn.functional.pad(down / scale, (0, 0, 0, rank - k)), torch.relu(P)
+    Q, T = _positive_qr(up)
+    if not _well_conditioned(T):
+        U, S, Vh = torch.linalg.svd(up, full_matrices=False)
+        spanned = S > 1e-6 * S.max() if k else S > 0
+        Q, T = U[:, spanned], S[spanned, None] * Vh[spanned]
+    R = T @ down / scale
+    missing = rank - Q.shape[1]
+    if missing:
+        noise = torch.randn(m, missing, device=up.device)
+        for _ in range(2):  # twice is enough to be orthogonal to the rest in float32
+            noise = orthonormal_basis(noise - Q @ (Q.mT @ noise))
+        Q, R = torch.cat([Q, noise], dim=1), torch.nn.functional.pad(R, (0, 0, 0, missing))
+    return Q, R, Q.clone()
+
+
+def _well_conditioned(T: Tensor) -> bool:
+    """Whether no column of a triangular factor depends on those before it."""
+    size = T.diagonal().abs()
+    return bool(len(size) and (size > 1e-6 * T.norm(dim=0).clamp(min=torch.finfo(T.dtype).tiny)).all())
+
+
+def truncate(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of up (m, k) @ down (k, n) of lower rank, by SVD, and its relative Frobenius error."""
+    Q_up, T_up = torch.linalg.qr(up)
+    Q_down, T_down = torch.linalg.qr(down.mT)
+    U, S, Vh = torch.linalg.svd(T_up @ T_down.mT)
+    root = S[:rank].sqrt()
+    error = float(S[rank:].norm() / S.norm()) if S.any() else 0.0
+    return Q_up @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ Q_down.mT, error
+
+
+def delta_norm(up: Tensor, down: Tensor) -> Tensor:
+    """||up @ down||_F without forming the m x n product."""
+    return ((up.mT @ up @ down) * down).sum().clamp(min=0).sqrt()
+
+
+def scaled_deviation(R: Tensor, E: Tensor, E0: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    """R and E0 of the adapter whose delta is rho times as large; P stays."""
+    return rho * R, E + rho * (E0 - E)
+
+
+def balancing_exponent(up: Tensor, down: Tensor) -> int:
+    """k such that up * 2^-k and down * 2^k are about equally large: half precision then loses least, and exactly."""
+    sizes = [float(t.abs().max()) for t in (up, down)]
+    if min(sizes) == 0 or not all(map(math.isfinite, sizes)):
+        return 0
+    return round((math.log2(sizes[0]) - math.log2(sizes[1])) / 2)

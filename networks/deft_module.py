@@ -1,0 +1,239 @@
+"""One adapted layer: its parameters, its forward pass, and merging into the base weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks import deft_math
+from networks.deft_config import DeftConfig, DeftError
+from networks.deft_targets import Layer
+
+
+def read_weight(layer: Layer, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The layer's weight as (outputs, inputs * kernel), detached, read where it is at this moment.
+
+    :raises DeftError: when the weight is on the meta device
+    """
+    if layer.weight.is_meta:
+        raise DeftError(f"the weight of a {type(layer).__name__} layer is not loaded (meta device), but DEFT needs it")
+    return layer.weight.detach().flatten(1).to(dtype)
+
+
+class DeftModule(nn.Module):
+    """DEFT on one Linear or Conv2d layer, whose `forward` it replaces.
+
+    `P` and `R` are what the optimizer sees, `E0` is fixed; all are float32 whatever the network is cast to. The
+    method's own matrices are `P * P_rate` and `R * R_rate` (`effective_P`, `effective_R`): the factors fit the
+    optimizer's rate to the layer's shape without changing the model.
+
+    :param lora_name: the layer's key name in files
+    :param org_module: the layer; neither it nor its weight becomes part of this module
+    :param rank: r, at most min(m, n)
+    :param scale: s = alpha / dim
+    :param config: for everything else
+    """
+
+    E0: Tensor
+
+    def __init__(
+        self, lora_name: str, org_module: Layer, multiplier: float, rank: int, scale: float, config: DeftConfig
+    ):
+        super().__init__()
+        self.lora_name = lora_name
+        self.org_module_ref = [org_module]  # a list, so that it is not registered as a submodule
+        self.org_forward: Callable[[Tensor], Tensor] = org_module.forward  # replaced in apply_to
+        self.multiplier = multiplier
+        self.enabled = True
+        self.rank, self.scale, self.config = rank, scale, config
+        m, n = layer_shape(org_module)
+        self.P_rate = 1.0
+        self.R_rate = deft_math.injection_rate(m, n)
+        if config.basis == "relu":  # P's own size counts here: the paper's 0.02, turned at the same rate as under qr
+            self.P_rate = 0.02 * m**0.5 * scale * config.ratio
+            self.R_rate /= 0.02 * m**0.5
+
+        self.register_buffer("E0", torch.zeros(m, rank))
+        P = deft_math.start_directions(m, rank, scale, config.ratio)
+        if config.init == "svd":
+            P = deft_math.leading_directions(read_weight(org_module), rank).cpu() / (scale * config.ratio)
+        self.P = nn.Parameter(P)
+        self.R: nn.Parameter | None = None if config.para else nn.Parameter(torch.zeros(rank, n))
+        self.g: nn.Parameter | None = None
+        if config.gate:
+            self.g = nn.Parameter(torch.tensor(0.5))  # as the authors' deft/injection.py (commit 06805df)
+        with torch.no_grad():
+            if self.R is not None and config.init == "paper":
+                self.R.normal_(std=0.02 * config.init_scale / self.R_rate)
+            elif self.R is not None:
+                self.E0.copy_(self.left_and_eraser()[1])
+
+    @property
+    def org_module(self) -> Layer:
+        """The adapted layer."""
+        return self.org_module_ref[0]
+
+    # --- the method's matrices -------------------------------------------------------------------------------------
+
+    @property
+    def effective_P(self) -> Tensor:
+        """P of the formula, (m, r)."""
+        return self.P * self.P_rate
+
+    @property
+    def effective_R(self) -> Tensor | None:
+        """R of the formula, (r, n), as the deviation from the start; None for PaRa."""
+        return None if self.R is None else self.R * self.R_rate
+
+    @property
+    def effective_scale(self) -> Tensor | float:
+        """s, or s * sigmoid(g) with a gate."""
+        return self.scale if self.g is None else self.scale * torch.sigmoid(self.g)
+
+    def left_and_eraser(self) -> tuple[Tensor, Tensor]:
+        """L and E at this moment, each (m, r) float32."""
+        return deft_math.left_and_eraser(self.effective_P, self.config.basis)
+
+    def base_weight(self) -> Tensor:
+        """W as (m, n) float32 where P is; after `pre_calculate`, what it was before."""
+        if not getattr(self.org_module, "_lora_restored", True):
+            return self.org_module.__dict__["_lora_org_weight"].flatten(1).to(self.E0)
+        return read_weight(self.org_module).to(self.E0.device)
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """This layer as a LoRA of scale 1: up (m, r) and down (r, n), float32, differentiable."""
+        with torch.autocast(self.E0.device.type, enabled=False):
+            return deft_math.lora_factors(
+                self.effective_P,
+                self.effective_R,
+                self.E0,
+                self.effective_scale,
+                self.config.basis,
+                self.base_weight,
+            )
+
+    def load_lora(self, up: Tensor, down: Tensor) -> None:
+        """Becomes the LoRA up (m, k) @ down (k, n), k <= rank, exactly.
+
+        :raises DeftError: under PaRa, for an adapter that is not the removal of a subspace of this base weight
+        """
+        up, down = up.to(self.E0), down.to(self.E0)
+        P, R, E0 = deft_math.from_lora(up, down, self.rank, float(self.effective_scale), self.config.basis)
+        if self.config.para:
+            removal = -P.mT @ self.base_weight()
+            if bool((R * self.scale - removal).norm() > 0.05 * removal.norm()):
+                raise DeftError(
+                    f"{self.lora_name}: the file is no PaRa of this base model and rank; leave para=true out, or use "
+                    f"the same base and --dim_from_weights"
+                )
+            E0 = torch.zeros_like(E0)
+        self.set_matrices(P / (self.scale * self.config.ratio) if self.config.basis == "qr" else P, R, E0)
+
+    @torch.no_grad()
+    def set_matrices(self, P: Tensor, R: Tensor | None, E0: Tensor) -> None:
+        """Takes over the formula's P (m, r), R (r, n) and E0 (m, r)."""
+        self.P.copy_(P / self.P_rate)
+        self.E0.copy_(E0)
+        if self.R is not None and R is not None:
+            self.R.copy_(R / self.R_rate)
+
+    @torch.no_grad()
+    def scale_delta(self, rho: float) -> None:
+        """Makes the delta rho times as large, P untouched. PaRa has nothing to scale."""
+        assert self.R is not None, "refused by the network before training"
+        _, E = self.left_and_eraser()
+        R, E0 = deft_math.scaled_deviation(self.R, E, self.E0, rho)
+        self.R.copy_(R)
+        self.E0.copy_(E0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeftModule:
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_float32, recurse)
+
+    # --- forward ---------------------------------------------------------------------------------------------------
+
+    def apply_to(self) -> None:
+        """Puts this module's forward in the place of the layer's."""
+        self.org_forward = self.org_module.forward
+        self.org_module.__dict__["forward"] = self.forward
+
+    def restore(self) -> None:
+        """Gives the layer its own forward back."""
+        self.org_module.__dict__["forward"] = self.org_forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's own output plus multiplier * up(down(x)); at multiplier 0 the layer's own output itself."""
+        if not self.enabled or self.multiplier == 0 or self._skipped_by_dropout():
+            return self.org_forward(x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        up, down = (factor.to(dtype) for factor in self.lora_factors())
+        layer = self.org_module
+        if isinstance(layer, nn.Conv2d):
+            kernel = down.unflatten(1, layer.weight.shape[1:])
+            z = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
+            update = F.conv2d(self._dropout(z, rank_dim=1), up[:, :, None, None])
+        else:
+            update = F.linear(self._dropout(F.linear(x, down), rank_dim=-1), up)
+        return self.org_forward(x) + update * self.multiplier
+
+    def _skipped_by_dropout(self) -> bool:
+        p = self.config.module_dropout
+        return self.training and p > 0 and torch.rand(()).item() < p
+
+    def _dropout(self, z: Tensor, rank_dim: int) -> Tensor:
+        """Neuron dropout and rank dropout of the r values between down and up, as sd-scripts' networks.lora does."""
+        if not self.training:
+            return z
+        if self.config.neuron_dropout > 0:
+            z = F.dropout(z, self.config.neuron_dropout)
+        if self.config.rank_dropout > 0:
+            shape = [1] * z.dim()
+            shape[0], shape[rank_dim] = z.shape[0], z.shape[rank_dim]
+            kept = torch.rand(shape, device=z.device) >= self.config.rank_dropout
+            z = z * kept / (1 - self.config.rank_dropout)
+        return z
+
+    # --- merging ---------------------------------------------------------------------------------------------------
+
+    def pre_calculate(self) -> None:
+        """Adds the delta to the layer's own weight, which `backup` has kept, and steps aside."""
+        with torch.no_grad():
+            up, down = self.lora_factors()
+        add_to_weight(self.org_module, up, down, self.multiplier)
+        self.org_module.__dict__["_lora_restored"] = False
+        self.enabled = False
+
+    def backup(self) -> None:
+        """Keeps a copy of the layer's weight on the layer, under the attribute names of sd-scripts' networks."""
+        if not hasattr(self.org_module, "_lora_org_weight"):
+            self.org_module.__dict__.update(
+                _lora_org_weight=self.org_module.weight.detach().clone(), _lora_restored=True
+            )
+
+    def restore_weight(self) -> None:
+        """Copies the kept weight back, if it was changed."""
+        kept = self.org_module.__dict__
+        if not kept["_lora_restored"]:
+            self.org_module.weight.data.copy_(kept["_lora_org_weight"])
+            kept["_lora_restored"] = True
+
+
+def layer_shape(layer: Layer) -> tuple[int, int]:
+    """(m, n): outputs and inputs, a convolution's kernel counted among its inputs."""
+    return layer.weight.shape[0], layer.weight.shape[1:].numel()
+
+
+@torch.no_grad()
+def add_to_weight(layer: Layer, up: Tensor, down: Tensor, multiplier: float) -> None:
+    """W += multiplier * up @ down, computed in float32 on the weight's device and cast once to its dtype."""
+    weight = layer.weight
+    up, down = up.to(weight.device, torch.float32), down.to(weight.device, torch.float32)
+    merged = read_weight(layer) + multiplier * (up @ down)
+    weight.data.copy_(merged.view_as(weight))
