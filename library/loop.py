@@ -1,0 +1,155 @@
+"""The training loop: one batch, one step, one epoch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from library import sampling
+from library.checkpoints import Checkpoints, TrainingStopped
+from library.noise import diffusion_loss
+from library.sd import StableDiffusion
+from networks.deft import DeftNetwork
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingLoop:
+    """Everything that a step needs. `optimizer` and `schedule` are prepared by accelerate.
+
+    :param group_names: of the optimizer's parameter groups, for the logs
+    :param prompts: of the sample images; empty for none
+    """
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: StableDiffusion
+    network: DeftNetwork
+    loader: DataLoader
+    optimizer: Any
+    schedule: Any
+    group_names: list[str]
+    noise_scheduler: DDPMScheduler
+    checkpoints: Checkpoints
+    prompts: list[sampling.Prompt]
+    steps: int
+    epochs: int
+    step: int = 0
+    epoch: int = 0
+    non_finite_in_a_row: int = 0
+    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=100))
+
+    def run(self) -> None:
+        """Trains for `steps` optimizer steps.
+
+        :raises TrainingStopped: after `--max_nan_steps` non-finite losses in a row
+        """
+        if self.args.sample_at_first:
+            self._sample("000000")
+        main = self.accelerator.is_local_main_process
+        with tqdm(total=self.steps, desc="steps", disable=not main, smoothing=0.1) as progress:
+            while self.step < self.steps:
+                self.epoch += 1
+                self.network.on_epoch_start(self.model.text_encoder, self.model.unet)
+                for latents, captions in self.loader:
+                    with self.accelerator.accumulate():
+                        loss = self._batch(latents, list(captions))
+                    if not self.accelerator.sync_gradients:
+                        continue
+                    self.step += 1
+                    self._after_step(loss)
+                    progress.update()
+                    progress.set_postfix(avr_loss=f"{self.average_loss:.4f}")
+                    if self.step >= self.steps:
+                        break
+                self._after_epoch()
+
+    @property
+    def average_loss(self) -> float:
+        """Of the last 100 batches."""
+        return sum(self.recent_losses) / max(len(self.recent_losses), 1)
+
+    def _batch(self, latents: Tensor, captions: list[str]) -> float:
+        """Forward, backward and, where gradients are complete, the update; returns the loss over all processes."""
+        self.network.on_step_start(self.model.text_encoder, self.model.unet)
+        with self.accelerator.autocast():
+            text = self.model.encode_text(captions)
+            loss = diffusion_loss(
+                lambda noisy, timesteps: self.model.predict(noisy, timesteps, text),
+                latents.to(self.accelerator.device),
+                self.noise_scheduler,
+            )
+        value = self.accelerator.gather(loss.detach()).mean().item()
+        if self._is_finite(value, "loss"):
+            self.recent_losses.append(value)
+            self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            self._update()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return value
+
+    def _update(self) -> None:
+        """Averages the gradients over processes, clips them, and steps unless they are not finite."""
+        parameters = [p for p in self.network.get_trainable_params() if p.grad is not None]
+        if not parameters:
+            return  # every micro-batch of this step had a non-finite loss
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf)
+        if self.accelerator.scaler is not None or self._is_finite(float(norm), "gradient"):
+            self.optimizer.step()  # a GradScaler skips non-finite gradients by itself, and finds its scale that way
+
+    def _is_finite(self, value: float, what: str) -> bool:
+        """Counts non-finite values; a finite gradient, or a finite loss where a GradScaler guards, ends the row."""
+        if math.isfinite(value):
+            if what == "gradient" or self.accelerator.scaler is not None:
+                self.non_finite_in_a_row = 0
+            return True
+        self.non_finite_in_a_row += 1
+        number = self.step + 1
+        logger.warning(f"step {number}: the {what} is {value}, left out ({self.non_finite_in_a_row} in a row)")
+        if self.non_finite_in_a_row >= self.args.max_nan_steps:
+            raise TrainingStopped(
+                f"stopped at step {number}: non-finite {what} {self.non_finite_in_a_row} times in a row; try a lower "
+                f"learning rate, or bf16 for fp16. Last good save: {self.checkpoints.last_good or 'none yet'}"
+            )
+        return False
+
+    def _after_step(self, loss: float) -> None:
+        args = self.args
+        if args.scale_weight_norms:
+            self.network.apply_max_norm_regularization(args.scale_weight_norms, self.accelerator.device)
+        if args.logging_dir:
+            rates = zip(self.group_names, self.schedule.get_last_lr(), strict=True)
+            values = {"loss/current": loss, "loss/average": self.average_loss}
+            self.accelerator.log(values | {f"lr/{name}": rate for name, rate in rates}, step=self.step)
+        if args.sample_every_n_steps and self.step % args.sample_every_n_steps == 0:
+            self._sample(f"{self.step:06d}")
+        if args.save_every_n_steps and self.step % args.save_every_n_steps == 0 and self.step < self.steps:
+            self.checkpoints.save_during_training(f"-step{self.step:08d}", self.step, self.epoch)
+
+    def _after_epoch(self) -> None:
+        args = self.args
+        if args.sample_every_n_epochs and self.epoch % args.sample_every_n_epochs == 0:
+            self._sample(f"e{self.epoch:06d}")
+        if args.save_every_n_epochs and self.epoch % args.save_every_n_epochs == 0 and self.step < self.steps:
+            self.checkpoints.save_during_training(f"-{self.epoch:06d}", self.step, self.epoch)
+
+    def _sample(self, label: str) -> None:
+        if self.prompts and self.accelerator.is_main_process:
+            label = f"{self.args.output_name}_{label}"
+            sampling.save_samples(self.model, self.network, self.prompts, self.accelerator, self.args.output_dir, label)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,142 @@
+"""What stands before the first step: devices, the network, optimizer, data."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import random
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+
+from library.dataset import CachedLatents, find_images
+from library.sd import StableDiffusion
+from networks.deft import DeftNetwork
+from networks.deft_config import DeftError
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def prepare_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Devices, precision and logging.
+
+    :raises DeftError: when the device cannot train in the precision that is asked for
+    """
+    if args.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise DeftError("--mixed_precision=fp16 needs a GPU; use bf16 or no")
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with="tensorboard" if args.logging_dir else None,
+        project_dir=args.logging_dir,
+    )
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for chatty in ("httpx", "PIL", "diffusers", "transformers", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    return accelerator
+
+
+def seed_everything(args: argparse.Namespace) -> int:
+    """Seeds every process alike, so that all start from the same adapter; returns the seed."""
+    seeds = [random.randrange(2**32) if args.seed is None else args.seed]
+    broadcast_object_list(seeds)
+    set_seed(seeds[0])
+    return seeds[0]
+
+
+def cache_latents(args: argparse.Namespace, model: StableDiffusion, accelerator: Accelerator) -> CachedLatents:
+    """Encodes all images once and puts the VAE aside.
+
+    :raises DeftError: for missing or unreadable data, or a resolution that the model cannot have
+    """
+    images = find_images(args.train_data_dir, args.caption_extension)
+    step = model.pixels_per_latent
+    if any(side % step for side in args.resolution):
+        raise DeftError(f"--resolution {args.resolution[0]},{args.resolution[1]}: both must be multiples of {step}")
+    model.vae.to(accelerator.device)
+    data = CachedLatents(images, args.resolution, model.encode_image)
+    model.vae.to("cpu")
+    logger.info(f"{len(data.images)} images, {len(data)} with repeats, latents cached")
+    return data
+
+
+def build_network(args: argparse.Namespace, model: StableDiffusion) -> DeftNetwork:
+    """Merges `--base_weights`, creates the network, applies and loads it, as sd-scripts' train_network.py does.
+
+    :raises DeftError: for wrong options or files
+    """
+    module = importlib.import_module(args.network_module)
+    encoder, unet = model.text_encoder, model.unet
+    for i, file in enumerate(args.base_weights):
+        strength = args.base_weights_multiplier[i] if i < len(args.base_weights_multiplier) else 1.0
+        merged, tensors = module.create_network_from_weights(strength, file, None, encoder, unet, for_inference=True)
+        merged.merge_to(encoder, unet, tensors)
+    options = dict(argument.split("=", 1) for argument in args.network_args)
+    if args.dim_from_weights:
+        network, _ = module.create_network_from_weights(1.0, args.network_weights, None, encoder, unet, **options)
+    else:
+        network = module.create_network(
+            1.0, args.network_dim, args.network_alpha, None, encoder, unet, args.network_dropout, **options
+        )
+    network.prepare_network(args)
+    network.apply_to(encoder, unet, not args.network_train_unet_only, not args.network_train_text_encoder_only)
+    if args.network_weights:
+        logger.info(str(network.load_weights(args.network_weights)))
+    return network
+
+
+def place_model(args: argparse.Namespace, model: StableDiffusion, accelerator: Accelerator) -> None:
+    """The frozen model in the training's precision, on the device, with the memory options.
+
+    :raises DeftError: when xformers is asked for and missing
+    """
+    dtype = WEIGHT_DTYPES[args.mixed_precision]
+    model.unet.to(accelerator.device, dtype)
+    model.text_encoder.to(accelerator.device, dtype)
+    if args.xformers:
+        try:
+            model.unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError, ValueError) as error:
+            raise DeftError(f"--xformers: {str(error).strip().splitlines()[0]}; leave the option out") from None
+    if args.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        model.unet.train()
+        model.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.text_encoder.train()
+
+
+def build_optimizer(
+    args: argparse.Namespace, network: DeftNetwork, steps: int, accelerator: Accelerator
+) -> tuple[Any, Any, list[str]]:
+    """AdamW, its learning rate schedule (both prepared), and the names of its parameter groups."""
+    groups, names = network.prepare_optimizer_params_with_multiple_te_lrs(
+        args.text_encoder_lr, args.unet_lr, args.learning_rate
+    )
+    optimizer = accelerator.prepare(torch.optim.AdamW(groups))
+    schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=steps * accelerator.num_processes,
+    )
+    return optimizer, accelerator.prepare(schedule), names
+
+
+def build_loader(args: argparse.Namespace, data: CachedLatents, accelerator: Accelerator, seed: int) -> DataLoader:
+    """Shuffled batches of (latents, captions), shared out among the processes."""
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    loader: DataLoader = DataLoader(data, batch_size=args.train_batch_size, shuffle=True, generator=generator)
+    return accelerator.prepare(loader)
