@@ -122,8 +122,8 @@ def strip_padding(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up[:, used], down[used]
 
 
-def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A LoRA as a DEFT, exactly: P (m, rank), R (rank, n), E0 (m, rank) with E(P) = E0 and L s R = up @ down.
+def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> tuple[Tensor, Tensor]:
+    """A LoRA as a DEFT, exactly: P (m, rank) and R (rank, n) with L(P) s R = up @ down, so E0 = E(P).
 
     Directions that `up` does not span (all of them in a fresh LoRA, dependent columns, a rank below `rank`) are filled
     with random ones that add nothing; for `qr` they are orthogonal to the rest, and P = Q.
@@ -134,7 +134,7 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> 
     m, k = up.shape
     if basis == "relu":  # a zero column of up still learns through its row of down, so only missing ones are filled
         P = torch.cat([up, 0.02 * torch.randn(m, rank - k, device=up.device)], dim=1)
-        return P, torch.nn.functional.pad(down / scale, (0, 0, 0, rank - k)), torch.relu(P)
+        return P, torch.nn.functional.pad(down / scale, (0, 0, 0, rank - k))
     Q, T = _positive_qr(up)
     if not _well_conditioned(T):
         U, S, Vh = torch.linalg.svd(up, full_matrices=False)
@@ -147,7 +147,7 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> 
         for _ in range(2):  # twice is enough to be orthogonal to the rest in float32
             noise = orthonormal_basis(noise - Q @ (Q.mT @ noise))
         Q, R = torch.cat([Q, noise], dim=1), torch.nn.functional.pad(R, (0, 0, 0, missing))
-    return Q, R, Q.clone()
+    return Q, R
 
 
 def _well_conditioned(T: Tensor) -> bool:

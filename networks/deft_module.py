@@ -121,7 +121,7 @@ class DeftModule(nn.Module):
         :raises DeftError: under PaRa, for an adapter that is not the removal of a subspace of this base weight
         """
         up, down = up.to(self.E0), down.to(self.E0)
-        P, R, E0 = deft_math.from_lora(up, down, self.rank, float(self.effective_scale), self.config.basis)
+        P, R = deft_math.from_lora(up, down, self.rank, float(self.effective_scale), self.config.basis)
         if self.config.para:
             removal = -P.mT @ self.base_weight()
             if bool((R * self.scale - removal).norm() > 0.05 * removal.norm()):
@@ -129,16 +129,20 @@ class DeftModule(nn.Module):
                     f"{self.lora_name}: the file is no PaRa of this base model and rank; leave para=true out, or use "
                     f"the same base and --dim_from_weights"
                 )
-            E0 = torch.zeros_like(E0)
-        self.set_matrices(P / (self.scale * self.config.ratio) if self.config.basis == "qr" else P, R, E0)
+        self.set_matrices(P / (self.scale * self.config.ratio) if self.config.basis == "qr" else P, R, None)
 
     @torch.no_grad()
-    def set_matrices(self, P: Tensor, R: Tensor | None, E0: Tensor) -> None:
-        """Takes over the formula's P (m, r), R (r, n) and E0 (m, r)."""
+    def set_matrices(self, P: Tensor, R: Tensor | None, E0: Tensor | None) -> None:
+        """Takes over the formula's P (m, r), R (r, n) and E0 (m, r).
+
+        :param E0: None makes this P the start, to the last bit: what is off in E - E0 counts against all of W
+        """
         self.P.copy_(P / self.P_rate)
-        self.E0.copy_(E0)
-        if self.R is not None and R is not None:
-            self.R.copy_(R / self.R_rate)
+        if self.R is None or R is None:  # PaRa
+            self.E0.zero_()
+            return
+        self.R.copy_(R / self.R_rate)
+        self.E0.copy_(self.left_and_eraser()[1] if E0 is None else E0)
 
     @torch.no_grad()
     def scale_delta(self, rho: float) -> None:

@@ -1,0 +1,82 @@
+"""Fixtures: the small model, and pieces that several files need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import deft
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    tiny_model = pytest.importorskip("library.tiny_model")
+    return tiny_model.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(model_folder):
+    from library import sd
+
+    return sd.load(str(model_folder))
+
+
+def layer_of(kind: str) -> nn.Module:
+    """A frozen layer with weights of the usual size."""
+    layers = {
+        "linear": lambda: nn.Linear(48, 40),
+        "linear without bias": lambda: nn.Linear(24, 56, bias=False),
+        "conv 1x1": lambda: nn.Conv2d(24, 32, 1),
+        "conv 3x3": lambda: nn.Conv2d(12, 40, 3, stride=2, padding=1),
+    }
+    return layers[kind]().requires_grad_(False)
+
+
+LAYER_KINDS = ["linear", "linear without bias", "conv 1x1", "conv 3x3"]
+
+
+def input_of(layer: nn.Module, batch: int = 3) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        return torch.randn(batch, layer.in_channels, 7, 6)
+    return torch.randn(batch, 5, layer.in_features)
+
+
+def perturb(network: nn.Module, size: float = 0.3) -> None:
+    """As if trained: every parameter moves by a part of its own size, or from zero."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            scale = parameter.std() if parameter.numel() > 1 and parameter.any() else torch.tensor(0.05)
+            parameter += size * scale * torch.randn_like(parameter)
+
+
+def network_of(
+    model, dim: int | None = 4, alpha: float | None = 4, trained: bool = True, **options
+) -> deft.DeftNetwork:
+    """A network applied to the small model."""
+    network = deft.create_network(1.0, dim, alpha, None, model.text_encoder, model.unet, **options)
+    network.apply_to(model.text_encoder, model.unet)
+    if trained:
+        perturb(network)
+    return network.eval()
+
+
+def deltas(network: deft.DeftNetwork) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {m.lora_name: torch.matmul(*m.lora_factors()) for m in network.all_modules}
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float(((a - b).norm() / b.norm().clamp(min=1e-12)).detach())
+
+
+def largest_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(relative_error(a[name], b[name]) for name in b)

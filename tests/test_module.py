@@ -1,0 +1,398 @@
+"""One adapted layer: against peft's DEFT, against float64 autograd, and in the conditions of a training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from networks.deft_config import DeftConfig, DeftError, parse_options
+from networks.deft_module import DeftModule, add_to_weight, layer_shape
+from tests.conftest import LAYER_KINDS, input_of, layer_of, perturb, relative_error
+
+FORMS = {
+    "qr": {},
+    "relu": {"basis": "relu"},
+    "para": {"para": True},
+    "gate": {"gate": True},
+    "paper start": {"init": "paper"},
+    "svd start": {"init": "svd"},
+}
+
+
+def module_on(layer: nn.Module, rank: int = 4, alpha: float = 2, trained: bool = True, **options) -> DeftModule:
+    config = DeftConfig(dim=rank, alpha=alpha, **options)
+    module = DeftModule("lora_unet_x", layer, 1.0, rank, config.scale, config)
+    if trained:
+        perturb(module)
+    module.apply_to()
+    return module
+
+
+def adapted_weight(module: DeftModule) -> torch.Tensor:
+    with torch.no_grad():
+        up, down = module.lora_factors()
+        return (module.base_weight() + module.multiplier * up @ down).view_as(module.org_module.weight)
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_activations_equal_the_adapted_weight(form, kind):
+    layer = layer_of(kind)
+    module = module_on(layer, **FORMS[form])
+    module.multiplier = 0.6
+    x = input_of(layer)
+    merged = layer_of(kind)
+    merged.load_state_dict({**layer.state_dict(), "weight": adapted_weight(module)})
+    assert relative_error(layer(x), merged(x)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+@pytest.mark.parametrize("basis", ["qr", "relu"])
+def test_identity_start(kind, basis):
+    layer = layer_of(kind)
+    x = input_of(layer)
+    before = layer(x)
+    module_on(layer, trained=False, basis=basis)
+    assert relative_error(layer(x), before) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_identity_start_survives_a_later_cast_of_the_base(dtype):
+    layer = layer_of("linear")
+    module = module_on(layer, trained=False)
+    layer.to(dtype)
+    with torch.no_grad():
+        up, down = module.lora_factors()
+    assert (up @ down).norm() < 1e-6 * layer.weight.float().norm()
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+@pytest.mark.parametrize("form", list(FORMS))
+def test_multiplier_zero_is_the_base_layer_bit_for_bit(kind, form):
+    layer = layer_of(kind)
+    x = input_of(layer)
+    before = layer(x)
+    module = module_on(layer, **FORMS[form])
+    module.multiplier = 0.0
+    assert torch.equal(layer(x), before)
+
+
+def peft_layer(layer: nn.Linear, rank: int, alpha: float, method: str, para: bool):
+    peft = pytest.importorskip("peft", minversion="0.20")
+    config = peft.DeftConfig(
+        r=rank, alpha=alpha, decomposition_method=method, para=para, target_modules=["0"], init_weights=False
+    )
+    return peft.get_peft_model(nn.Sequential(layer), config)
+
+
+@pytest.mark.parametrize(("method", "para"), [("qr", False), ("relu", False), ("qr", True)])
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_equals_pefts_deft(method, para, start):
+    """Same P and R in both: outputs, deltas, and gradients of P and R."""
+    rank, alpha = 6, 3
+    layer, twin = layer_of("linear"), layer_of("linear")
+    twin.load_state_dict(layer.state_dict())
+    options = {"para": True} if para else {"basis": method, "init": start}
+    module = module_on(layer, rank, alpha, **options)
+    theirs = peft_layer(twin, rank, alpha, method, para)
+    adapter = theirs.base_model.model[0]
+    with torch.no_grad():
+        adapter.deft_P["default"].copy_(module.effective_P)
+        # LAPACK's Q may have columns of the other sign than the positive diagonal's, and then so have peft's rows of R
+        sign = torch.linalg.qr(module.effective_P)[1].diagonal().sign()[:, None] if method == "qr" else 1.0
+        if not para:  # peft's R is the paper's: the deviation plus E0^T W / s
+            start_part = module.E0.T @ layer.weight / module.scale
+            adapter.deft_R["default"].copy_(sign * (module.effective_R + start_part))
+    x, direction = input_of(layer), torch.randn(3, 5, 40)
+    ours, reference = layer(x), theirs(x)
+    assert relative_error(ours, reference) < 1e-5
+    up, down = module.lora_factors()
+    assert relative_error(up @ down, adapter.get_delta_weight("default")) < 1e-5
+    (ours * direction).sum().backward()
+    (reference * direction).sum().backward()
+    assert relative_error(module.P.grad / module.P_rate, adapter.deft_P["default"].grad) < 1e-5
+    if not para:
+        assert relative_error(sign * module.R.grad / module.R_rate, adapter.deft_R["default"].grad) < 1e-5
+
+
+def reference_gradients(module: DeftModule, layer: nn.Module, x, direction):
+    """float64 autograd through the adapted weight, LAPACK's QR and the layer itself."""
+    P, R, g = (None if t is None else t.detach().double().requires_grad_() for t in (module.P, module.R, module.g))
+    eP = P * module.P_rate
+    if module.config.basis == "qr":
+        Q, T = torch.linalg.qr(eP)
+        L = E = Q * torch.sign(T.diagonal().detach())
+    else:
+        L, E = eP, eP.clamp(min=0)
+    s = module.scale * (1 if g is None else torch.sigmoid(g))
+    W = layer.weight.double().flatten(1)
+    down = -(E - module.E0.double()).T @ W
+    if R is not None:
+        down = down + s * R * module.R_rate
+    weight = (W + module.multiplier * L @ down).view(layer.weight.shape)
+    bias = None if layer.bias is None else layer.bias.double()
+    x = x.detach().double().requires_grad_()
+    if isinstance(layer, nn.Conv2d):
+        y = nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding)
+    else:
+        y = nn.functional.linear(x, weight, bias)
+    (y * direction.double()).sum().backward()
+    return [t.grad for t in (P, R, g, x) if t is not None]
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+@pytest.mark.parametrize("form", list(FORMS))
+def test_gradients_equal_float64_autograd(kind, form):
+    layer = layer_of(kind)
+    module = module_on(layer, **FORMS[form])
+    module.multiplier = 0.8
+    x = input_of(layer).requires_grad_()
+    y = layer(x)
+    direction = torch.randn_like(y)
+    (y * direction).sum().backward()
+    trained = [t for t in (module.P, module.R, module.g, x) if t is not None]
+    for t, wanted in zip(trained, reference_gradients(module, layer, x, direction), strict=True):
+        size = wanted.norm()
+        if t is module.g:  # a sum over all of R, whose terms cancel
+            size = module.R.norm() * module.R.grad.norm()
+        assert (t.grad.double() - wanted).norm() < 1e-5 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_gradients_are_as_good_as_a_loras(dtype, autocast):
+    """Against the same float64 reference: below 2e-2, and at most 1.2 times the error of a LoRA in that precision."""
+
+    def errors(as_lora: bool) -> float:
+        torch.manual_seed(1)
+        layer = nn.Linear(256, 320).requires_grad_(False)
+        layer.weight.data = layer.weight.to(dtype).float()
+        module = module_on(layer, 16, 16)
+        up, down = (t.detach() for t in module.lora_factors())
+        up.requires_grad_(), down.requires_grad_()
+        layer.to(dtype if not autocast else torch.float32)
+        x = torch.randn(64, 256).to(dtype if not autocast else torch.float32)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            if as_lora:
+                y = module.org_forward(x)
+                cast = dtype if not autocast else torch.float32
+                y = y + nn.functional.linear(nn.functional.linear(x, down.to(cast)), up.to(cast))
+            else:
+                y = layer(x)
+        direction = torch.randn_like(y)
+        (y * direction).sum().backward()
+        if as_lora:
+            d = direction.double().T @ x.double()
+            pairs = [(down.grad, up.detach().double().T @ d), (up.grad, d @ down.detach().double().T)]
+        else:
+            module.org_module.float()
+            reference = reference_gradients(module, layer, x, direction)
+            pairs = list(zip((module.P.grad, module.R.grad), reference[:2], strict=True))
+        return max(relative_error(a.double(), b) for a, b in pairs)
+
+    ours, lora = errors(False), errors(True)
+    assert ours < 2e-2
+    assert ours < 1.2 * lora
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    def gradients(mode):
+        torch.manual_seed(2)
+        layers = [nn.Linear(32, 32).requires_grad_(False) for _ in range(2)]
+        modules = [module_on(layer) for layer in layers]
+        x = torch.randn(4, 32, requires_grad=True)
+        block = nn.Sequential(layers[0], nn.Tanh(), layers[1])
+        y = block(x) if mode is None else checkpoint(block, x, use_reentrant=mode)
+        y.pow(2).sum().backward()
+        return [p.grad for module in modules for p in module.parameters()]
+
+    for a, b in zip(gradients(reentrant), gradients(None), strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+def test_second_derivatives():
+    layer = layer_of("linear")
+    module = module_on(layer)
+    (first,) = torch.autograd.grad(layer(input_of(layer)).pow(2).sum(), module.P, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(2).sum(), module.P)
+    assert second.isfinite().all()
+    assert second.norm() > 0
+
+
+def test_weight_is_read_where_it_is_at_that_moment():
+    """Block swap and later casts replace the layer's weight data between forward and backward."""
+    layer = layer_of("linear")
+    module = module_on(layer)
+    x = input_of(layer)
+    layer.weight.data = layer.weight.data * 2
+    doubled = layer(x)
+    layer.weight.data = layer.weight.data.clone()
+    doubled.sum().backward()
+    assert module.P.grad.isfinite().all()
+    merged = layer_of("linear")
+    merged.load_state_dict({**layer.state_dict(), "weight": adapted_weight(module)})
+    assert relative_error(doubled, merged(x)) < 1e-6
+
+
+def test_base_weight_is_no_part_of_the_module():
+    layer = layer_of("linear")
+    module = module_on(layer)
+    assert set(module.state_dict()) == {"P", "R", "E0"}
+    shapes = {tuple(t.shape) for t in [*module.parameters(), *module.buffers()]}
+    assert tuple(layer.weight.shape) not in shapes
+    held = [v for v in module.__dict__.values() if isinstance(v, torch.Tensor)]
+    assert not held
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu", torch.half)]
+)
+def test_parameters_stay_float32_whatever_the_network_is_cast_to(cast):
+    module = module_on(layer_of("linear"))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    getattr(nn.ModuleList([module]), cast)()
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert value.dtype == torch.float32
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_neuron_dropout_drops_the_ranks_values():
+    layer = layer_of("linear")
+    module = module_on(layer, neuron_dropout=0.5)
+    x = input_of(layer, 1)[:, :1].expand(4000, 1, -1)
+    base = module.org_forward(x)
+    update = layer(x) - base
+    module.eval()
+    full = layer(x) - base
+    assert relative_error(update, full) > 0.5
+    assert relative_error(update.mean(0), full.mean(0)) < 0.1  # the same in expectation
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv 3x3"])
+def test_rank_dropout_drops_a_rank_for_a_whole_sample(kind):
+    layer = layer_of(kind)
+    module = module_on(layer, rank=4, rank_dropout=0.5)
+    x = input_of(layer, 6)
+    update = (layer(x) - module.org_forward(x)).detach()
+    up = module.lora_factors()[0].detach()
+
+    def between(update):  # the rank's values that an update came from, (rank, sample, position)
+        columns = update.movedim(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(2)
+        return torch.linalg.lstsq(up, columns.flatten(1)).solution.unflatten(1, columns.shape[1:])
+
+    dropped = between(update)
+    module.eval()
+    ratio = dropped / between((layer(x) - module.org_forward(x)).detach())
+    kept = ratio.median(dim=2).values.round()
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert (ratio - kept[:, :, None]).abs().median() < 1e-2
+
+
+def test_module_dropout_skips_the_layer_at_its_rate():
+    layer = layer_of("linear")
+    module = module_on(layer, module_dropout=0.25)
+    x = input_of(layer)
+    base = module.org_forward(x)
+    skipped = sum(torch.equal(layer(x), base) for _ in range(400)) / 400
+    assert 0.18 < skipped < 0.32
+    module.eval()
+    assert not any(torch.equal(layer(x), base) for _ in range(50))
+
+
+@pytest.mark.parametrize("form", ["qr", "relu", "gate"])
+@pytest.mark.parametrize("rank", [4, 7])
+def test_reading_a_lora_is_exact(form, rank):
+    layer = layer_of("conv 3x3")
+    m, n = layer_shape(layer)
+    module = module_on(layer, rank, alpha=1, **FORMS[form])
+    up, down = torch.randn(m, 4), torch.randn(4, n)
+    module.load_lora(up, down)
+    assert relative_error(torch.matmul(*module.lora_factors()), up @ down) < 2e-6
+
+
+def test_para_reads_only_paras_of_its_own_base():
+    layer = layer_of("linear")
+    module = module_on(layer, para=True)
+    up, down = (t.detach() for t in module.lora_factors())
+    module.load_lora(2 * up, down / 2)
+    assert relative_error(torch.matmul(*module.lora_factors()), up @ down) < 2e-6
+    with pytest.raises(DeftError, match="no PaRa of this base model"):
+        module.load_lora(torch.randn_like(up), torch.randn_like(down))
+
+
+@pytest.mark.parametrize("form", ["qr", "relu", "gate", "paper start"])
+def test_scale_delta(form):
+    module = module_on(layer_of("linear"), **FORMS[form])
+    before = torch.matmul(*module.lora_factors()).detach()
+    P = module.P.clone()
+    module.scale_delta(0.25)
+    assert relative_error(torch.matmul(*module.lora_factors()), 0.25 * before) < 1e-5
+    assert torch.equal(module.P, P)
+
+
+def test_weight_decay_pulls_towards_the_start_not_towards_an_erased_base():
+    layer = layer_of("linear")
+    module = module_on(layer, trained=False)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.5)
+    x = input_of(layer)
+    before = layer(x)
+    for _ in range(20):
+        (layer(x) * 0).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert relative_error(layer(x), before) < 1e-5
+
+
+def test_adding_to_a_half_precision_weight_rounds_once():
+    layer = layer_of("conv 3x3").to(torch.bfloat16)
+    up, down = torch.randn(40, 3), torch.randn(3, 108) * 1e-2
+    wanted = (layer.weight.double().flatten(1) + 0.5 * (up.double() @ down.double())).to(torch.bfloat16)
+    add_to_weight(layer, up, down, 0.5)
+    assert (layer.weight.flatten(1) == wanted).float().mean() > 0.999  # float32 sums may fall on the other side
+
+
+def test_meta_weight_is_refused_by_name():
+    layer = nn.Linear(8, 8, device="meta")
+    with pytest.raises(DeftError, match="meta device"):
+        module_on(layer, trained=False, init="svd")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bassis": "qr"}, "unknown network_args key 'bassis' .did you mean 'basis'"),
+        ({"basis": "rq"}, "basis=rq: allowed are qr, relu"),
+        ({"conv_dim": "4.5"}, "conv_dim=4.5: must be a whole number"),
+        ({"dim": 0}, "network_dim=0: must be a whole number of at least 1"),
+        ({"dim": -3}, "network_dim=-3: must be"),
+        ({"alpha": "many"}, "network_alpha=many: must be a number"),
+        ({"rank_dropout": "1"}, "rank_dropout=1: must be a number from 0 to below 1"),
+        ({"para": "maybe"}, "para=maybe: must be true or false"),
+        ({"para": "true", "init": "identity"}, "init=identity: para=true removes"),
+        ({"para": "true", "basis": "relu"}, "para=true needs basis=qr"),
+        ({"para": "yes", "gate": "yes"}, "gate=true scales R"),
+        ({"init": "zero"}, "init=zero: allowed are identity, paper, svd"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(DeftError, match=message) as raised:
+        parse_options(options)
+    assert "\n" not in str(raised.value)
+
+
+def test_options_are_read_as_strings():
+    config = parse_options({"dim": 8, "conv_dim": "4", "para": "False", "gate": "TRUE", "dropout": 0.1, "pad": "no"})
+    assert (config.conv_dim, config.para, config.gate, config.neuron_dropout, config.pad) == (
+        4,
+        False,
+        True,
+        0.1,
+        False,
+    )
+    assert parse_options({"dropout": None}).neuron_dropout == 0
+    assert parse_options({}).scale == 1 / 4  # sd-scripts' defaults: dim 4, alpha 1
+    assert parse_options({"dim": 8, "alpha": 0}).scale == 1  # as in sd-scripts
