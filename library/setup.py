@@ -44,7 +44,7 @@ def prepare_accelerator(args: argparse.Namespace) -> Accelerator:
         force=True,
     )
     for chatty in ("httpx", "PIL", "diffusers", "transformers", "accelerate"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     return accelerator
 
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from library.sd import CONFIGS
 
-UNET = {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 64, "norm_num_groups": 16, "sample_size": 16}
+UNET = {"block_out_channels": [32, 64, 96, 96], "cross_attention_dim": 64, "norm_num_groups": 16, "sample_size": 16}
 VAE = {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 128}
 TEXT_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "projection_dim": 64}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -158,17 +158,16 @@ class DeftNetwork(nn.Module):
             self.text_encoder_modules += build(encoder, part)
         self.unet_modules = build(unet, architecture.unet)
         if not self.all_modules:
-            made_for = looks_made_for(source.tensors) if source else "another model"
-            raise DeftError(
-                f"{source.source if source else 'networks.deft'}: no layer of this model fits ({made_for}?)"
-            )
+            if source is None:
+                raise DeftError("networks.deft: this model has no layer that is adapted")
+            made_for = looks_made_for(source.tensors)
+            raise DeftError(f"{source.source}: none of its layers is in this model; it looks made for {made_for}")
         if capped:
             logger.warning(f"rank capped at the layer's size in {len(capped)} layers: {', '.join(capped[:3])}, ...")
         if not config.pad:
             logger.warning("pad=false: files of mixed ranks are misread by diffusers; use them elsewhere")
-        logger.info(
-            f"DEFT: {len(self.text_encoder_modules)} text encoder and {len(self.unet_modules)} U-Net modules, {config}"
-        )
+        logger.info(f"DEFT: {len(self.text_encoder_modules)} text encoder and {len(self.unet_modules)} U-Net modules")
+        logger.info(f"DEFT: {', '.join(f'{k}={v}' for k, v in asdict(config).items() if v is not None)}")
 
     @property
     def all_modules(self) -> list[DeftModule]:

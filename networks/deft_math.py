@@ -89,14 +89,15 @@ class _TransposedTimesWeight(torch.autograd.Function):
         return ctx.read_weight() @ grads[0].mT, None
 
 
-def start_directions(m: int, rank: int, scale: float, ratio: float) -> Tensor:
-    """A random P (m, rank): entries N(0, 1/m) / (scale * ratio), so columns of norm about 1 / (scale * ratio).
+def direction_size(m: int, n: int, scale: float, ratio: float) -> float:
+    """The norm that columns of P start with: sqrt(1 + m / n) / (scale * ratio).
 
-    Adam turns P by its rate over P's own size. With columns of this norm, `scale` (alpha / rank) slows or speeds the
-    whole adapter as it does a LoRA, and the turn of P moves a weight of the usual size (variance 1 / 3n) as far as a
-    LoRA's step does on every layer shape; `ratio` is P's rate over R's.
+    Only the span of P counts under qr, and Adam turns it by its rate over P's own size. With columns of this norm,
+    `scale` (alpha / rank) slows or speeds the whole adapter as it does a LoRA, and turning P moves a weight of the
+    usual size (variance 1 / 3n) about as far as a LoRA's step does on every layer shape: P's gradient lies in the
+    columns of W, hence the m / n. `ratio` is P's rate over R's. `docs/method.md` has the table.
     """
-    return torch.randn(m, rank) / (math.sqrt(m) * scale * ratio)
+    return math.sqrt(1 + m / n) / (scale * ratio)
 
 
 def injection_rate(m: int, n: int) -> float:

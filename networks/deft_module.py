@@ -50,17 +50,18 @@ class DeftModule(nn.Module):
         self.enabled = True
         self.rank, self.scale, self.config = rank, scale, config
         m, n = layer_shape(org_module)
+        self.P_size = deft_math.direction_size(m, n, scale, config.ratio)
         self.P_rate = 1.0
         self.R_rate = deft_math.injection_rate(m, n)
         if config.basis == "relu":  # P's own size counts here: the paper's 0.02, turned at the same rate as under qr
-            self.P_rate = 0.02 * m**0.5 * scale * config.ratio
+            self.P_rate = 0.02 * m**0.5 / self.P_size
             self.R_rate /= 0.02 * m**0.5
 
         self.register_buffer("E0", torch.zeros(m, rank))
-        P = deft_math.start_directions(m, rank, scale, config.ratio)
+        P = torch.randn(m, rank) / m**0.5
         if config.init == "svd":
-            P = deft_math.leading_directions(read_weight(org_module), rank).cpu() / (scale * config.ratio)
-        self.P = nn.Parameter(P)
+            P = deft_math.leading_directions(read_weight(org_module), rank).cpu()
+        self.P = nn.Parameter(P * self.P_size)
         self.R: nn.Parameter | None = None if config.para else nn.Parameter(torch.zeros(rank, n))
         self.g: nn.Parameter | None = None
         if config.gate:
@@ -121,7 +122,9 @@ class DeftModule(nn.Module):
         :raises DeftError: under PaRa, for an adapter that is not the removal of a subspace of this base weight
         """
         up, down = up.to(self.E0), down.to(self.E0)
-        P, R = deft_math.from_lora(up, down, self.rank, float(self.effective_scale), self.config.basis)
+        with torch.no_grad():
+            scale = float(self.effective_scale)
+        P, R = deft_math.from_lora(up, down, self.rank, scale, self.config.basis)
         if self.config.para:
             removal = -P.mT @ self.base_weight()
             if bool((R * self.scale - removal).norm() > 0.05 * removal.norm()):
@@ -129,7 +132,7 @@ class DeftModule(nn.Module):
                     f"{self.lora_name}: the file is no PaRa of this base model and rank; leave para=true out, or use "
                     f"the same base and --dim_from_weights"
                 )
-        self.set_matrices(P / (self.scale * self.config.ratio) if self.config.basis == "qr" else P, R, None)
+        self.set_matrices(P * self.P_size if self.config.basis == "qr" else P, R, None)
 
     @torch.no_grad()
     def set_matrices(self, P: Tensor, R: Tensor | None, E0: Tensor | None) -> None:

@@ -1,0 +1,423 @@
+"""Adapter files: what clients find in them, what comes back from them, and what a failing save leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from networks import deft, deft_io
+from networks.deft_config import DeftError
+from tests.conftest import deltas, largest_error, network_of, relative_error
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {None: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+FORMS = [{}, {"basis": "relu"}, {"para": "true"}, {"gate": "true"}, {"init": "paper"}, {"conv_dim": "2"}]
+
+
+def save(network, tmp_path, name="a.safetensors", dtype=None, metadata=None) -> str:
+    file = str(tmp_path / name)
+    network.save_weights(file, dtype, metadata)
+    return file
+
+
+def metadata_of(file: str) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()
+
+
+def loaded_from(file: str, model, **options) -> deft.DeftNetwork:
+    network, _ = deft.create_network_from_weights(1.0, file, None, model.text_encoder, model.unet, **options)
+    network.apply_to(model.text_encoder, model.unet)
+    network.load_weights(file)
+    return network
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_saved_and_loaded_deltas(model, tmp_path, form, dtype):
+    network = network_of(model, **form)
+    wanted = deltas(network)
+    file = save(network, tmp_path, dtype=dtype)
+    network.remove()
+    again = loaded_from(file, model)
+    assert largest_error(deltas(again), wanted) < DTYPES[dtype]
+    assert again.config.basis == network.config.basis
+    assert again.config.para == network.config.para
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_small_deltas_survive(model, tmp_path, dtype):
+    """After one step at rate 1e-5 and alpha 1, deltas are a millionth of the weights."""
+    network = network_of(model, 8, 1, trained=False)
+    with torch.no_grad():
+        for module in network.all_modules:
+            module.R += 1e-5 * torch.randn_like(module.R).sign()
+    wanted = deltas(network)
+    file = save(network, tmp_path, dtype=dtype)
+    network.remove()
+    assert largest_error(deltas(loaded_from(file, model)), wanted) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_saving_and_loading_is_a_fixed_point(model, tmp_path, form):
+    network = network_of(model, **form)
+    files = [save(network, tmp_path, "0.safetensors")]
+    network.remove()
+    for i in range(1, 4):
+        again = loaded_from(files[-1], model)
+        files.append(save(again, tmp_path, f"{i}.safetensors"))
+        again.remove()
+    first, last = load_file(files[0]), load_file(files[-1])
+    assert first.keys() == last.keys()
+    for key in (k for k in first if k.endswith("lora_up.weight")):
+        a, b = (t[key].flatten(1) @ t[key.replace("lora_up", "lora_down")].flatten(1) for t in (last, first))
+        assert relative_error(a, b) < 1e-6
+
+
+def test_training_goes_on_from_a_file_as_from_memory(model, tmp_path):
+    """A fresh identity start that is saved and read back has the same gradient of the weight's motion."""
+    network = network_of(model)
+    file = save(network, tmp_path)
+    module = network.unet_modules[0]
+    network.remove()
+    again = loaded_from(file, model)
+    other = next(m for m in again.all_modules if m.lora_name == module.lora_name)
+    direction = torch.randn_like(module.R)
+    for m in (module, other):
+        with torch.no_grad():
+            m.R += 0.1 * direction
+    assert relative_error(torch.matmul(*other.lora_factors()), torch.matmul(*module.lora_factors())) < 1e-5
+
+
+def test_one_rank_and_one_alpha_in_the_file(model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    network = network_of(model, 8, 8, conv_dim="2")
+    parameters = sum(p.numel() for p in network.parameters())
+    tensors = load_file(save(network, tmp_path))
+    assert {t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight")} == {8}
+    assert {t.shape[1] for k, t in tensors.items() if k.endswith("lora_up.weight")} == {8}
+    assert {float(t) for k, t in tensors.items() if k.endswith(".alpha")} == {8.0}
+    assert {k.split(".", 1)[1] for k in tensors} == {"lora_up.weight", "lora_down.weight", "alpha"}
+    assert "without padding" in caplog.text
+    network.remove()
+    again = loaded_from(str(tmp_path / "a.safetensors"), model)
+    assert sum(p.numel() for p in again.parameters()) == parameters
+
+
+def test_shapes_are_those_of_sd_scripts(model, tmp_path):
+    network = network_of(model, conv_dim="2")
+    tensors = load_file(save(network, tmp_path))
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    assert tensors[f"{name}.lora_down.weight"].shape == (4, 32, 1, 1)
+    assert tensors[f"{name}.lora_up.weight"].shape == (32, 4, 1, 1)
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    assert tensors[f"{name}.lora_down.weight"].shape == (4, 32, 3, 3)
+    assert tensors[f"{name}.lora_up.weight"].shape == (32, 4, 1, 1)
+
+
+def test_pad_false_keeps_each_layers_rank(model, tmp_path):
+    network = network_of(model, 8, 8, conv_dim="2", pad="false")
+    tensors = load_file(save(network, tmp_path))
+    assert {t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight")} == {2, 8}
+    assert all(tensors[f"{k.split('.')[0]}.alpha"] == t.shape[0] for k, t in tensors.items() if "lora_down" in k)
+
+
+def test_loads_in_diffusers_with_every_module_and_the_same_output(model, tmp_path):
+    from library import sampling
+
+    prompts = [sampling.Prompt("sks cat", width=128, height=128, seed=3, guidance=2.0, steps=3)]
+    base = sampling.draw(model.pipeline, prompts)[0]
+    network = network_of(model, conv_dim="2", dim=8, alpha=8)
+    wanted, ours = deltas(network), sampling.draw(model.pipeline, prompts)[0]
+    file = save(network, tmp_path)
+    network.remove()
+    model.pipeline.load_lora_weights(str(tmp_path), weight_name=Path(file).name)
+    drawn = sampling.draw(model.pipeline, prompts)[0]
+    pixels = [torch.tensor(list(image.tobytes()), dtype=torch.float32) for image in (base, ours, drawn)]
+    assert (pixels[2] - pixels[1]).abs().max() < 2
+    assert (pixels[1] - pixels[0]).abs().max() > 10  # the adapter is seen at all
+    found = 0
+    by_layer = {m.org_module: m.lora_name for m in network.all_modules}
+    for part in (model.unet, model.text_encoder):
+        for layer in part.modules():
+            if hasattr(layer, "get_delta_weight"):
+                delta = layer.get_delta_weight(layer.active_adapters[0]).flatten(1)
+                assert relative_error(delta, wanted[by_layer[layer.base_layer]]) < 1e-5
+                found += 1
+    assert found == len(network.all_modules)
+
+
+def plain_lora(network, rank: int, alpha: float | None, make) -> dict[str, torch.Tensor]:
+    """A LoRA file as another trainer might have written it, for the network's layers."""
+    tensors = {}
+    for module in network.all_modules:
+        weight = module.org_module.weight
+        ones = (1,) * (weight.dim() - 2)
+        up, down = make(weight.shape[0], rank, weight.shape[1:].numel())
+        tensors[f"{module.lora_name}.lora_up.weight"] = up.reshape(-1, rank, *ones).contiguous()
+        tensors[f"{module.lora_name}.lora_down.weight"] = down.reshape(rank, *weight.shape[1:]).contiguous()
+        if alpha is not None:
+            tensors[f"{module.lora_name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def random_lora(m, r, n):
+    return torch.randn(m, r), torch.randn(r, n)
+
+
+def deltas_of_lora(tensors):
+    found = {}
+    for key in (k for k in tensors if k.endswith("lora_up.weight")):
+        name = key.split(".")[0]
+        up, down = tensors[key].flatten(1), tensors[f"{name}.lora_down.weight"].flatten(1)
+        found[name] = up @ down * (tensors[f"{name}.alpha"] / down.shape[0] if f"{name}.alpha" in tensors else 1)
+    return found
+
+
+@pytest.mark.parametrize("form", [{}, {"basis": "relu"}, {"gate": "true"}], ids=str)
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 1.0), (2, 1.0), (3, None)])
+def test_any_plain_lora_becomes_a_deft(model, tmp_path, form, rank, alpha):
+    network = network_of(model, trained=False, **form)
+    tensors = plain_lora(network, rank, alpha, random_lora)
+    save_file(tensors, tmp_path / "other.safetensors")
+    assert "264 modules loaded" in str(network.load_weights(str(tmp_path / "other.safetensors")))
+    assert largest_error(deltas(network), deltas_of_lora(tensors)) < 1e-6
+    network.remove()
+    again = loaded_from(str(tmp_path / "other.safetensors"), model)  # --dim_from_weights, no metadata
+    assert largest_error(deltas(again), deltas_of_lora(tensors)) < 1e-6
+    assert {m.rank for m in again.all_modules} == {rank}
+
+
+def test_a_fresh_lora_of_sd_scripts_with_up_zero(model, tmp_path):
+    network = network_of(model)
+    tensors = plain_lora(network, 4, 1.0, lambda m, r, n: (torch.zeros(m, r), torch.randn(r, n)))
+    save_file(tensors, tmp_path / "fresh.safetensors")
+    network.load_weights(str(tmp_path / "fresh.safetensors"))
+    assert max(float(d.norm()) for d in deltas(network).values()) < 1e-5
+    assert {m.rank for m in network.all_modules} == {4}
+
+
+def test_higher_rank_is_refused_or_truncated(model, tmp_path, caplog):
+    network = network_of(model)
+    tensors = plain_lora(network, 6, 6.0, random_lora)
+    save_file(tensors, tmp_path / "large.safetensors")
+    with pytest.raises(DeftError, match=r"has rank 6, the network 4; use --dim_from_weights.*truncate=true"):
+        network.load_weights(str(tmp_path / "large.safetensors"))
+    network.remove()
+    caplog.set_level("INFO")
+    cut = network_of(model, truncate="true")
+    cut.load_weights(str(tmp_path / "large.safetensors"))
+    name, wanted = next(iter(deltas_of_lora(tensors).items()))
+    S = torch.linalg.svdvals(wanted)
+    best = float(S[4:].norm() / S.norm())
+    assert relative_error(deltas(cut)[name], wanted) == pytest.approx(best, rel=1e-3)
+    assert f"truncated {name}: relative error {best:.2e}" in caplog.text
+    assert "264 modules truncated" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lora_unet_input_blocks_1_1_proj_in": (4, 320)}, "looks made for SDXL"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv": (4, 3072)}, "looks made for FLUX.1"),
+        ({"lora_unet_joint_blocks_0_x_block_mlp_fc1": (4, 1536)}, "looks made for Stable Diffusion 3"),
+        (
+            {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (4, 1024)},
+            "looks made for Stable Diffusion 2.x",
+        ),
+    ],
+)
+def test_files_of_other_models_are_refused_by_name(model, tmp_path, keys, message):
+    tensors = {}
+    for name, (rank, width) in keys.items():
+        tensors[f"{name}.lora_up.weight"] = torch.randn(32, rank)
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, width)
+    file = str(tmp_path / "other.safetensors")
+    save_file(tensors, file)
+    network = network_of(model)
+    before = network.state_dict()
+    with pytest.raises(DeftError, match=message) as raised:
+        network.load_weights(file)
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    network.remove()
+    with pytest.raises(DeftError, match=message):
+        loaded_from(file, model)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.ones(4, 8)}, "Diffusers' key names"),
+        ({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(4, 8)}, "neither a plain LoRA nor a DEFT"),
+        ({"lora_unet_x.lora_up.weight": torch.ones(8, 4)}, "lora_down.weight"),
+        (
+            {
+                "lora_unet_x.lora_up.weight": torch.ones(8, 4),
+                "lora_unet_x.lora_down.weight": torch.ones(4, 8),
+                "lora_unet_x.dora_scale": torch.ones(8),
+            },
+            "dora_scale",
+        ),
+    ],
+)
+def test_other_adapters_are_refused(model, tmp_path, tensors, message):
+    file = str(tmp_path / "other.safetensors")
+    save_file(tensors, file)
+    with pytest.raises(DeftError, match=message):
+        network_of(model).load_weights(file)
+
+
+def test_unreadable_files_are_refused(model, tmp_path):
+    network = network_of(model)
+    whole = Path(save(network, tmp_path))
+    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-1000])
+    (tmp_path / "pickle.pt").write_bytes(b"\x80\x04.")
+    for name, message in (
+        ("cut.safetensors", "not a whole safetensors file"),
+        ("none.safetensors", "no such adapter file"),
+        ("pickle.pt", "only .safetensors is read"),
+    ):
+        with pytest.raises(DeftError, match=message):
+            network.load_weights(str(tmp_path / name))
+
+
+def test_modules_without_counterpart_are_an_error_other_halves_are_not(model, tmp_path):
+    network = network_of(model, conv_dim="2")
+    file = save(network, tmp_path)
+    network.remove()
+    plain = network_of(model)
+    with pytest.raises(DeftError, match=r"86 of its modules have no counterpart.*conv_dim"):
+        plain.load_weights(file)
+    plain.remove()
+    half = deft.create_network(1.0, 4, 4, None, model.text_encoder, model.unet, conv_dim="2")
+    half.apply_to(model.text_encoder, model.unet, apply_text_encoder=False)
+    assert "72 of the file belong to a half that is not trained" in str(half.load_weights(file))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_deft_format_round_trip_and_on_another_base(model, tmp_path, form):
+    network = network_of(model, save_format="deft", **form)
+    wanted = {k: v.clone() for k, v in network.state_dict().items()}
+    file = save(network, tmp_path, dtype=torch.float16)
+    assert {t.dtype for t in load_file(file).values()} == {torch.float32}
+    delta = deltas(network)
+    network.remove()
+    again = loaded_from(file, model)
+    assert largest_error(dict(again.state_dict()), wanted) < 1e-6
+    assert largest_error(deltas(again), delta) < 1e-5
+    again.remove()
+    other_basis = {"basis": "qr" if form.get("basis") else "relu", "para": "false", "gate": "false"}
+    other = network_of(model, conv_dim=form.get("conv_dim"), **other_basis)
+    other.load_weights(file)
+    assert largest_error(deltas(other), delta) < 1e-5
+
+
+def test_metadata_brings_deft_back_and_leaves_the_trainers_alone(model, tmp_path):
+    network = network_of(model, 8, 2, basis="relu", conv_dim="2", conv_alpha="1")
+    given = {"ss_output_name": "x", "ss_steps": "3"}
+    file = save(network, tmp_path, metadata=given)
+    assert given == {"ss_output_name": "x", "ss_steps": "3"}
+    metadata = metadata_of(file)
+    assert metadata["ss_output_name"] == "x"
+    options = json.loads(metadata["deft_options"])
+    assert (options["basis"], options["alpha"], options["conv_dim"]) == ("relu", 2.0, 2)
+    ranks = {name: rank for name, (rank, _) in json.loads(metadata["deft_layers"]).items()}
+    assert ranks == {m.lora_name: m.rank for m in network.all_modules}
+    assert metadata["deft_base_dtype"] == "float32"
+    network.remove()
+    again = loaded_from(file, model)
+    assert {m.lora_name: m.scale for m in again.all_modules} == {m.lora_name: m.scale for m in network.all_modules}
+
+
+def test_base_hash_follows_the_weights_as_the_forward_pass_sees_them(model, tmp_path):
+    network = network_of(model)
+    hashes = [metadata_of(save(network, tmp_path))["deft_base_hash"] for _ in range(2)]
+    layer = network.unet_modules[5].org_module
+    layer.weight.data = layer.weight.data.flip(0)
+    hashes.append(metadata_of(save(network, tmp_path))["deft_base_hash"])
+    layer.weight.data = layer.weight.data.flip(0)
+    model.unet.to(torch.bfloat16)
+    metadata = metadata_of(save(network, tmp_path))
+    hashes.append(metadata["deft_base_hash"])
+    assert metadata["deft_base_dtype"] == "bfloat16,float32"
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_hashes_are_those_that_webuis_compute(model, tmp_path):
+    """sshs_model_hash is SHA-256 of everything behind the file's header, as A1111's lora.py hashes a file."""
+    file = save(network_of(model), tmp_path, metadata={"ss_steps": "3"})
+    content = Path(file).read_bytes()
+    (header,) = struct.unpack("<Q", content[:8])
+    assert metadata_of(file)["sshs_model_hash"] == hashlib.sha256(content[8 + header :]).hexdigest()
+    assert len(metadata_of(file)["sshs_legacy_hash"]) == 8
+
+
+def test_non_finite_networks_never_replace_a_good_file(model, tmp_path):
+    network = network_of(model)
+    good = Path(save(network, tmp_path)).read_bytes()
+    with torch.no_grad():
+        network.unet_modules[3].R[0, 0] = float("nan")
+    with pytest.raises(DeftError, match=rf"{network.unet_modules[3].lora_name}.R has non-finite values"):
+        save(network, tmp_path)
+    assert (tmp_path / "a.safetensors").read_bytes() == good
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+SAVE_IN_A_CHILD = """
+import os, signal, sys, torch
+sys.path.insert(0, {root!r})
+from networks import deft_io
+{sabotage}
+deft_io.write_safetensors({{"x": torch.ones(300_000)}}, {file!r}, {{}})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
+@pytest.mark.parametrize(
+    ("sabotage", "leftover"),
+    [
+        (
+            "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))",
+            0,
+        ),
+        ("deft_io.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)", 1),
+    ],
+    ids=["no room on the disk", "killed"],
+)
+def test_a_failing_save_leaves_the_previous_file_whole(tmp_path, sabotage, leftover):
+    file = tmp_path / "a.safetensors"
+    save_file({"x": torch.zeros(10)}, file)
+    good = file.read_bytes()
+    code = SAVE_IN_A_CHILD.format(root=str(ROOT), sabotage=sabotage, file=str(file))
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode != 0
+    assert file.read_bytes() == good
+    others = [p.name for p in tmp_path.iterdir() if p != file]
+    assert len(others) == leftover
+    assert all(name.endswith(".partial") for name in others)
+    if not leftover:
+        assert "could not be saved, what was there is untouched" in child.stderr
+
+
+def test_fingerprint_is_that_of_the_bits():
+    weight = torch.randn(6, 10)
+    one = deft_io.base_fingerprint([("a", weight)])
+    assert one == deft_io.base_fingerprint([("a", weight.clone().t().contiguous().t())])
+    assert one != deft_io.base_fingerprint([("b", weight)])
+    changed = weight.clone()
+    changed[2, 3] = torch.nextafter(changed[2, 3], torch.tensor(9.0))
+    assert one != deft_io.base_fingerprint([("a", changed)])
+    assert one != deft_io.base_fingerprint([("a", weight.to(torch.bfloat16))])
