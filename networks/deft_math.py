@@ -129,12 +129,12 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> 
     Directions that `up` does not span (all of them in a fresh LoRA, dependent columns, a rank below `rank`) are filled
     with random ones that add nothing; for `qr` they are orthogonal to the rest, and P = Q.
 
-    :param up: (m, k), float32, with k <= rank
-    :param down: (k, n), float32, the LoRA's scale already in it
+    :param up: (m, k), float32 or float64, with k <= rank
+    :param down: (k, n), of the same dtype, the LoRA's scale already in it
     """
     m, k = up.shape
     if basis == "relu":  # a zero column of up still learns through its row of down, so only missing ones are filled
-        P = torch.cat([up, 0.02 * torch.randn(m, rank - k, device=up.device)], dim=1)
+        P = torch.cat([up, 0.02 * torch.randn(m, rank - k).to(up)], dim=1)
         return P, torch.nn.functional.pad(down / scale, (0, 0, 0, rank - k))
     Q, T = _positive_qr(up)
     if not _well_conditioned(T):
@@ -144,8 +144,8 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> 
     R = T @ down / scale
     missing = rank - Q.shape[1]
     if missing:
-        noise = torch.randn(m, missing, device=up.device)
-        for _ in range(2):  # twice is enough to be orthogonal to the rest in float32
+        noise = torch.randn(m, missing).to(up)
+        for _ in range(2):  # twice is enough to be orthogonal to the rest
             noise = orthonormal_basis(noise - Q @ (Q.mT @ noise))
         Q, R = torch.cat([Q, noise], dim=1), torch.nn.functional.pad(R, (0, 0, 0, missing))
     return Q, R

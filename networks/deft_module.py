@@ -121,10 +121,11 @@ class DeftModule(nn.Module):
 
         :raises DeftError: under PaRa, for an adapter that is not the removal of a subspace of this base weight
         """
-        up, down = up.to(self.E0), down.to(self.E0)
         with torch.no_grad():
             scale = float(self.effective_scale)
-        P, R = deft_math.from_lora(up, down, self.rank, scale, self.config.basis)
+        # in float64, which not every device has, so that reading and writing again and again does not drift
+        P, R = deft_math.from_lora(up.cpu().double(), down.cpu().double(), self.rank, scale, self.config.basis)
+        P, R = P.to(self.E0), R.to(self.E0)
         if self.config.para:
             removal = -P.mT @ self.base_weight()
             if bool((R * self.scale - removal).norm() > 0.05 * removal.norm()):
