@@ -11,9 +11,8 @@ from pathlib import Path
 import library
 
 if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "library":
-    sys.exit(
-        f"train_network_deft.py: found another project's library/ at {library.__path__[0]}; take it off PYTHONPATH"
-    )
+    print(f"error: found another project's library/ at {library.__path__[0]}; take it off PYTHONPATH", file=sys.stderr)
+    sys.exit(2)
 
 from library import options, sampling, sd, setup
 from library.checkpoints import Checkpoints, TrainingStopped, training_metadata

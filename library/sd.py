@@ -9,7 +9,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -57,7 +56,7 @@ class StableDiffusion:
             captions,
             padding="max_length",
             truncation=True,
-            max_length=self.tokenizer.model_max_length,
+            max_length=self.text_encoder.config.max_position_embeddings,
             return_tensors="pt",
         )
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0]
@@ -93,11 +92,12 @@ def load(path: str, tokenizer: str | None = None, tokenizer_cache_dir: str | Non
             pipeline = StableDiffusionPipeline.from_single_file(
                 str(location), config=str(CONFIGS), tokenizer=found, **shared
             )
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, DeftError):
-            raise
+    except DeftError:
+        raise
+    except Exception as error:  # what the libraries raise for files that are no model is of many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DeftError(f"{path}: not a readable Stable Diffusion 1.x or 2.x model ({reason})") from error
+    _check_tokenizer(pipeline.tokenizer, path)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval().float()
@@ -113,19 +113,28 @@ def find_tokenizer(tokenizer: str | None, cache_dir: str | None) -> CLIPTokenize
     """
     if tokenizer:
         return _tokenizer_from(tokenizer)
-    if cache_dir and (Path(cache_dir) / CLIP_L.replace("/", "_")).is_dir():
-        return _tokenizer_from(str(Path(cache_dir) / CLIP_L.replace("/", "_")))
+    cached = Path(cache_dir or "", CLIP_L.replace("/", "_"))
+    if cache_dir and cached.is_dir():
+        return _tokenizer_from(str(cached))
     try:
-        return CLIPTokenizer.from_pretrained(CLIP_L, local_files_only=True)
-    except OSError:
+        return _tokenizer_from(CLIP_L)
+    except DeftError:
         raise DeftError(
             f"a single-file checkpoint holds no tokenizer: give --tokenizer FOLDER, or --tokenizer_cache_dir FOLDER "
-            f"with {CLIP_L.replace('/', '_')}/ in it, or put {CLIP_L} into the local hub cache"
+            f"with {cached.name}/ in it, or put {CLIP_L} into the local hub cache"
         ) from None
 
 
 def _tokenizer_from(folder: str) -> CLIPTokenizer:
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DeftError(f"--tokenizer {folder}: no CLIP tokenizer there ({str(error).splitlines()[0]})") from None
+    _check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: CLIPTokenizer, source: str) -> None:
+    """transformers 5 makes an empty tokenizer, which knows no letter, where it finds no files."""
+    if len(tokenizer) < 256:
+        raise DeftError(f"{source}: no CLIP tokenizer there (vocab.json and merges.txt, or tokenizer.json)")

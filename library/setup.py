@@ -37,12 +37,8 @@ def prepare_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with="tensorboard" if args.logging_dir else None,
         project_dir=args.logging_dir,
     )
-    logging.basicConfig(
-        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for chatty in ("httpx", "PIL", "diffusers", "transformers", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     return accelerator

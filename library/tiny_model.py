@@ -23,7 +23,7 @@ TEXT_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_head
 
 def build(folder: Path, seed: int = 0) -> Path:
     """Writes the model as a Diffusers folder in float32 (about 10 MB), the same for the same seed."""
-    tokenizer = _tokenizer(folder / "tokenizer")
+    tokenizer = byte_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel.from_config(_config("unet") | UNET)
@@ -48,7 +48,7 @@ def _config(part: str, file: str = "config.json") -> dict:
     return json.loads((CONFIGS / part / file).read_text(encoding="utf-8"))
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def byte_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's byte-level tokenizer without merges: a token a letter."""
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]

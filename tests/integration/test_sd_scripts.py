@@ -1,0 +1,170 @@
+"""The real train_network.py of sd-scripts on a full-size SD 1.5 with random weights, on a CPU.
+
+    SD_SCRIPTS_DIR=/path/to/sd-scripts SD_SCRIPTS_PYTHON=/path/to/its/venv/bin/python pytest tests/integration
+
+About ten minutes. `-s` shows what the training prints at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR")
+PYTHON = os.environ.get("SD_SCRIPTS_PYTHON", sys.executable)
+SIDE = Path(__file__).with_name("sd_scripts_side.py")
+
+pytestmark = pytest.mark.skipif(not SD_SCRIPTS, reason="set SD_SCRIPTS_DIR to a checkout of kohya-ss/sd-scripts")
+
+
+def call(command: list[str], folder: str | Path, with_deft: bool = True) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONIOENCODING": "utf-8",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(folder), *([str(ROOT)] if with_deft else [])]),
+    }
+    return subprocess.run(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sd15")
+    made = call([PYTHON, str(SIDE), "model", str(folder)], folder)
+    assert made.returncode == 0, made.stdout[-3000:]
+    return folder
+
+
+def train(world: Path, name: str, *options: str, fails: bool = False, checkout: str | Path | None = None) -> str:
+    """Runs train_network.py for two steps; returns its output."""
+    command = [PYTHON, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    command += ["train_network.py", "--pretrained_model_name_or_path", str(world / "model")]
+    command += ["--tokenizer_cache_dir", str(world / "tokenizers"), "--train_data_dir", str(world / "images")]
+    command += ["--caption_extension", ".txt", "--resolution", "64", "--max_data_loader_n_workers", "0"]
+    command += ["--mixed_precision", "no", "--save_precision", "float", "--save_model_as", "safetensors"]
+    command += ["--network_module", "networks.deft", "--network_dim", "4", "--network_alpha", "2"]
+    command += ["--max_train_steps", "2", "--learning_rate", "1e-3", "--optimizer_type", "AdamW", "--seed", "1"]
+    command += ["--output_dir", str(world / "out"), "--output_name", name, *options]
+    done = call(command, checkout or SD_SCRIPTS or "", with_deft=checkout is None)
+    tail = done.stdout.replace("\r", "\n").splitlines()[-6:]
+    print(f"\n--- {name} {' '.join(options)}: exit code {done.returncode}\n" + "\n".join(tail))
+    assert (done.returncode != 0) == fails, done.stdout[-4000:]
+    return done.stdout
+
+
+def tensors(world: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(world / "out" / f"{name}.safetensors")
+
+
+def metadata(world: Path, name: str) -> dict[str, str]:
+    with safe_open(str(world / "out" / f"{name}.safetensors"), framework="pt") as file:
+        return file.metadata()
+
+
+def delta_norms(found: dict[str, torch.Tensor]) -> list[float]:
+    ups = [key for key in found if key.endswith("lora_up.weight")]
+    return [float((found[k].flatten(1) @ found[k.replace("up", "down", 1)].flatten(1)).norm()) for k in ups]
+
+
+@pytest.fixture(scope="session")
+def trained(world) -> str:
+    return train(world, "base", "--save_state", "--save_every_n_steps", "1")
+
+
+def test_names_are_those_of_networks_lora(tmp_path):
+    done = call([PYTHON, str(SIDE), "names", str(tmp_path / "names.json")], SD_SCRIPTS or "")
+    assert done.returncode == 0, done.stdout[-3000:]
+    for theirs, ours in json.loads((tmp_path / "names.json").read_text()).values():
+        assert ours == theirs
+        assert list(ours) == list(theirs)
+
+
+def test_trains_and_saves(world, trained):
+    found = tensors(world, "base")
+    assert len(found) == 3 * 264
+    assert all(value.isfinite().all() for value in found.values())
+    norms = delta_norms(found)
+    assert sum(norm > 0 for norm in norms) >= 262  # at 64 pixels the mid block has one position: q and k stand still
+    known = metadata(world, "base")
+    assert known["ss_network_module"] == "networks.deft"
+    assert json.loads(known["deft_options"])["alpha"] == 2.0
+
+
+def test_resumes(world, trained):
+    output = train(world, "resumed", "--resume", str(world / "out" / "base-step00000001-state"))
+    assert "load train state" in output
+    states = [
+        load_file(world / "out" / name / "model.safetensors") for name in ("base-step00000001-state", "base-state")
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert {key.rsplit(".")[-1] for key in states[0]} == {"P", "R", "E0"}
+    moved = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
+    assert {key.rsplit(".")[-1] for key in moved} == {"P", "R"}
+
+
+@pytest.mark.parametrize("options", [(), ("--dim_from_weights",)], ids=["network_weights", "dim_from_weights"])
+def test_continues_from_weights(world, trained, options):
+    name = f"continued{len(options)}"
+    file = str(world / "out" / "base.safetensors")
+    output = train(world, name, "--network_weights", file, *options)
+    assert "264 modules loaded" in " ".join(output.split())
+    assert tensors(world, name)["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"].shape[0] == 4
+
+
+def test_merges_base_weights(world, trained):
+    file = str(world / "out" / "base.safetensors")
+    output = train(world, "merged", "--base_weights", file, "--base_weights_multiplier", "0.5")
+    assert "weights are merged" in output
+    assert len(tensors(world, "merged")) == 3 * 264
+    assert metadata(world, "merged")["deft_base_hash"] != metadata(world, "base")["deft_base_hash"]
+
+
+@pytest.mark.parametrize(("half", "prefix", "count"), [("unet", "lora_unet", 192), ("text_encoder", "lora_te", 72)])
+def test_trains_one_half(world, half, prefix, count):
+    train(world, half, f"--network_train_{half}_only")
+    found = tensors(world, half)
+    assert len(found) == 3 * count
+    assert all(key.startswith(prefix) for key in found)
+
+
+def test_scales_weight_norms(world):
+    output = train(world, "norms", "--scale_weight_norms", "0.001")
+    assert "Keys Scaled=" in output
+    assert max(delta_norms(tensors(world, "norms"))) < 0.001 * (1 + 1e-3)
+
+
+def test_convolutions_para_and_dropouts(world):
+    arguments = ["conv_dim=2", "conv_alpha=2", "rank_dropout=0.1", "module_dropout=0.1", "gate=true", "basis=relu"]
+    train(world, "conv", "--network_dropout", "0.1", "--gradient_checkpointing", "--network_args", *arguments)
+    assert len(tensors(world, "conv")) == 3 * (72 + 278)
+    train(world, "para", "--network_args", "para=true")
+    assert min(delta_norms(tensors(world, "para"))) > 0
+
+
+def test_a_misspelt_option_ends_the_run_before_it_begins(world):
+    output = train(world, "wrong", "--network_args", "convdim=4", fails=True)
+    assert "unknown network_args key 'convdim' (did you mean 'conv_dim'?)" in output
+    assert not (world / "out" / "wrong.safetensors").exists()
+
+
+def test_files_copied_into_the_checkout(world, tmp_path):
+    checkout = tmp_path / "sd-scripts"
+    shutil.copytree(SD_SCRIPTS or "", checkout, ignore=shutil.ignore_patterns(".git"))
+    for file in (ROOT / "networks").glob("deft*.py"):
+        shutil.copy(file, checkout / "networks")
+    train(world, "copied", checkout=checkout)
+    assert len(tensors(world, "copied")) == 3 * 264

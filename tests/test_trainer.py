@@ -1,0 +1,443 @@
+"""The stand-alone trainer: real runs on the small model, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import train_network_deft
+from library import options, sampling, sd
+from library.dataset import find_images, load_image
+from networks import deft
+from networks.deft_config import DeftError
+from tests.conftest import relative_error
+from tests.test_files import deltas_of_lora
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ROOT / "configs" / "quickstart" / "photos"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """accelerate keeps one state for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """The quickstart's pictures, one repeat each."""
+    folder = tmp_path / "photos" / "1_sks cat"
+    shutil.copytree(PHOTOS / "8_sks cat", folder)
+    return folder
+
+
+def arguments(model_folder, photos, tmp_path, **changes) -> list[str]:
+    values = {
+        "pretrained_model_name_or_path": model_folder,
+        "train_data_dir": photos.parent,
+        "output_dir": tmp_path / "out",
+        "output_name": "cat",
+        "resolution": "64",
+        "max_train_steps": 3,
+        "save_precision": "float",
+        "seed": 1,
+    } | changes
+    given: list[str] = []
+    for key, value in values.items():
+        if value is True:
+            given.append(f"--{key}")
+        elif isinstance(value, list):
+            given += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            given += [f"--{key}", str(value)]
+    return given
+
+
+@pytest.fixture
+def run(model_folder, photos, tmp_path):
+    """Runs the trainer in this process; returns its exit code."""
+    return lambda **changes: train_network_deft.main(arguments(model_folder, photos, tmp_path, **changes))
+
+
+def test_trains_from_a_config_file_and_its_lora_is_the_network(model_folder, photos, tmp_path, monkeypatch):
+    """Loss falls, samples are drawn, saves and logs appear, and a fresh diffusers pipeline with the file draws what
+    the trainer's own network drew at the same step."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# one\nsks cat --w 64 --h 64 --d 5 --l 2 --s 4\n")
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f"[model]\npretrained_model_name_or_path = {json.dumps(str(model_folder))}\n"
+        f"[data]\ntrain_data_dir = {json.dumps(str(photos.parent))}\nresolution = 64\ntrain_batch_size = 5\n"
+        "[network]\nnetwork_dim = 8\nnetwork_alpha = 8\nnetwork_args = ['conv_dim=4', 'conv_alpha=4']\n"
+        "[training]\nmax_train_epochs = 40\nlearning_rate = 2e-3\nseed = 7\n"
+        "lr_scheduler = 'cosine'\nlr_warmup_steps = 3\n"
+        f"[saving]\noutput_dir = {json.dumps(str(tmp_path / 'out'))}\noutput_name = 'cat'\nsave_precision = 'float'\n"
+        f"save_every_n_steps = 15\nsave_every_n_epochs = 20\nlogging_dir = {json.dumps(str(tmp_path / 'logs'))}\n"
+        f"sample_prompts = {json.dumps(str(prompts))}\nsample_every_n_steps = 40\nsample_at_first = true\n"
+    )
+    losses = []
+    monkeypatch.setattr(
+        "library.loop.TrainingLoop._after_step",
+        lambda self, loss, original=train_network_deft.TrainingLoop._after_step: (
+            losses.append(loss),
+            original(self, loss),
+        ),
+    )
+    assert train_network_deft.main(["--config_file", str(config)]) == 0
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    saved = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert saved == [
+        "cat-000020.safetensors",
+        "cat-step00000015.safetensors",
+        "cat-step00000030.safetensors",
+        "cat.safetensors",
+    ]
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    drawn = sorted((tmp_path / "out" / "sample").iterdir())
+    assert [path.name.split("_")[1] for path in drawn] == ["000000", "000040"]
+
+    prompt = sampling.read_prompts(str(prompts), (64, 64))
+    fresh = sd.load(str(model_folder))
+    before = sampling.draw(fresh.pipeline, prompt)[0]
+    fresh.pipeline.load_lora_weights(str(tmp_path / "out"), weight_name="cat.safetensors")
+    after = sampling.draw(fresh.pipeline, prompt)[0]
+    images = [torch.tensor(list(i.tobytes()), dtype=torch.float) for i in (*map(Image.open, drawn), before, after)]
+    first, last, before, after = images
+    assert (last - after).abs().max() < 2
+    assert (first - before).abs().max() < 2
+    assert (after - before).abs().max() > 10
+
+    with safe_open(str(tmp_path / "out" / "cat.safetensors"), framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert (metadata["ss_network_dim"], metadata["ss_steps"], metadata["ss_seed"]) == ("8", "40", "7")
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"1_sks cat": {"n_repeats": 1, "img_count": 5}}
+    assert json.loads(metadata["ss_tag_frequency"])["1_sks cat"]["sks cat"] == 5
+
+
+def test_same_seed_same_file(run, tmp_path):
+    for name in ("a", "b"):
+        assert run(output_name=name, max_train_steps=2) == 0
+    a, b = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("a", "b"))
+    assert max(relative_error(a[key], b[key]) for key in a if "lora_up" in key) < 1e-4
+
+
+def test_accumulated_batches_equal_one_large_batch(model_folder, photos, tmp_path, monkeypatch):
+    """With the noise held fixed, two micro-batches of one image give the gradient of one batch of both."""
+    for path in sorted(photos.glob("*_[345].*")):
+        path.unlink()
+    monkeypatch.setattr("torch.randn_like", lambda t, **_: torch.ones_like(t) * 0.5)
+    monkeypatch.setattr("torch.randint", lambda low, high, size, **_: torch.full(size, 500))
+    found = []
+    for name, batch, accumulation in (("one", 2, 1), ("two", 1, 2)):
+        changes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_train_steps": 1}
+        assert train_network_deft.main(arguments(model_folder, photos, tmp_path, output_name=name, **changes)) == 0
+        found.append(load_file(tmp_path / "out" / f"{name}.safetensors"))
+    ups = [key for key in found[0] if "unet" in key and "lora_up" in key]
+    wrong = 0
+    for key in ups:
+        deltas = [t[key].flatten(1) @ t[key.replace("lora_up", "lora_down")].flatten(1) for t in found]
+        wrong += relative_error(*deltas) > 0.2  # Adam's first step is a sign: rounding flips those of tiny gradients
+    assert wrong < len(ups) / 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixed_precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"network_train_unet_only": True},
+        {"network_train_text_encoder_only": True},
+        {"scale_weight_norms": 0.01},
+        {"network_args": ["para=true"]},
+        {"no_metadata": True, "save_precision": "bf16"},
+        {"unet_lr": 1e-3, "text_encoder_lr": 0, "max_grad_norm": 0, "network_dropout": 0.1},
+    ],
+    ids=str,
+)
+def test_options_train_and_save_finite_adapters(run, tmp_path, changes):
+    assert run(**changes) == 0
+    tensors = load_file(tmp_path / "out" / "cat.safetensors")
+    names = {key.split(".")[0] for key in tensors}
+    halves = {"network_train_unet_only": 192, "network_train_text_encoder_only": 72}
+    assert len(names) == next((count for option, count in halves.items() if option in changes), 264)
+    assert all(t.isfinite().all() for t in tensors.values())
+    norms = [float(delta.norm()) for delta in deltas_of_lora({k: t.float() for k, t in tensors.items()}).values()]
+    assert max(norms) > 0
+    if "scale_weight_norms" in changes:
+        assert max(norms) < 0.0101
+    if changes.get("no_metadata"):
+        with safe_open(str(tmp_path / "out" / "cat.safetensors"), framework="pt") as file:
+            assert not [k for k in file.metadata() if k.startswith("ss_") and k not in _MINIMUM]
+
+
+_MINIMUM = {
+    *("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
+    *("ss_steps", "ss_epoch", "ss_training_finished_at"),
+}
+
+
+def test_goes_on_from_weights_and_merges_base_weights(run, tmp_path):
+    assert run(output_name="first") == 0
+    first = str(tmp_path / "out" / "first.safetensors")
+    assert run(output_name="second", network_weights=first, dim_from_weights=True, network_dim=99) == 0
+    assert run(output_name="third", base_weights=[first], base_weights_multiplier=[0.5]) == 0
+    hashes = []
+    for name in ("first", "second", "third"):
+        with safe_open(str(tmp_path / "out" / f"{name}.safetensors"), framework="pt") as file:
+            hashes.append(file.metadata()["deft_base_hash"])
+            assert file.get_slice("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight").get_shape()[0] == 4
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_stops_on_non_finite_losses_and_keeps_the_last_good_save(run, tmp_path, capsys):
+    """A rate so high that the first step already leaves numbers whose products overflow."""
+    assert run(learning_rate=1e25, max_grad_norm=0, max_train_steps=50, save_every_n_steps=1, max_nan_steps=4) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "non-finite loss 4 times in a row" in message
+    assert "stopped at step 5" in message
+    assert "Last good save: " in message
+    good = Path(message.split("Last good save: ")[1])
+    assert all(t.isfinite().all() for t in load_file(good).values())
+    assert not (tmp_path / "out" / "cat.safetensors").exists()
+
+
+def break_image(photos: Path) -> None:
+    path = photos / "chelsea_1.jpg"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def test_a_truncated_image_is_named_and_left_out(run, photos, tmp_path, caplog):
+    break_image(photos)
+    assert run(max_train_steps=1) == 0
+    assert any("chelsea_1.jpg: left out, it cannot be read" in record.message for record in caplog.records)
+    with safe_open(str(tmp_path / "out" / "cat.safetensors"), framework="pt") as file:
+        assert file.metadata()["ss_num_train_images"] == "4"
+
+
+def no_image_is_whole(photos: Path) -> None:
+    for path in photos.glob("*.jpg"):
+        path.write_bytes(b"nothing")
+
+
+def no_images(photos: Path) -> None:
+    for path in photos.glob("*.jpg"):
+        path.unlink()
+
+
+def no_repeats(photos: Path) -> None:
+    photos.rename(photos.with_name("sks cat"))
+
+
+def empty_caption(photos: Path) -> None:
+    (photos / "chelsea_2.txt").write_text("\n  \n")
+
+
+def sdxl_file(photos: Path) -> None:
+    tensors = {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(8, 4)}
+    tensors["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.ones(4, 8)
+    save_file(tensors, photos.parent / "sdxl.safetensors")
+
+
+def config_of(text: str):
+    return lambda photos: (photos.parent / "c.toml").write_text(text)
+
+
+CONFIG = {"config_file": "DATA/c.toml"}
+BAD_INPUT = {
+    "no such model": (None, {"pretrained_model_name_or_path": "nowhere/model"}, "no such model: nowhere/model"),
+    "no model in the folder": (None, {"pretrained_model_name_or_path": "DATA"}, "no Diffusers model folder"),
+    "a pickled checkpoint": (
+        lambda photos: (photos.parent / "m.ckpt").write_bytes(b"x"),
+        {"pretrained_model_name_or_path": "DATA/m.ckpt"},
+        "only .safetensors checkpoints are read",
+    ),
+    "a file that is no model": (
+        sdxl_file,
+        {"pretrained_model_name_or_path": "DATA/sdxl.safetensors", "tokenizer": "MODEL/tokenizer"},
+        "not a readable Stable Diffusion",
+    ),
+    "no data folder": (None, {"train_data_dir": "nowhere"}, "--train_data_dir: no such folder: nowhere"),
+    "no images": (no_images, {}, "no images; they belong into folders named as in"),
+    "no repeats in the name": (no_repeats, {}, "no images; they belong into folders named as in"),
+    "only broken images": (no_image_is_whole, {}, "none of the 5 images can be read"),
+    "an empty caption": (empty_caption, {}, "chelsea_2.txt: the caption is empty"),
+    "rank 0": (None, {"network_dim": 0}, "network_dim=0: must be a whole number of at least 1"),
+    "rank -1": (None, {"network_dim": -1}, "network_dim=-1: must be a whole number of at least 1"),
+    "unknown network_arg": (
+        None,
+        {"network_args": ["bases=qr"]},
+        "unknown network_args key 'bases'",
+    ),
+    "network_arg without value": (None, {"network_args": ["basis"]}, "--network_args basis: must be KEY=VALUE"),
+    "adapter of another architecture": (sdxl_file, {"network_weights": "DATA/sdxl.safetensors"}, "looks made for SDXL"),
+    "no such adapter": (None, {"network_weights": "nowhere.safetensors"}, "no such adapter file: nowhere.safetensors"),
+    "unknown config key": (
+        config_of("[a]\nlerning_rate = 1"),
+        CONFIG,
+        "unknown key 'lerning_rate' (did you mean 'learning_rate'?)",
+    ),
+    "config value for a switch": (
+        config_of("xformers = 'a'"),
+        CONFIG,
+        "--xformers: ignored explicit argument",
+    ),
+    "config true for a value": (
+        config_of("seed = true"),
+        CONFIG,
+        "seed takes a value, not true",
+    ),
+    "no TOML": (config_of("= ="), CONFIG, "c.toml: "),
+    "no such config": (None, {"config_file": "nowhere.toml"}, "--config_file: no such file: nowhere.toml"),
+    "unknown option": (None, {"learning_rat": "1"}, "unknown option --learning_rat (did you mean '--learning_rate'?)"),
+    "not a number": (None, {"learning_rate": "fast"}, "argument --learning_rate: invalid float value: 'fast'"),
+    "not a choice": (None, {"lr_scheduler": "cosin"}, "argument --lr_scheduler: invalid choice: 'cosin'"),
+    "zero steps": (None, {"max_train_steps": 0}, "--max_train_steps=0: must be at least 1"),
+    "odd resolution": (None, {"resolution": "100"}, "--resolution 100,100: both must be multiples of 8"),
+    "no resolution": (None, {"resolution": "big"}, "--resolution big: must be one number or WIDTH,HEIGHT"),
+    "nothing to train": (None, {"learning_rate": 0}, "nothing to train: every learning rate is 0 or unset"),
+    "no prompts": (None, {"sample_prompts": "nowhere.txt"}, "--sample_prompts: no such file: nowhere.txt"),
+    "fp16 without a GPU": (None, {"mixed_precision": "fp16"}, "--mixed_precision=fp16 needs a GPU"),
+    "PaRa cannot be scaled": (
+        None,
+        {"network_args": ["para=1"], "scale_weight_norms": 1},
+        "--scale_weight_norms: a PaRa adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_INPUT))
+def test_bad_input_is_one_line_and_exit_code_2(run, model_folder, photos, tmp_path, capsys, case):
+    if case == "fp16 without a GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    prepare, changes, message = BAD_INPUT[case]
+    if prepare is not None:
+        prepare(photos)
+    places = {"DATA": str(photos.parent), "MODEL": str(model_folder)}
+    for key, value in changes.items():
+        for name, place in places.items():
+            if isinstance(value, str):
+                value = value.replace(name, place)
+        changes = {**changes, key: value}
+    capsys.readouterr()
+    assert run(**changes) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_exit_code_and_no_traceback_from_the_command_line(tmp_path):
+    command = [sys.executable, str(ROOT / "train_network_deft.py"), "--pretrained_model_name_or_path", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: --train_data_dir is needed, on the command line or in --config_file\n"
+
+
+def test_another_projects_library_is_named(tmp_path):
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "__init__.py").touch()
+    code = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); import library; runpy.run_path(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "train_network_deft.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"found another project's library/ at {tmp_path / 'library'}" in done.stderr
+
+
+def test_a_single_file_names_the_three_places_of_a_tokenizer(tmp_path, monkeypatch):
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(DeftError, match=r"--tokenizer FOLDER.*--tokenizer_cache_dir FOLDER.*local hub cache"):
+        sd.load(str(tmp_path / "model.safetensors"))
+
+
+def test_tokenizer_comes_from_sd_scripts_cache_folder(model_folder, tmp_path):
+    shutil.copytree(model_folder / "tokenizer", tmp_path / "openai_clip-vit-large-patch14")
+    assert sd.find_tokenizer(None, str(tmp_path)).model_max_length == 77
+
+
+def test_image_folders(tmp_path):
+    for folder in ("3_sks cat", "1_a_b", "0_none", "plain"):
+        (tmp_path / folder).mkdir()
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 10, 20))
+    image.save(tmp_path / "3_sks cat" / "a.PNG")
+    image.save(tmp_path / "1_a_b" / "b.webp")
+    image.save(tmp_path / "plain" / "c.png")
+    (tmp_path / "1_a_b" / "b.txt").write_text("\ufefffirst line\nsecond", encoding="utf-8")
+    found = find_images(str(tmp_path), ".txt")
+    assert [(i.path.name, i.caption, i.repeats, i.folder) for i in found] == [
+        ("b.webp", "first line", 1, "1_a_b"),
+        ("a.PNG", "sks cat", 3, "3_sks cat"),
+    ]
+    pixels = load_image(tmp_path / "3_sks cat" / "a.PNG", (16, 16))
+    assert pixels.shape == (3, 16, 16)
+    assert pixels[0].mean() > 0.9  # the blue edge is cropped away: the middle 20 of 40 columns are red
+
+
+def test_image_rotation_is_honoured(tmp_path):
+    image = Image.new("RGB", (16, 16), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    pixels = load_image(tmp_path / "a.jpg", (16, 16))
+    assert pixels[2, :6].mean() < -0.5 < 0.5 < pixels[2, 10:].mean()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("a cat", {"text": "a cat", "width": 64, "height": 32}),
+        ("a well--made cat --n blurry, bad --d 5", {"text": "a well--made cat", "negative": "blurry, bad", "seed": 5}),
+        ("x --w 128 --h 256 --l 7.5 --s 28", {"width": 128, "height": 256, "guidance": 7.5, "steps": 28}),
+    ],
+)
+def test_prompt_lines(line, expected):
+    prompt = sampling.parse_prompt(line, (64, 32))
+    assert {key: getattr(prompt, key) for key in expected} == expected
+
+
+def test_sampling_leaves_the_trainings_random_numbers_alone(model):
+    from accelerate import Accelerator
+
+    network = deft.create_network(1.0, 4, 4, None, model.text_encoder, model.unet)
+    network.apply_to(model.text_encoder, model.unet)
+    network.train()
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    prompt = sampling.Prompt("a", width=64, height=64, guidance=1, steps=2)
+    sampling.draw_in_training(model, network, [prompt], Accelerator(cpu=True))
+    assert torch.equal(torch.rand(3), wanted)
+    assert network.training
+
+
+def test_every_option_has_the_type_of_its_default():
+    args = options.parse(["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o"])
+    assert (args.network_dim, args.network_alpha, args.resolution) == (None, 1.0, (512, 512))
+    assert args.network_args == []
+
+
+def test_command_line_wins_over_the_config_file(tmp_path):
+    (tmp_path / "c.toml").write_text(
+        "pretrained_model_name_or_path='m'\ntrain_data_dir='d'\noutput_dir='o'\n"
+        "seed=1\nnetwork_args=['a=1']\nxformers=false"
+    )
+    args = options.parse(["--config_file", str(tmp_path / "c.toml"), "--seed", "2"])
+    assert (args.seed, args.network_args, args.xformers) == (2, ["a=1"], False)
