@@ -42,7 +42,7 @@ def train(args: argparse.Namespace) -> Path:
     steps = args.max_train_epochs * steps_per_epoch if args.max_train_epochs else args.max_train_steps
     epochs = math.ceil(steps / steps_per_epoch)
     optimizer, schedule, group_names = setup.build_optimizer(args, network, steps, accelerator)
-    metadata = training_metadata(args, model, data, steps, epochs, seed)
+    metadata = training_metadata(args, model, network, data, steps, epochs, seed)
     checkpoints = Checkpoints(args, network, metadata, accelerator)
     if args.logging_dir:
         accelerator.init_trackers(args.output_name)

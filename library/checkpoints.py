@@ -72,7 +72,13 @@ class Checkpoints:
 
 
 def training_metadata(
-    args: argparse.Namespace, model: StableDiffusion, data: CachedLatents, steps: int, epochs: int, seed: int
+    args: argparse.Namespace,
+    model: StableDiffusion,
+    network: DeftNetwork,
+    data: CachedLatents,
+    steps: int,
+    epochs: int,
+    seed: int,
 ) -> dict[str, str]:
     """`ss_*` and `modelspec.*` fields as sd-scripts' train_network.py (commit 48d368fa) names them."""
     width, height = args.resolution
@@ -106,8 +112,8 @@ def training_metadata(
         "ss_dataset_dirs": json.dumps(data.folder_counts()),
         "ss_tag_frequency": json.dumps(data.tag_frequency()),
         "ss_network_module": args.network_module,
-        "ss_network_dim": args.network_dim,
-        "ss_network_alpha": args.network_alpha,
+        "ss_network_dim": network.config.dim,
+        "ss_network_alpha": network.config.alpha,
         "ss_network_args": json.dumps(dict(a.split("=", 1) for a in args.network_args)),
         "ss_v2": model.is_v2,
         "ss_base_model_version": f"sd_{version}",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from networks import deft_math
@@ -229,13 +229,15 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    content = save(dict(tensors), dict(metadata))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), str(partial), dict(metadata))
-        with open(partial, "rb+") as file:
+        with open(partial, "wb") as file:  # not save_file, whose files only their owner may read (safetensors 0.8)
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise DeftError(f"{path}: could not be saved, what was there is untouched ({error})") from None
     finally:
         partial.unlink(missing_ok=True)

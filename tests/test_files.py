@@ -412,6 +412,13 @@ def test_a_failing_save_leaves_the_previous_file_whole(tmp_path, sabotage, lefto
         assert "could not be saved, what was there is untouched" in child.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+def test_files_can_be_read_by_whom_the_users_settings_allow(tmp_path):
+    (tmp_path / "plain").touch()
+    deft_io.write_safetensors({"x": torch.ones(3)}, tmp_path / "a.safetensors", {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_fingerprint_is_that_of_the_bits():
     weight = torch.randn(6, 10)
     one = deft_io.base_fingerprint([("a", weight)])

@@ -77,7 +77,7 @@ def metadata(world: Path, name: str) -> dict[str, str]:
 
 def delta_norms(found: dict[str, torch.Tensor]) -> list[float]:
     ups = [key for key in found if key.endswith("lora_up.weight")]
-    return [float((found[k].flatten(1) @ found[k.replace("up", "down", 1)].flatten(1)).norm()) for k in ups]
+    return [float((found[k].flatten(1) @ found[k.replace("lora_up", "lora_down")].flatten(1)).norm()) for k in ups]
 
 
 @pytest.fixture(scope="session")
