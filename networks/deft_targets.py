@@ -50,7 +50,7 @@ SD = Architecture(
     name="Stable Diffusion 1.x or 2.x",
     unet=Part(
         prefix="lora_unet",
-        model_classes=("UNet2DConditionModel",),
+        model_classes=("UNet2DConditionModel", "InferUNet2DConditionModel"),  # the second wraps it in gen_img.py
         containers=("Transformer2DModel",),
         conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
     ),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -159,6 +160,31 @@ def test_a_misspelt_option_ends_the_run_before_it_begins(world):
     output = train(world, "wrong", "--network_args", "convdim=4", fails=True)
     assert "unknown network_args key 'convdim' (did you mean 'conv_dim'?)" in output
     assert not (world / "out" / "wrong.safetensors").exists()
+
+
+def test_gen_img_draws_with_the_file_what_it_draws_with_networks_lora(world, trained):
+    """Applied, merged, and pre-calculated; the reference is sd-scripts' own LoRA class on the same file."""
+    images = {}
+    for name, *options in (
+        ("networks.lora",),
+        ("networks.deft",),
+        ("networks.deft", "--network_merge"),
+        ("networks.deft", "--network_pre_calc"),
+    ):
+        folder = world / "generated" / "".join([name, *options])
+        command = [PYTHON, "gen_img.py", "--ckpt", str(world / "model"), "--outdir", str(folder), "--no_preview"]
+        command += ["--tokenizer_cache_dir", str(world / "tokenizers"), "--prompt", "sks thing", "--sampler", "ddim"]
+        command += ["--W", "64", "--H", "64", "--steps", "2", "--seed", "1", "--network_module", name]
+        command += ["--network_weights", str(world / "out" / "base.safetensors"), "--network_mul", "0.7", *options]
+        done = call(command, SD_SCRIPTS or "")
+        assert done.returncode == 0, done.stdout[-3000:]
+        (path,) = folder.glob("*.png")
+        pixels = torch.tensor(list(Image.open(path).convert("RGB").tobytes()), dtype=torch.float32)
+        images[name, *options] = pixels
+    for how, pixels in images.items():
+        difference = float((pixels - images["networks.lora",]).abs().max())
+        print(f"--- gen_img.py {' '.join(how)}: largest pixel difference to networks.lora {difference:.0f} of 255")
+        assert difference < 3
 
 
 def test_files_copied_into_the_checkout(world, tmp_path):
