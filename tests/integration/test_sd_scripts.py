@@ -180,9 +180,9 @@ def test_gen_img_draws_with_the_file_what_it_draws_with_networks_lora(world, tra
         assert done.returncode == 0, done.stdout[-3000:]
         (path,) = folder.glob("*.png")
         pixels = torch.tensor(list(Image.open(path).convert("RGB").tobytes()), dtype=torch.float32)
-        images[name, *options] = pixels
+        images[(name, *options)] = pixels
     for how, pixels in images.items():
-        difference = float((pixels - images["networks.lora",]).abs().max())
+        difference = float((pixels - images[("networks.lora",)]).abs().max())
         print(f"--- gen_img.py {' '.join(how)}: largest pixel difference to networks.lora {difference:.0f} of 255")
         assert difference < 3
 
