@@ -128,8 +128,8 @@ def find_tokenizer(tokenizer: str | None, cache_dir: str | None) -> CLIPTokenize
 def _tokenizer_from(folder: str) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DeftError(f"--tokenizer {folder}: no CLIP tokenizer there ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # of many kinds, by transformers' version
+        raise DeftError(f"{folder}: no CLIP tokenizer there ({str(error).splitlines()[0]})") from None
     _check_tokenizer(tokenizer, folder)
     return tokenizer
 
