@@ -131,7 +131,8 @@ def build_optimizer(
 
 
 def build_loader(args: argparse.Namespace, data: CachedLatents, accelerator: Accelerator, seed: int) -> DataLoader:
-    """Shuffled batches of (latents, captions), shared out among the processes."""
+    """Shuffled batches of (latents, captions), shared out among the processes, which draw different noise from here."""
+    set_seed(seed, device_specific=True)
     generator = torch.Generator()
     generator.manual_seed(seed)
     loader: DataLoader = DataLoader(data, batch_size=args.train_batch_size, shuffle=True, generator=generator)

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -23,6 +24,7 @@ TEXT_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_head
 
 def build(folder: Path, seed: int = 0) -> Path:
     """Writes the model as a Diffusers folder in float32 (about 10 MB), the same for the same seed."""
+    transformers.logging.disable_progress_bar()
     tokenizer = byte_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

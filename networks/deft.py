@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -166,8 +166,8 @@ class DeftNetwork(nn.Module):
             logger.warning(f"rank capped at the layer's size in {len(capped)} layers: {', '.join(capped[:3])}, ...")
         if not config.pad:
             logger.warning("pad=false: files of mixed ranks are misread by diffusers; use them elsewhere")
-        logger.info(f"DEFT: {len(self.text_encoder_modules)} text encoder and {len(self.unet_modules)} U-Net modules")
-        logger.info(f"DEFT: {', '.join(f'{k}={v}' for k, v in asdict(config).items() if v is not None)}")
+        counts = f"{len(self.text_encoder_modules)} text encoder and {len(self.unet_modules)} U-Net modules"
+        logger.info(f"DEFT: {counts}, {config}")
 
     @property
     def all_modules(self) -> list[DeftModule]:

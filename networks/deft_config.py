@@ -102,6 +102,12 @@ class DeftConfig:
         """s = conv_alpha / conv_dim of k x k convolutions."""
         return (self.conv_alpha or self.conv_dim or 1) / (self.conv_dim or 1)
 
+    def __str__(self) -> str:
+        """Dim, alpha and basis, and every option that is not at its default."""
+        always = ("dim", "alpha", "basis")
+        shown = [f for f in fields(self) if f.name in always or getattr(self, f.name) != f.default]
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in shown)
+
     def to_json(self) -> str:
         """The options as JSON, for a file's metadata."""
         return json.dumps(asdict(self))
