@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from networks import deft_io, deft_math
-from networks.deft_config import DeftConfig, DeftError, parse_options
+from networks.deft_config import DeftConfig, DeftError, parse_options, user_options
 from networks.deft_io import AdapterFile, DeftLayer
 from networks.deft_module import DeftModule, add_to_weight, layer_shape
 from networks.deft_targets import (
@@ -47,11 +47,10 @@ def create_network(
 
     :raises DeftError: for an unknown or wrong option, or a model that is not adapted
     """
-    for key in ("dim", "alpha"):
-        if key in kwargs:
-            raise DeftError(f"network_args {key}={kwargs[key]}: use --network_{key}")
-    command_line = {"dim": network_dim, "alpha": network_alpha, "neuron_dropout": neuron_dropout}
-    config = parse_options({**kwargs, **{key: value for key, value in command_line.items() if value is not None}})
+    options = user_options(kwargs) | {"dim": network_dim, "alpha": network_alpha}
+    if neuron_dropout is not None:
+        options["neuron_dropout"] = neuron_dropout
+    config = parse_options(options)
 
     def choose(name: str, layer: nn.Module) -> RankAndScale | None:
         if is_pointwise(layer):
@@ -81,17 +80,15 @@ def create_network_from_weights(
         if weights_sd is None and file is not None
         else deft_io.parse_adapter(weights_sd or {}, {}, "the given weights")
     )
-    options = {**adapter.options, "init": None, **{k: v for k, v in kwargs.items() if v is not None}}
-    dropouts = ("neuron_dropout", "rank_dropout", "module_dropout", "dropout")
-    config = parse_options({k: v for k, v in options.items() if not (for_inference and k in dropouts)})
+    largest = max(adapter.layers.values(), key=lambda layer: layer.rank)
+    sizes = {"dim": largest.rank, "alpha": largest.scale * largest.rank}  # for the record: each layer has its own
+    config = parse_options(sizes | adapter.options | {"init": None} | user_options(kwargs))
+    if for_inference:
+        config = replace(config, neuron_dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
 
     def choose(name: str, layer: nn.Module) -> RankAndScale | None:
-        if name not in adapter.layers:
-            return None
-        found = adapter.layers[name]
-        if adapter.options:  # in our own files alpha / rank is 1, and the options have the s of the training
-            return found.rank, config.scale if is_pointwise(layer) else config.conv_scale
-        return found.rank, found.scale
+        found = adapter.layers.get(name)
+        return None if found is None else (found.rank, found.scale)
 
     network = DeftNetwork(text_encoder, unet, multiplier, config, choose, with_convolutions=True, source=adapter)
     return network, adapter.tensors
@@ -162,6 +159,9 @@ class DeftNetwork(nn.Module):
                 raise DeftError("networks.deft: this model has no layer that is adapted")
             made_for = looks_made_for(source.tensors)
             raise DeftError(f"{source.source}: none of its layers is in this model; it looks made for {made_for}")
+        if source is not None:
+            halves = [architecture.unet, *architecture.text_encoders[: len(as_list(text_encoder))]]
+            self._refuse_unknown(source, tuple(part.prefix for part in halves))
         if capped:
             logger.warning(f"rank capped at the layer's size in {len(capped)} layers: {', '.join(capped[:3])}, ...")
         if not config.pad:
@@ -234,21 +234,17 @@ class DeftNetwork(nn.Module):
     def load_adapter(self, adapter: AdapterFile) -> LoadResult:
         """`load_weights` for a file that has been read."""
         modules = {module.lora_name: module for module in self.all_modules}
-        halves = {name.split("_")[1][:2] for name in modules}  # "un" and "te"
-        unknown = [name for name in adapter.layers if name not in modules]
-        other_half = [name for name in unknown if name.split("_")[1][:2] not in halves and name.startswith("lora_")]
-        missing = sorted(set(unknown) - set(other_half))
-        made_for = looks_made_for(adapter.tensors)
-        if len(unknown) == len(adapter.layers):
-            raise DeftError(f"{adapter.source}: none of its modules is in this network; it looks made for {made_for}")
-        if missing:
-            raise DeftError(
-                f"{adapter.source}: {len(missing)} of its modules have no counterpart, {missing[0]} for one; use "
-                f"--dim_from_weights, or conv_dim=... for convolutions (it looks made for {made_for})"
-            )
-        for name in adapter.layers.keys() & modules.keys():
-            _check_shape(adapter, name, modules[name].org_module)
-        errors = {n: self._load_layer(m, adapter) for n, m in modules.items() if n in adapter.layers}
+        applied = [m for m in (self.text_encoder_modules, self.unet_modules) if m]
+        self._refuse_unknown(adapter, tuple("_".join(m[0].lora_name.split("_")[:2]) for m in applied))
+        found = {name: module for name, module in modules.items() if name in adapter.layers}
+        for name, module in found.items():
+            _check_shape(adapter, name, module.org_module)
+        before = {key: value.clone() for key, value in self.state_dict().items()}
+        try:
+            errors = {name: self._load_layer(module, adapter) for name, module in found.items()}
+        except DeftError:
+            super().load_state_dict(before)  # a refused file changes nothing
+            raise
         truncated = {name: error for name, error in errors.items() if error is not None}
         for name, error in truncated.items():
             logger.info(f"truncated {name}: relative error {error:.2e}")
@@ -256,13 +252,31 @@ class DeftNetwork(nn.Module):
             logger.warning(
                 f"{adapter.source}: {len(truncated)} modules truncated, largest error {max(truncated.values()):.2e}"
             )
-        return LoadResult(adapter.source, len(errors), len(modules) - len(errors), len(other_half))
+        return LoadResult(adapter.source, len(found), len(modules) - len(found), len(adapter.layers) - len(found))
+
+    def _refuse_unknown(self, adapter: AdapterFile, prefixes: tuple[str, ...]) -> None:
+        """:raises DeftError: when the file holds modules of the halves with these prefixes that are not here"""
+        known = {module.lora_name for module in self.all_modules}
+        unknown = sorted(adapter.layers.keys() - known)
+        made_for = looks_made_for(adapter.tensors)
+        missing = [
+            name for name in unknown if name.startswith(prefixes) or not name.startswith(("lora_unet", "lora_te"))
+        ]
+        if missing and len(unknown) == len(adapter.layers):
+            raise DeftError(f"{adapter.source}: none of its modules is in this network; it looks made for {made_for}")
+        if missing:
+            raise DeftError(
+                f"{adapter.source}: {len(missing)} of its modules have no counterpart, {missing[0]} for one; use "
+                f"--dim_from_weights, or conv_dim=... for convolutions (it looks made for {made_for})"
+            )
+        if len(unknown) == len(adapter.layers):
+            raise DeftError(f"{adapter.source}: it adapts only a half of the model that is not trained here")
 
     def _load_layer(self, module: DeftModule, adapter: AdapterFile) -> float | None:
         """Loads one layer; the relative error where `truncate` cut its rank, else None."""
         layer = adapter.layers[module.lora_name]
         if isinstance(layer, DeftLayer):
-            same_form = adapter.options.get("basis", self.config.basis) == self.config.basis
+            same_form = layer.basis == self.config.basis
             same_form &= (layer.R is None) == self.config.para and (layer.gate is None) == (module.g is None)
             if same_form and layer.rank == module.rank:
                 R = None if layer.R is None else layer.R * (layer.scale / module.scale)
@@ -270,10 +284,14 @@ class DeftNetwork(nn.Module):
                 if module.g is not None and layer.gate is not None:
                     module.g.data.copy_(layer.gate)
                 return None
-            up, down = _file_factors(layer, adapter.options.get("basis", self.config.basis), module.base_weight)
+            up, down = _file_factors(layer, module.base_weight)
         else:
             up, down = layer.up, layer.down
         if up.shape[1] <= module.rank:
+            module.load_lora(up, down)
+            return None
+        if module.rank == min(layer_shape(module.org_module)):  # the product's rank is no higher: nothing is lost
+            up, down, _ = deft_math.truncate(up.double(), down.double(), module.rank)
             module.load_lora(up, down)
             return None
         if not self.config.truncate:
@@ -281,7 +299,7 @@ class DeftNetwork(nn.Module):
                 f"{adapter.source}: {module.lora_name} has rank {up.shape[1]}, the network {module.rank}; use "
                 f"--dim_from_weights, a larger dim, or --network_args truncate=true (best approximation)"
             )
-        up, down, error = deft_math.truncate(up, down, module.rank)
+        up, down, error = deft_math.truncate(up.double(), down.double(), module.rank)
         module.load_lora(up, down)
         return error
 
@@ -293,7 +311,7 @@ class DeftNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups and their descriptions. A half whose rate is 0 or unset is frozen and has no group.
 
-        :param text_encoder_lr: one for all encoders or one each, the last for the rest; None or empty: `default_lr`
+        :param text_encoder_lr: one rate, or a list whose first is taken; None or empty: `default_lr`
         :raises DeftError: when nothing is left to train
         """
         rates = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
@@ -370,14 +388,16 @@ class DeftNetwork(nn.Module):
         """
         self._check_finite(file)
         dtype = dtype or torch.float32
+        exponents: Mapping[str, int] = {}
         if self.config.save_format == "deft":
-            layers = {m.lora_name: _as_deft_layer(m) for m in self.all_modules}
-            tensors, recorded = deft_io.deft_tensors(layers), {n: [layer.rank, 0] for n, layer in layers.items()}
+            tensors = deft_io.deft_tensors({m.lora_name: _as_deft_layer(m) for m in self.all_modules})
         else:
             factors = {m.lora_name: (*m.lora_factors(), m.org_module.weight.shape) for m in self.all_modules}
-            keep_scale = self.config.basis == "relu"  # under qr any scaling of up spans the same subspace
-            tensors, recorded = deft_io.lora_tensors(factors, dtype, self.config.pad, keep_scale)
-            self._log_padding(file, recorded, dtype)
+            tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
+            if self.config.basis == "qr":  # any scaling of up spans the same subspace
+                exponents = {}
+            self._log_padding(file, dtype)
+        recorded = {m.lora_name: [m.rank, m.scale, exponents.get(m.lora_name, 0)] for m in self.all_modules}
         full = {key: str(value) for key, value in (metadata or {}).items()}
         full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
         full |= self._base_metadata()
@@ -389,9 +409,8 @@ class DeftNetwork(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise DeftError(f"{file}: not saved, since {name} has non-finite values; what was there is untouched")
 
-    def _log_padding(self, file: str, recorded: Mapping[str, Sequence[int]], dtype: torch.dtype) -> None:
-        shapes = {m.lora_name: layer_shape(m.org_module) for m in self.all_modules}
-        sizes = [(rank, sum(shapes[name])) for name, (rank, _) in recorded.items()]
+    def _log_padding(self, file: str, dtype: torch.dtype) -> None:
+        sizes = [(m.rank, sum(layer_shape(m.org_module))) for m in self.all_modules]
         file_rank, true_size = max(rank for rank, _ in sizes), sum(rank * size for rank, size in sizes)
         padded_size = file_rank * sum(size for _, size in sizes)
         if self.config.pad and padded_size > true_size:
@@ -424,8 +443,8 @@ class DeftNetwork(nn.Module):
     ) -> None:
         """Adds the deltas of `weights_sd` to the base weights; `apply_to` is not needed before.
 
-        :param dtype: the weights keep their own
-        :param device: where to compute; None is where each weight is
+        :param dtype: not needed: the weights keep their own
+        :param device: not needed: each weight is changed where it is
         """
         adapter = deft_io.parse_adapter(weights_sd, {}, "the given weights")
         for module in self.all_modules:
@@ -433,9 +452,7 @@ class DeftNetwork(nn.Module):
             if layer is None:
                 continue
             up, down = (
-                _file_factors(layer, self.config.basis, module.base_weight)
-                if isinstance(layer, DeftLayer)
-                else (layer.up, layer.down)
+                _file_factors(layer, module.base_weight) if isinstance(layer, DeftLayer) else (layer.up, layer.down)
             )
             add_to_weight(module.org_module, up, down, self.multiplier)
         logger.info("weights are merged")
@@ -472,6 +489,8 @@ def _check_shape(adapter: AdapterFile, name: str, layer: Layer) -> None:
         shape: tuple[int, ...] = (found.P.shape[0], expected[1] if found.R is None else found.R.shape[1])
     else:
         expected, shape = tuple(layer.weight.shape), (found.up.shape[0], *found.kernel)
+        if len(shape) == 2 and is_pointwise(layer):  # some programs write a 1x1 convolution as a matrix
+            expected = expected[:2]
     if shape != expected:
         raise DeftError(
             f"{adapter.source}: {name} is made for a weight of {shape}, this model has "
@@ -480,13 +499,14 @@ def _check_shape(adapter: AdapterFile, name: str, layer: Layer) -> None:
 
 
 def _as_deft_layer(module: DeftModule) -> DeftLayer:
-    return DeftLayer(module.effective_P, module.effective_R, module.E0, module.scale, module.g)
+    config = module.config
+    return DeftLayer(config.basis, module.effective_P, module.effective_R, module.E0, module.scale, module.g)
 
 
-def _file_factors(layer: DeftLayer, basis: Any, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def _file_factors(layer: DeftLayer, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """up and down of a DEFT file's layer on the model at hand."""
     W = base_weight()
     scale = layer.scale * (1.0 if layer.gate is None else float(torch.sigmoid(layer.gate)))
     P, E0 = layer.P.to(W), layer.E0.to(W)
     R = None if layer.R is None else layer.R.to(W)
-    return deft_math.lora_factors(P, R, E0, scale, basis, lambda: W)
+    return deft_math.lora_factors(P, R, E0, scale, layer.basis, lambda: W)

@@ -116,17 +116,30 @@ class DeftConfig:
 _COMMAND_LINE_NAMES = {"dim": "network_dim", "alpha": "network_alpha", "neuron_dropout": "network_dropout"}
 
 
+def user_options(network_args: Mapping[str, Any]) -> dict[str, Any]:
+    """`--network_args` as options of `parse_options`, those that were not given (None) left out.
+
+    sd-scripts always adds `dropout`, its `--network_dropout`: it is `neuron_dropout` here.
+
+    :raises DeftError: for `dim` and `alpha`, which have options of their own
+    """
+    given = {key: value for key, value in network_args.items() if value is not None}
+    for key in ("dim", "alpha"):
+        if key in given:
+            raise DeftError(f"network_args {key}={given[key]}: use --network_{key}")
+    if "dropout" in given:
+        given["neuron_dropout"] = given.pop("dropout")
+    return given
+
+
 def parse_options(options: Mapping[str, Any]) -> DeftConfig:
     """Checks every option and returns the configuration.
 
     :param options: names of `DeftConfig`'s fields with strings, as sd-scripts passes them, or values; None means
-        "not given". sd-scripts always adds `dropout` (its `--network_dropout`): it is `neuron_dropout` here.
+        "not given"
     :raises DeftError: for an unknown name or a value that is not allowed
     """
     given = {key: value for key, value in options.items() if value is not None}
-    if "dropout" in given:
-        given.setdefault("neuron_dropout", given.pop("dropout"))
-        given.pop("dropout", None)
     parsers = {f.name: f.metadata["parse"] for f in fields(DeftConfig)}
     for key in given:
         if key not in parsers:
@@ -135,3 +148,8 @@ def parse_options(options: Mapping[str, Any]) -> DeftConfig:
             )
     shown = _COMMAND_LINE_NAMES
     return DeftConfig(**{key: parsers[key](shown.get(key, key), value) for key, value in given.items()})
+
+
+def option_names() -> list[str]:
+    """All options of a network."""
+    return [f.name for f in fields(DeftConfig)]

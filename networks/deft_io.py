@@ -1,14 +1,16 @@
 """Adapter files: reading LoRA and DEFT files, writing them whole or not at all, hashes and metadata.
 
 Names in a LoRA file are `<layer>.lora_up.weight`, `<layer>.lora_down.weight`, `<layer>.alpha`; in a DEFT file
-(`save_format=deft`) `<layer>.deft_P`, `.deft_R`, `.deft_E0`, `.deft_g` and `.alpha`, the formula's own matrices with
-s = alpha / rank.
+(`save_format=deft`) `<layer>.deft_P` (`.deft_P_relu` under that basis), `.deft_R`, `.deft_E0`, `.deft_g` and `.alpha`,
+the formula's own matrices with s = alpha / rank.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,11 +22,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from networks import deft_math
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, option_names
 from networks.deft_targets import looks_made_for
 
+logger = logging.getLogger(__name__)
+
 OPTIONS_KEY = "deft_options"  # JSON of DeftConfig
-LAYERS_KEY = "deft_layers"  # JSON: layer -> [rank without padding, exponent of balancing_exponent]
+LAYERS_KEY = "deft_layers"  # JSON: layer -> [rank without padding, s of the training, exponent of balancing_exponent]
 BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
 
 
@@ -32,7 +36,8 @@ BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
 class LoraLayer:
     """One layer of a LoRA file: float32 up (m, k) and down (k, n), with the file's alpha / rank in down.
 
-    `rank` is k without padding, `scale` the file's alpha / rank, `kernel` the shape of down behind its rank.
+    `rank` is k without padding, `kernel` the shape of down behind its rank; `scale` is the s to train on with: that of
+    the training that wrote the file, where it says so, or else the file's alpha / rank.
     """
 
     up: Tensor
@@ -46,6 +51,7 @@ class LoraLayer:
 class DeftLayer:
     """One layer of a DEFT file: the formula's P (m, r), R (r, n) or None, E0 (m, r), s and the gate or None."""
 
+    basis: str
     P: Tensor
     R: Tensor | None
     E0: Tensor
@@ -93,51 +99,82 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> AdapterFile:
     """Sorts the tensors of a LoRA or DEFT file into layers and takes padding off.
 
-    :raises DeftError: for any other kind of adapter
+    :raises DeftError: for any other kind of adapter, and for damaged ones
     """
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         layer, _, part = key.partition(".")
         grouped.setdefault(layer, {})[part] = value
-    try:
-        options = json.loads(metadata.get(OPTIONS_KEY, "{}"))
-        recorded = json.loads(metadata.get(LAYERS_KEY, "{}"))
-        layers = {name: _parse_layer(parts, recorded.get(name)) for name, parts in grouped.items()}
-    except KeyError as missing:
-        raise DeftError(
-            f"{source}: neither a plain LoRA nor a DEFT file (unexpected or missing {missing}); "
-            f"it looks made for {looks_made_for(tensors)}"
-        ) from None
-    except ValueError as error:
-        raise DeftError(f"{source}: its deft_* metadata cannot be read ({error})") from None
+    options, recorded = _parse_metadata(metadata, source)
+    layers: dict[str, LoraLayer | DeftLayer] = {}
+    for name, parts in grouped.items():
+        try:
+            layers[name] = _parse_layer(parts, recorded.get(name))
+        except KeyError as missing:
+            raise DeftError(
+                f"{source}: neither a plain LoRA nor a DEFT file (unexpected or missing {missing}); "
+                f"it looks made for {looks_made_for(tensors)}"
+            ) from None
+        except ValueError as error:
+            raise DeftError(f"{source}: {name} is damaged ({error})") from None
     if not layers:
         raise DeftError(f"{source}: holds no adapter layers")
     return AdapterFile(source, layers, options, tensors)
 
 
-def _parse_layer(parts: dict[str, Tensor], recorded: list[int] | None) -> LoraLayer | DeftLayer:
-    """:raises KeyError: with the name of a part that is missing or that no plain LoRA or DEFT layer has"""
+def _parse_metadata(metadata: Mapping[str, str], source: str) -> tuple[dict[str, object], dict[str, tuple]]:
+    """The options and the layers' records of our own files; empty for others'."""
+    try:
+        options = dict(json.loads(metadata.get(OPTIONS_KEY, "{}")))
+        recorded = {
+            name: (int(rank), float(scale), int(exponent))
+            for name, (rank, scale, exponent) in dict(json.loads(metadata.get(LAYERS_KEY, "{}"))).items()
+        }
+    except (TypeError, ValueError) as error:
+        raise DeftError(f"{source}: its deft_* metadata cannot be read ({error})") from None
+    for name in options.keys() - set(option_names()):
+        logger.warning(f"{source}: made with the option {name}, which is not known here; a newer version wrote it")
+        del options[name]
+    return options, recorded
+
+
+def _parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | None) -> LoraLayer | DeftLayer:
+    """One layer by the names of its parts.
+
+    :raises KeyError: with the name of a part that is missing or that no plain LoRA or DEFT layer has
+    :raises ValueError: when the parts do not fit each other or are not finite
+    """
     parts = dict(parts)
-    alpha = parts.pop("alpha", None)
-    if "deft_P" in parts:
-        P, E0 = parts.pop("deft_P"), parts.pop("deft_E0")
+    for name, tensor in parts.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{name} has non-finite values")
+    alpha = None
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise ValueError(f"alpha has {parts['alpha'].numel()} values")
+        alpha = parts.pop("alpha").item()
+    basis = "relu" if "deft_P_relu" in parts else "qr"
+    if basis == "relu" or "deft_P" in parts:
+        P, E0 = parts.pop("deft_P_relu" if basis == "relu" else "deft_P"), parts.pop("deft_E0")
         R, gate = parts.pop("deft_R", None), parts.pop("deft_g", None)
-        scale = 1.0 if alpha is None else float(alpha) / P.shape[1]
         _refuse_rest(parts)
-        return DeftLayer(P, R, E0, scale, gate)
+        if P.dim() != 2 or E0.shape != P.shape or (R is not None and (R.dim() != 2 or R.shape[0] != P.shape[1])):
+            raise ValueError("the shapes of P, R and E0 do not fit")
+        return DeftLayer(basis, P, R, E0, 1.0 if alpha is None else alpha / P.shape[1], gate)
     up, down = parts.pop("lora_up.weight"), parts.pop("lora_down.weight")
     _refuse_rest(parts)
-    kernel = tuple(down.shape[1:])
-    padded = down.shape[0]
-    scale = (float(alpha) or padded) / padded if alpha is not None else 1.0
+    if min(up.dim(), down.dim()) < 2 or up.shape[1] != down.shape[0] or up.shape[2:].numel() != 1:
+        raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not fit")
+    kernel, padded = tuple(down.shape[1:]), down.shape[0]
+    file_scale = 1.0 if alpha is None else (alpha or padded) / padded
+    true_rank, scale, exponent = recorded or (0, file_scale, 0)
     up, down = deft_math.strip_padding(up.float().flatten(1), down.float().flatten(1))
-    exponent = recorded[1] if recorded else 0
     rank = down.shape[0]
-    if recorded and rank < recorded[0] <= padded:  # zero directions that were not padding
-        rank = recorded[0]
+    if rank < true_rank <= padded:  # zero directions that were not padding
+        rank = true_rank
     elif rank == 0:
         rank = padded
-    return LoraLayer(up * 2.0**exponent, down * scale * 2.0**-exponent, rank, scale, kernel)
+    return LoraLayer(up * 2.0**exponent, down * file_scale * 2.0**-exponent, rank, scale, kernel)
 
 
 def _refuse_rest(parts: Mapping[str, Tensor]) -> None:
@@ -147,24 +184,23 @@ def _refuse_rest(parts: Mapping[str, Tensor]) -> None:
 
 def is_adapter_dict(tensors: Iterable[str]) -> bool:
     """Whether names are those of an adapter file, not of a network's state dict."""
-    return any(key.endswith((".lora_up.weight", ".lora_down.weight", ".deft_P")) for key in tensors)
+    return any(key.endswith((".lora_up.weight", ".lora_down.weight", ".deft_E0")) for key in tensors)
 
 
 def lora_tensors(
-    layers: Mapping[str, tuple[Tensor, Tensor, tuple[int, ...]]], dtype: torch.dtype, pad: bool, keep_scale: bool
-) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """The tensors of a plain LoRA file and, for the metadata, each layer's true rank and balancing exponent.
+    layers: Mapping[str, tuple[Tensor, Tensor, tuple[int, ...]]], dtype: torch.dtype, pad: bool
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors of a plain LoRA file, and each layer's balancing exponent.
 
     One rank R and alpha = R in the whole file, since diffusers misreads files of mixed ranks or alphas; smaller layers
     get zero columns and rows, which every client reads right.
 
     :param layers: name -> (up (m, r), down (r, n), shape of the base weight), float32
     :param pad: False leaves each layer its own rank
-    :param keep_scale: whether the relative size of up and down has a meaning that the metadata must bring back
     """
     file_rank = max(up.shape[1] for up, _, _ in layers.values())
     tensors: dict[str, Tensor] = {}
-    recorded: dict[str, list[int]] = {}
+    exponents: dict[str, int] = {}
     for name, (up, down, shape) in layers.items():
         true_rank = up.shape[1]
         exponent = deft_math.balancing_exponent(up, down) if dtype == torch.float16 else 0
@@ -176,8 +212,8 @@ def lora_tensors(
         tensors[f"{name}.lora_up.weight"] = _for_file(up.reshape(*up.shape, *ones), dtype)
         tensors[f"{name}.lora_down.weight"] = _for_file(down.reshape(rank, *shape[1:]), dtype)
         tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # float32 always: bfloat16 rounds ranks above 256
-        recorded[name] = [true_rank, exponent if keep_scale else 0]
-    return tensors, recorded
+        exponents[name] = exponent
+    return tensors, exponents
 
 
 def _for_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -188,7 +224,8 @@ def deft_tensors(layers: Mapping[str, DeftLayer]) -> dict[str, Tensor]:
     """The tensors of a DEFT file, float32."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        parts = {"deft_P": layer.P, "deft_R": layer.R, "deft_E0": layer.E0, "deft_g": layer.gate}
+        P_name = "deft_P" if layer.basis == "qr" else f"deft_P_{layer.basis}"
+        parts = {P_name: layer.P, "deft_R": layer.R, "deft_E0": layer.E0, "deft_g": layer.gate}
         tensors.update({f"{name}.{p}": _for_file(t, torch.float32) for p, t in parts.items() if t is not None})
         tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.rank)
     return tensors
@@ -225,10 +262,15 @@ def webui_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
     """Writes a file whole or not at all: what was there stays if anything fails on the way.
 
-    :raises DeftError: when the disk is full or the folder cannot be written to
+    :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise DeftError(
+                f"{path}: not saved, since {name} is not finite in {tensor.dtype}; what was there is untouched"
+            )
     content = save(dict(tensors), dict(metadata))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,4 +282,5 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     except OSError as error:
         raise DeftError(f"{path}: could not be saved, what was there is untouched ({error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk may be gone
+            partial.unlink(missing_ok=True)

@@ -123,7 +123,7 @@ def strip_padding(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up[:, used], down[used]
 
 
-def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> tuple[Tensor, Tensor]:
+def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A LoRA as a DEFT, exactly: P (m, rank) and R (rank, n) with L(P) s R = up @ down, so E0 = E(P).
 
     Directions that `up` does not span (all of them in a fresh LoRA, dependent columns, a rank below `rank`) are filled
@@ -131,10 +131,13 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> 
 
     :param up: (m, k), float32 or float64, with k <= rank
     :param down: (k, n), of the same dtype, the LoRA's scale already in it
+    :param seed: of the random directions
     """
     m, k = up.shape
+    generator = torch.Generator()
+    generator.manual_seed(seed)
     if basis == "relu":  # a zero column of up still learns through its row of down, so only missing ones are filled
-        P = torch.cat([up, 0.02 * torch.randn(m, rank - k).to(up)], dim=1)
+        P = torch.cat([up, 0.02 * torch.randn(m, rank - k, generator=generator).to(up)], dim=1)
         return P, torch.nn.functional.pad(down / scale, (0, 0, 0, rank - k))
     Q, T = _positive_qr(up)
     if not _well_conditioned(T):
@@ -144,7 +147,7 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str) -> 
     R = T @ down / scale
     missing = rank - Q.shape[1]
     if missing:
-        noise = torch.randn(m, missing).to(up)
+        noise = torch.randn(m, missing, generator=generator).to(up)
         for _ in range(2):  # twice is enough to be orthogonal to the rest
             noise = orthonormal_basis(noise - Q @ (Q.mT @ noise))
         Q, R = torch.cat([Q, noise], dim=1), torch.nn.functional.pad(R, (0, 0, 0, missing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -124,7 +125,8 @@ class DeftModule(nn.Module):
         with torch.no_grad():
             scale = float(self.effective_scale)
         # in float64, which not every device has, so that reading and writing again and again does not drift
-        P, R = deft_math.from_lora(up.cpu().double(), down.cpu().double(), self.rank, scale, self.config.basis)
+        seed = zlib.crc32(self.lora_name.encode())
+        P, R = deft_math.from_lora(up.cpu().double(), down.cpu().double(), self.rank, scale, self.config.basis, seed)
         P, R = P.to(self.E0), R.to(self.E0)
         if self.config.para:
             removal = -P.mT @ self.base_weight()

@@ -29,6 +29,11 @@ def model(model_folder):
     return sd.load(str(model_folder))
 
 
+@pytest.fixture
+def latents():
+    return torch.randn(2, 4, 16, 16)
+
+
 def layer_of(kind: str) -> nn.Module:
     """A frozen layer with weights of the usual size."""
     layers = {

@@ -13,11 +13,6 @@ from networks.deft_config import DeftError
 from tests.conftest import deltas, network_of, relative_error
 
 
-@pytest.fixture
-def latents():
-    return torch.randn(2, 4, 16, 16)
-
-
 def predict(model, latents, prompts=("sks cat", "a house")):
     with torch.no_grad():
         return model.predict(latents, torch.tensor([7, 700]), model.encode_text(list(prompts)))
