@@ -28,11 +28,12 @@ def train(args: argparse.Namespace) -> Path:
     :raises DeftError: for mistakes in options, data or files, before the first step
     :raises TrainingStopped: when the training cannot go on, or its result cannot be written
     """
+    images = setup.check(args)
     accelerator = setup.prepare_accelerator(args)
     seed = setup.seed_everything(args)
     prompts = sampling.read_prompts(args.sample_prompts, args.resolution) if args.sample_prompts else []
     model = sd.load(args.pretrained_model_name_or_path, args.tokenizer, args.tokenizer_cache_dir)
-    data = setup.cache_latents(args, model, accelerator)
+    data = setup.cache_latents(args, images, model, accelerator)
     network = setup.build_network(args, model)
     setup.place_model(args, model, accelerator)
     network.to(accelerator.device)
@@ -47,7 +48,7 @@ def train(args: argparse.Namespace) -> Path:
     if args.logging_dir:
         accelerator.init_trackers(args.output_name)
 
-    parameters = sum(p.numel() for p in network.parameters())
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     logger.info(f"training {parameters:,} parameters for {steps} steps in {epochs} epochs")
     TrainingLoop(
         args,

@@ -32,8 +32,13 @@ def ensure_environment(requirements: Path) -> Path:
     start = time.time()
     print(f"setting up {ENVIRONMENT} (once; PyTorch is the large part)", flush=True)
     if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-    if subprocess.run([python, "-c", "import torch"], capture_output=True).returncode != 0:
+        try:
+            venv.create(ENVIRONMENT, with_pip=True)
+        except (subprocess.CalledProcessError, OSError) as error:
+            sys.exit(f"no virtual environment could be made (Debian, Ubuntu: apt install python3-venv): {error}")
+    if not _succeeds(python, "-m", "pip", "--version") and not _succeeds(python, "-m", "ensurepip"):
+        sys.exit(f"{ENVIRONMENT} has no pip (Debian, Ubuntu: apt install python3-venv); delete it and try again")
+    if not _succeeds(python, "-c", "import torch"):
         _pip(python, TORCH)
     _pip(python, "-r", str(requirements))
     stamp.touch()
@@ -44,6 +49,10 @@ def ensure_environment(requirements: Path) -> Path:
 def run_environment() -> dict[str, str]:
     """Environment variables for the commands: no hub, and one thread, since the models they run are tiny."""
     return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **os.environ}
+
+
+def _succeeds(python: Path, *arguments: str) -> bool:
+    return subprocess.run([python, *arguments], capture_output=True).returncode == 0
 
 
 def _pip(python: Path, *arguments: str) -> None:

@@ -96,7 +96,7 @@ class CachedLatents(Dataset):
         for image in images:
             try:
                 pixels = load_image(image.path, size)
-            except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
                 logger.warning(f"{image.path}: left out, it cannot be read ({error})")
                 continue
             self.images.append(image)

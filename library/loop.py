@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
@@ -47,6 +48,8 @@ class TrainingLoop:
     epochs: int
     step: int = 0
     epoch: int = 0
+    has_gradients: bool = False  # of the step that is under way
+    non_finite: str = ""  # what was not finite in it
     non_finite_in_a_row: int = 0
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=100))
 
@@ -90,43 +93,46 @@ class TrainingLoop:
                 latents.to(self.accelerator.device),
                 self.noise_scheduler,
             )
-        value = self.accelerator.gather(loss.detach()).mean().item()
-        if self._is_finite(value, "loss"):
+        value = self.accelerator.gather(loss.detach()).mean().item()  # one value, so that all processes agree
+        if math.isfinite(value):
             self.recent_losses.append(value)
             self.accelerator.backward(loss)
+            self.has_gradients = True
+        else:
+            self.non_finite = f"loss {value}"
         if self.accelerator.sync_gradients:
-            self._update()
+            if self.has_gradients:
+                self._update()
+            self._count_non_finite()
+            self.has_gradients = False
         self.schedule.step()
         self.optimizer.zero_grad()
         return value
 
     def _update(self) -> None:
         """Averages the gradients over processes, clips them, and steps unless they are not finite."""
-        parameters = [p for p in self.network.get_trainable_params() if p.grad is not None]
-        if not parameters:
-            return  # every micro-batch of this step had a non-finite loss
+        parameters = [p for p in self.network.get_trainable_params() if p.requires_grad]
         if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf)
-        if self.accelerator.scaler is not None or self._is_finite(float(norm), "gradient"):
+            for parameter in parameters:  # dropout may have skipped a layer in one process and not in another
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf))
+        if self.accelerator.scaler is not None or math.isfinite(norm):
             self.optimizer.step()  # a GradScaler skips non-finite gradients by itself, and finds its scale that way
+        else:
+            self.non_finite = f"gradient {norm}"
 
-    def _is_finite(self, value: float, what: str) -> bool:
-        """Counts non-finite values; a finite gradient, or a finite loss where a GradScaler guards, ends the row."""
-        if math.isfinite(value):
-            if what == "gradient" or self.accelerator.scaler is not None:
-                self.non_finite_in_a_row = 0
-            return True
-        self.non_finite_in_a_row += 1
-        number = self.step + 1
-        logger.warning(f"step {number}: the {what} is {value}, left out ({self.non_finite_in_a_row} in a row)")
+    def _count_non_finite(self) -> None:
+        """Counts steps in a row with a non-finite loss or gradient; what was not finite has been left out."""
+        number, what, self.non_finite = self.step + 1, self.non_finite, ""
+        self.non_finite_in_a_row = self.non_finite_in_a_row + 1 if what else 0
+        if what:
+            logger.warning(f"step {number}: non-finite {what}, left out ({self.non_finite_in_a_row} in a row)")
         if self.non_finite_in_a_row >= self.args.max_nan_steps:
             raise TrainingStopped(
                 f"stopped at step {number}: non-finite {what} {self.non_finite_in_a_row} times in a row; try a lower "
                 f"learning rate, or bf16 for fp16. Last good save: {self.checkpoints.last_good or 'none yet'}"
             )
-        return False
 
     def _after_step(self, loss: float) -> None:
         args = self.args

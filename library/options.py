@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,14 @@ _AT_LEAST_ONE = (
     "save_every_n_steps",
     "sample_every_n_epochs",
     "sample_every_n_steps",
+)
+_AT_LEAST_ZERO = (
+    "learning_rate",
+    "unet_lr",
+    "text_encoder_lr",
+    "lr_warmup_steps",
+    "max_grad_norm",
+    "scale_weight_norms",
 )
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
 
@@ -67,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train_batch_size", type=int, default=1, help="images a step and device (default: %(default)s)")
 
     add = group("network")
-    add("--network_module", default="networks.deft", help="(default: %(default)s)")
+    add("--network_module", choices=("networks.deft",), default="networks.deft", help="(default: %(default)s)")
     add("--network_dim", type=int, help="rank (default: 4)")
     add("--network_alpha", type=float, default=1.0, help="scale is alpha / dim (default: %(default)s)")
     add("--network_args", nargs="*", default=[], metavar="KEY=VALUE", help="see docs/options.md")
@@ -121,7 +130,7 @@ def _config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
         raise DeftError(f"--config_file: no such file: {path}")
     try:
         content = toml.load(path)
-    except toml.TomlDecodeError as error:
+    except (toml.TomlDecodeError, UnicodeDecodeError) as error:
         raise DeftError(f"--config_file {path}: {error}") from None
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -136,6 +145,8 @@ def _config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
             if key not in switches:
                 raise DeftError(f"{path}: {key} takes a value, not {str(value).lower()}")
             arguments += [f"--{key}"] if value else []
+        elif isinstance(value, list) and key == "resolution":
+            arguments.append(f"--{key}={','.join(map(str, value))}")
         elif isinstance(value, list):
             arguments += [f"--{key}", *map(str, value)]
         else:
@@ -151,6 +162,17 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise DeftError(f"--{name}={value}: must be at least 1")
+    for name in _AT_LEAST_ZERO:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise DeftError(f"--{name}={value}: must be a number of at least 0")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise DeftError(f"--seed={args.seed}: must be from 0 to {2**32 - 1}")
+    if not args.output_name or Path(args.output_name).name != args.output_name:
+        raise DeftError(f"--output_name={args.output_name}: must be a file name without its extension")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        raise DeftError("--lr_warmup_steps: --lr_scheduler=constant has no warmup; use constant_with_warmup")
+    args.caption_extension = "." + args.caption_extension.lstrip(".")
     if args.network_train_unet_only and args.network_train_text_encoder_only:
         raise DeftError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
     if args.dim_from_weights and not args.network_weights:

@@ -51,7 +51,10 @@ def read_prompts(path: str, size: tuple[int, int]) -> list[Prompt]:
     """
     if not Path(path).is_file():
         raise DeftError(f"--sample_prompts: no such file: {path}")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise DeftError(f"--sample_prompts {path}: the file is not UTF-8 text") from None
     prompts = [parse_prompt(line, size) for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise DeftError(f"--sample_prompts {path}: no prompts in it")
@@ -71,7 +74,10 @@ def parse_prompt(line: str, size: tuple[int, int]) -> Prompt:
             values[name] = kind(value.strip())
         except ValueError:
             raise DeftError(f"--sample_prompts: --{letter} {value} is no number in '{line}'") from None
-    return Prompt(text.strip(), **values)  # type: ignore[arg-type]
+    prompt = Prompt(text.strip(), **values)  # type: ignore[arg-type]
+    if min(prompt.width, prompt.height, prompt.steps) < 1 or prompt.width % 8 or prompt.height % 8:
+        raise DeftError(f"--sample_prompts: --w and --h must be multiples of 8, and --s at least 1, in '{line}'")
+    return prompt
 
 
 @torch.no_grad()
@@ -139,16 +145,20 @@ def save_samples(
     accelerator: Accelerator,
     output_dir: str,
     label: str,
-) -> list[Path]:
-    """Draws and writes `sample/<label>_<number>_<time>[_<seed>].png`, sd-scripts' names."""
+) -> None:
+    """Draws and writes `sample/<label>_<number>_<time>[_<seed>].png`, sd-scripts' names.
+
+    A picture that cannot be written is reported, and does not end a training.
+    """
     folder = Path(output_dir) / "sample"
-    folder.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y%m%d%H%M%S")
-    paths = []
     for i, (prompt, image) in enumerate(
         zip(prompts, draw_in_training(model, network, prompts, accelerator), strict=True)
     ):
         seed = "" if prompt.seed is None else f"_{prompt.seed}"
-        paths.append(folder / f"{label}_{i:02d}_{now}{seed}.png")
-        image.save(paths[-1])
-    return paths
+        path = folder / f"{label}_{i:02d}_{now}{seed}.png"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        except OSError as error:
+            logger.error(f"{path}: not written ({error})")

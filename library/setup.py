@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +16,50 @@ from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
-from library.dataset import CachedLatents, find_images
+from library.dataset import CachedLatents, TrainImage, find_images
 from library.sd import StableDiffusion
+from networks import deft_io
 from networks.deft import DeftNetwork
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, parse_options, user_options
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check(args: argparse.Namespace) -> list[TrainImage]:
+    """Everything that can be known to be wrong before a model is loaded; returns the images.
+
+    :raises DeftError: for network options, adapter files, data, rates and folders
+    """
+    network_args = dict(argument.split("=", 1) for argument in args.network_args)
+    sizes = {} if args.dim_from_weights else {"dim": args.network_dim, "alpha": args.network_alpha}
+    parse_options(user_options(network_args) | sizes | _dropout(args))
+    for file in filter(None, [args.network_weights, *args.base_weights]):
+        deft_io.read_adapter(file)
+    halves = {
+        "unet": not args.network_train_text_encoder_only,
+        "text_encoder": not args.network_train_unet_only,
+    }
+    rates = {half: getattr(args, f"{half}_lr") for half, trained in halves.items() if trained}
+    if not any(args.learning_rate if rate is None else rate for rate in rates.values()):
+        raise DeftError("nothing to train: every learning rate is 0 (--learning_rate, --unet_lr, --text_encoder_lr)")
+    for name in ("output_dir", "logging_dir"):
+        _check_writable(name, getattr(args, name))
+    return find_images(args.train_data_dir, args.caption_extension)
+
+
+def _check_writable(option: str, folder: str | None) -> None:
+    if folder is None:
+        return
+    path = Path(folder).resolve()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise DeftError(f"--{option} {folder}: {existing} is not a folder that can be written to")
+
+
+def _dropout(args: argparse.Namespace) -> dict[str, float]:
+    return {} if args.network_dropout is None else {"neuron_dropout": args.network_dropout}
 
 
 def prepare_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -52,12 +90,13 @@ def seed_everything(args: argparse.Namespace) -> int:
     return seeds[0]
 
 
-def cache_latents(args: argparse.Namespace, model: StableDiffusion, accelerator: Accelerator) -> CachedLatents:
+def cache_latents(
+    args: argparse.Namespace, images: list[TrainImage], model: StableDiffusion, accelerator: Accelerator
+) -> CachedLatents:
     """Encodes all images once and puts the VAE aside.
 
-    :raises DeftError: for missing or unreadable data, or a resolution that the model cannot have
+    :raises DeftError: when no image can be read, or for a resolution that the model cannot have
     """
-    images = find_images(args.train_data_dir, args.caption_extension)
     step = model.pixels_per_latent
     if any(side % step for side in args.resolution):
         raise DeftError(f"--resolution {args.resolution[0]},{args.resolution[1]}: both must be multiples of {step}")
@@ -79,13 +118,12 @@ def build_network(args: argparse.Namespace, model: StableDiffusion) -> DeftNetwo
         strength = args.base_weights_multiplier[i] if i < len(args.base_weights_multiplier) else 1.0
         merged, tensors = module.create_network_from_weights(strength, file, None, encoder, unet, for_inference=True)
         merged.merge_to(encoder, unet, tensors)
-    options = dict(argument.split("=", 1) for argument in args.network_args)
+    options: dict[str, Any] = dict(argument.split("=", 1) for argument in args.network_args)
+    options |= _dropout(args)
     if args.dim_from_weights:
         network, _ = module.create_network_from_weights(1.0, args.network_weights, None, encoder, unet, **options)
     else:
-        network = module.create_network(
-            1.0, args.network_dim, args.network_alpha, None, encoder, unet, args.network_dropout, **options
-        )
+        network = module.create_network(1.0, args.network_dim, args.network_alpha, None, encoder, unet, **options)
     network.prepare_network(args)
     network.apply_to(encoder, unet, not args.network_train_unet_only, not args.network_train_text_encoder_only)
     if args.network_weights:
@@ -104,7 +142,7 @@ def place_model(args: argparse.Namespace, model: StableDiffusion, accelerator: A
     if args.xformers:
         try:
             model.unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ModuleNotFoundError, ValueError) as error:
+        except (ImportError, ValueError) as error:
             raise DeftError(f"--xformers: {str(error).strip().splitlines()[0]}; leave the option out") from None
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,17 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_network_deft
-from library import options, sampling, sd
-from library.dataset import find_images, load_image
+from library import options, sampling, sd, setup
+from library.dataset import CachedLatents, TrainImage, find_images, load_image
+from library.noise import diffusion_loss
 from networks import deft
 from networks.deft_config import DeftError
-from tests.conftest import relative_error
+from tests.conftest import network_of, relative_error
 from tests.test_files import deltas_of_lora
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,16 +91,19 @@ def test_trains_from_a_config_file_and_its_lora_is_the_network(model_folder, pho
         f"save_every_n_steps = 15\nsave_every_n_epochs = 20\nlogging_dir = {json.dumps(str(tmp_path / 'logs'))}\n"
         f"sample_prompts = {json.dumps(str(prompts))}\nsample_every_n_steps = 40\nsample_at_first = true\n"
     )
-    losses = []
+    losses, rates = [], []
     monkeypatch.setattr(
         "library.loop.TrainingLoop._after_step",
         lambda self, loss, original=train_network_deft.TrainingLoop._after_step: (
             losses.append(loss),
+            rates.append(self.schedule.get_last_lr()[0]),
             original(self, loss),
         ),
     )
     assert train_network_deft.main(["--config_file", str(config)]) == 0
     assert len(losses) == 40
+    assert rates[:3] == pytest.approx([2e-3 / 3, 4e-3 / 3, 2e-3])
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     saved = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert saved == [
@@ -165,7 +172,7 @@ def test_accumulated_batches_equal_one_large_batch(model_folder, photos, tmp_pat
         {"scale_weight_norms": 0.01},
         {"network_args": ["para=true"]},
         {"no_metadata": True, "save_precision": "bf16"},
-        {"unet_lr": 1e-3, "text_encoder_lr": 0, "max_grad_norm": 0, "network_dropout": 0.1},
+        {"unet_lr": 1e-3, "text_encoder_lr": 0, "max_grad_norm": 0, "network_dropout": 0.125},
     ],
     ids=str,
 )
@@ -180,9 +187,14 @@ def test_options_train_and_save_finite_adapters(run, tmp_path, changes):
     assert max(norms) > 0
     if "scale_weight_norms" in changes:
         assert max(norms) < 0.0101
+    with safe_open(str(tmp_path / "out" / "cat.safetensors"), framework="pt") as file:
+        metadata = file.metadata()
     if changes.get("no_metadata"):
-        with safe_open(str(tmp_path / "out" / "cat.safetensors"), framework="pt") as file:
-            assert not [k for k in file.metadata() if k.startswith("ss_") and k not in _MINIMUM]
+        assert not [k for k in metadata if k.startswith("ss_") and k not in _MINIMUM]
+    assert json.loads(metadata["deft_options"])["neuron_dropout"] == changes.get("network_dropout", 0)
+    if "text_encoder_lr" in changes:  # the frozen half adds nothing
+        frozen = deltas_of_lora({k: t.float() for k, t in tensors.items() if k.startswith("lora_te")})
+        assert max(float(delta.norm()) for delta in frozen.values()) < 1e-5
 
 
 _MINIMUM = {
@@ -204,11 +216,150 @@ def test_goes_on_from_weights_and_merges_base_weights(run, tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def parsed(model_folder, photos, tmp_path, **changes):
+    return options.parse(arguments(model_folder, photos, tmp_path, **changes))
+
+
+def test_base_weights_are_merged_at_their_strength(run, model_folder, photos, tmp_path):
+    assert run(output_name="first", learning_rate=1e-2) == 0
+    first = str(tmp_path / "out" / "first.safetensors")
+    model, base = sd.load(str(model_folder)), sd.load(str(model_folder))
+    args = parsed(model_folder, photos, tmp_path, base_weights=[first], base_weights_multiplier=[0.5])
+    setup.build_network(args, model)
+    found = deltas_of_lora(load_file(first))
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    change = model.unet.get_submodule(name).weight - base.unet.get_submodule(name).weight
+    assert relative_error(change, 0.5 * found["lora_unet_" + name.replace(".", "_")]) < 1e-3
+
+
+def test_model_is_placed_in_the_trainings_precision_and_memory_options(model, model_folder, photos, tmp_path):
+    args = parsed(model_folder, photos, tmp_path, mixed_precision="bf16", gradient_checkpointing=True)
+    setup.place_model(args, model, Accelerator(cpu=True))
+    assert (model.unet.dtype, model.text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert model.unet.is_gradient_checkpointing
+    assert model.text_encoder.is_gradient_checkpointing
+
+
+def test_gradients_are_clipped(run, tmp_path):
+    """Adam divides by the gradient's size unless that is far below its epsilon of 1e-8."""
+    norms = []
+    for name, limit in (("free", 0), ("clipped", 1e-13)):
+        assert run(output_name=name, max_grad_norm=limit) == 0
+        found = deltas_of_lora(load_file(tmp_path / "out" / f"{name}.safetensors"))
+        norms.append(max(float(delta.norm()) for delta in found.values()))
+    assert norms[1] < 1e-2 * norms[0]
+
+
+def test_latents_and_repeats(model, photos):
+    images = [TrainImage(path, "x", 3, "f") for path in sorted(photos.glob("*.jpg"))]
+    data = CachedLatents(images, (64, 64), model.encode_image)
+    assert len(data) == 15
+    distribution = model.vae.encode(load_image(images[0].path, (64, 64))[None]).latent_dist
+    spread = distribution.std * model.vae.config.scaling_factor
+    error = (data[0][0] - distribution.mean[0] * model.vae.config.scaling_factor) / spread[0]
+    assert 0.5 < error.std() < 1.5  # a draw from the encoder's distribution, scaled
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_loss_is_zero_for_the_right_prediction_at_every_timestep(model, prediction):
+    scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type=prediction)
+    latents, seen = torch.randn(400, 4, 2, 2), []
+
+    def oracle(noisy, timesteps):
+        seen.append(timesteps)
+        a = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
+        b = (1 - a**2).sqrt()
+        noise = (noisy - a * latents) / b
+        return noise if prediction == "epsilon" else a * noise - b * latents
+
+    assert diffusion_loss(oracle, latents, scheduler) < 1e-4
+    assert seen[0].min() < 30
+    assert seen[0].max() > 970
+
+
+def test_samples_are_drawn_without_dropout(model):
+    prompt = [sampling.Prompt("a", width=64, height=64, guidance=1, steps=2, seed=1)]
+    drawn = []
+    for dropout in ("0", "0.9"):
+        torch.manual_seed(0)
+        network = network_of(model, module_dropout=dropout).train()
+        drawn.append(sampling.draw_in_training(model, network, prompt, Accelerator(cpu=True))[0].tobytes())
+        network.remove()
+    assert drawn[0] == drawn[1]
+
+
+SCALED = """
+import sys, contextlib, torch
+sys.path.insert(0, {root!r})
+import train_network_deft as trainer
+from library import loop, setup
+prepare = setup.prepare_accelerator
+def with_scaler(args):
+    accelerator = prepare(args)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    return accelerator
+setup.prepare_accelerator = with_scaler
+update, moved = loop.TrainingLoop._update, []
+def overflowing(self):
+    for p in self.network.parameters():
+        if p.grad is not None:
+            p.grad[p.grad.abs() > 65504] = float("inf")  # as float16 would
+    before = self.network.unet_modules[0].R.detach().clone()
+    update(self)
+    moved.append(not torch.equal(before, self.network.unet_modules[0].R))
+loop.TrainingLoop._update = overflowing
+code = trainer.main(sys.argv[1:])
+print("moved", moved)
+sys.exit(code)
+"""
+
+
+def test_a_grad_scalers_own_skips_do_not_count(model_folder, photos, tmp_path):
+    """On a CPU, with gradients made to overflow as float16's would until the scale has come down."""
+    command = [sys.executable, "-c", SCALED.format(root=str(ROOT))]
+    command += arguments(model_folder, photos, tmp_path, max_train_steps=26, max_nan_steps=2)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    moved = json.loads(done.stdout.split("moved ")[1].lower())
+    assert moved[0] is False
+    assert moved[-1] is True
+    assert moved.index(True) > 2
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, {root!r})
+import train_network_deft as trainer
+run = trainer.TrainingLoop.run
+def and_tell(self):
+    run(self)
+    total = sum(p.detach().double().sum().item() for p in self.network.parameters())
+    print("PROCESS", self.accelerator.num_processes, self.step, repr(total), flush=True)
+trainer.TrainingLoop.run = and_tell
+sys.exit(trainer.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_end_with_the_same_network(model_folder, photos, tmp_path):
+    """Also where dropout skips a layer in one process and not in the other."""
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    command += [str(script), *arguments(model_folder, photos, tmp_path, network_args=["module_dropout=0.4"])]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("PROCESS")]
+    assert len(told) == 2
+    assert told[0] == told[1]
+    assert told[0][:2] == ["2", "3"]
+
+
 def test_stops_on_non_finite_losses_and_keeps_the_last_good_save(run, tmp_path, capsys):
     """A rate so high that the first step already leaves numbers whose products overflow."""
     assert run(learning_rate=1e25, max_grad_norm=0, max_train_steps=50, save_every_n_steps=1, max_nan_steps=4) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "non-finite loss 4 times in a row" in message
+    assert "non-finite loss nan 4 times in a row" in message
     assert "stopped at step 5" in message
     assert "Last good save: " in message
     good = Path(message.split("Last good save: ")[1])
@@ -309,9 +460,31 @@ BAD_INPUT = {
     "zero steps": (None, {"max_train_steps": 0}, "--max_train_steps=0: must be at least 1"),
     "odd resolution": (None, {"resolution": "100"}, "--resolution 100,100: both must be multiples of 8"),
     "no resolution": (None, {"resolution": "big"}, "--resolution big: must be one number or WIDTH,HEIGHT"),
-    "nothing to train": (None, {"learning_rate": 0}, "nothing to train: every learning rate is 0 or unset"),
+    "nothing to train": (None, {"learning_rate": 0}, "nothing to train: every learning rate is 0"),
     "no prompts": (None, {"sample_prompts": "nowhere.txt"}, "--sample_prompts: no such file: nowhere.txt"),
     "fp16 without a GPU": (None, {"mixed_precision": "fp16"}, "--mixed_precision=fp16 needs a GPU"),
+    "output folder is a file": (
+        lambda photos: (photos.parent / "file").touch(),
+        {"output_dir": "DATA/file/out"},
+        "is not a folder that can be written to",
+    ),
+    "negative rate": (None, {"learning_rate": -1}, "--learning_rate=-1.0: must be a number of at least 0"),
+    "no number": (None, {"learning_rate": "nan"}, "--learning_rate=nan: must be a number of at least 0"),
+    "negative seed": (None, {"seed": -1}, "--seed=-1: must be from 0 to 4294967295"),
+    "another network": (None, {"network_module": "networks.lora"}, "--network_module: invalid choice: 'networks.lora'"),
+    "a path for a name": (None, {"output_name": "a/b"}, "--output_name=a/b: must be a file name"),
+    "warmup without warmup": (None, {"lr_warmup_steps": 5}, "--lr_scheduler=constant has no warmup"),
+    "a positional name": (None, {"network_args": ["unet=2"]}, "unknown network_args key 'unet'"),
+    "odd sample size": (
+        lambda photos: (photos.parent / "p.txt").write_text("a --w 100"),
+        {"sample_prompts": "DATA/p.txt"},
+        "--w and --h must be multiples of 8",
+    ),
+    "Latin-1 prompts": (
+        lambda photos: (photos.parent / "p.txt").write_bytes(b"caf\xe9"),
+        {"sample_prompts": "DATA/p.txt"},
+        "the file is not UTF-8 text",
+    ),
     "PaRa cannot be scaled": (
         None,
         {"network_args": ["para=1"], "scale_weight_norms": 1},
@@ -361,7 +534,7 @@ def test_another_projects_library_is_named(tmp_path):
 
 def test_a_single_file_names_the_three_places_of_a_tokenizer(tmp_path, monkeypatch):
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(sd, "CLIP_L", str(tmp_path / "not-in-the-cache"))
     with pytest.raises(DeftError, match=r"--tokenizer FOLDER.*--tokenizer_cache_dir FOLDER.*local hub cache"):
         sd.load(str(tmp_path / "model.safetensors"))
 
@@ -414,8 +587,6 @@ def test_prompt_lines(line, expected):
 
 
 def test_sampling_leaves_the_trainings_random_numbers_alone(model):
-    from accelerate import Accelerator
-
     network = deft.create_network(1.0, 4, 4, None, model.text_encoder, model.unet)
     network.apply_to(model.text_encoder, model.unet)
     network.train()

@@ -187,6 +187,23 @@ def test_gen_img_draws_with_the_file_what_it_draws_with_networks_lora(world, tra
         assert difference < 3
 
 
+def test_single_file_is_the_same_model(world):
+    """The checkpoint as sd-scripts' own tool writes it from the Diffusers folder."""
+    from library import sd
+
+    single = world / "single.safetensors"
+    command = [PYTHON, "tools/convert_diffusers20_original_sd.py", str(world / "model"), str(single), "--v1", "--fp16"]
+    done = call(command, SD_SCRIPTS or "")
+    assert done.returncode == 0, done.stdout[-3000:]
+    one = sd.load(str(single), tokenizer_cache_dir=str(world / "tokenizers"))
+    two = sd.load(str(world / "model"))
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = (getattr(m, part).state_dict() for m in (one, two))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert torch.equal(one.encode_text(["sks"]), two.encode_text(["sks"]))
+
+
 def test_files_copied_into_the_checkout(world, tmp_path):
     checkout = tmp_path / "sd-scripts"
     shutil.copytree(SD_SCRIPTS or "", checkout, ignore=shutil.ignore_patterns(".git"))
