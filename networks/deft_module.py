@@ -132,8 +132,8 @@ class DeftModule(nn.Module):
             removal = -P.mT @ self.base_weight()
             if bool((R * self.scale - removal).norm() > 0.05 * removal.norm()):
                 raise DeftError(
-                    f"{self.lora_name}: the file is no PaRa of this base model and rank; leave para=true out, or use "
-                    f"the same base and --dim_from_weights"
+                    f"{self.lora_name}: the file is no PaRa of this base model and rank; use the base it was made "
+                    f"on with --dim_from_weights, or para=false to go on as DEFT"
                 )
         self.set_matrices(P * self.P_size if self.config.basis == "qr" else P, R, None)
 

@@ -353,6 +353,21 @@ def test_deft_format_follows_the_base_a_lora_does_not(model, tmp_path, form):
     assert relative_error(module.org_module.weight.double() - W, 0.5 * wanted) < 1e-4
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_generators_apply_any_file_to_any_base_as_a_lora(model, tmp_path, form):
+    network = network_of(model, **form)
+    file = save(network, tmp_path)
+    network.remove()
+    for module in network.all_modules:
+        module.org_module.weight.data += 0.1 * torch.randn_like(module.org_module.weight)
+    again, tensors = deft.create_network_from_weights(
+        1.0, file, None, model.text_encoder, model.unet, for_inference=True
+    )
+    again.apply_to(model.text_encoder, model.unet)
+    again.load_state_dict(tensors)
+    assert largest_error(deltas(again), deltas_of_lora(load_file(file))) < 1e-6
+
+
 def test_scale_of_the_training_survives_continuing_twice(model, tmp_path):
     network = network_of(model, trained=False, conv_dim="2")
     tensors = plain_lora(network, 16, 8.0, random_lora)
