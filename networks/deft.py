@@ -84,8 +84,8 @@ def create_network_from_weights(
     sizes = {"dim": largest.rank, "alpha": largest.scale * largest.rank}  # for the record: each layer has its own
     config = parse_options(sizes | adapter.options | {"init": None} | user_options(kwargs))
     if for_inference:  # as a plain LoRA: exact for every form, on any base model, and without dropout
-        plain = {"basis": "qr", "para": False, "gate": False}
-        config = replace(config, **plain, neuron_dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
+        config = replace(config, basis="qr", para=False, gate=False)
+        config = replace(config, neuron_dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
 
     def choose(name: str, layer: nn.Module) -> RankAndScale | None:
         found = adapter.layers.get(name)
