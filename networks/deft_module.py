@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 
@@ -57,6 +58,8 @@ class DeftModule(nn.Module):
         if config.basis == "relu":  # P's own size counts here: the paper's 0.02, turned at the same rate as under qr
             self.P_rate = 0.02 * m**0.5 / self.P_size
             self.R_rate /= 0.02 * m**0.5
+        # down is scale * R_rate times what the optimizer moves: too small for float16 unless up lends it some size
+        self.float16_gain = 2.0 ** max(0, round(-math.log2(scale * self.R_rate)))
 
         self.register_buffer("E0", torch.zeros(m, rank))
         P = torch.randn(m, rank) / m**0.5
@@ -183,7 +186,10 @@ class DeftModule(nn.Module):
             return self.org_forward(x)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        up, down = (factor.to(dtype) for factor in self.lora_factors())
+        up, down = self.lora_factors()
+        if dtype == torch.float16:
+            up, down = up / self.float16_gain, down * self.float16_gain
+        up, down = up.to(dtype), down.to(dtype)
         layer = self.org_module
         if isinstance(layer, nn.Conv2d):
             kernel = down.unflatten(1, layer.weight.shape[1:])

@@ -197,6 +197,23 @@ def test_half_precision_gradients_are_as_good_as_a_loras(dtype, autocast):
     assert ours < 1.2 * lora
 
 
+def test_the_first_steps_survive_float16():
+    """alpha 1 at rank 16 and a rate of 1e-5: down is of the size of float16's smallest numbers."""
+    layer = nn.Linear(320, 320).requires_grad_(False)
+    module = module_on(layer, 16, 1, trained=False)
+    with torch.no_grad():
+        module.R += 1e-5 * torch.randn_like(module.R).sign()
+        up, down = module.lora_factors()
+    x = (100 * torch.randn(64, 320)).half()  # so that the output itself is of a size for float16
+    wanted = x.float() @ (up @ down).T
+    layer.half()
+    layer.weight.data.zero_()
+    layer.bias.data.zero_()
+    assert relative_error(layer(x).float(), wanted) < 3e-3
+    plain = nn.functional.linear(nn.functional.linear(x, down.half()), up.half()).float()
+    assert relative_error(plain, wanted) > 1e-2  # why it is done
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(reentrant):
     def gradients(mode):
