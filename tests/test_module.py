@@ -209,9 +209,10 @@ def test_the_first_steps_survive_float16():
     layer.half()
     layer.weight.data.zero_()
     layer.bias.data.zero_()
-    assert relative_error(layer(x).float(), wanted) < 3e-3
+    ours = relative_error(layer(x).float(), wanted)
+    assert ours < 3e-3
     plain = nn.functional.linear(nn.functional.linear(x, down.half()), up.half()).float()
-    assert relative_error(plain, wanted) > 1e-2  # why it is done
+    assert relative_error(plain, wanted) > 2 * ours  # why it is done
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
