@@ -43,7 +43,13 @@ def run() -> int:
         return 1
     lora = output / f"{settings['output_name']}.safetensors"
     picture = output / "before_and_after.png"
-    rows = [*check_in_diffusers(model, lora, picture), ("adapter", lora), ("pictures", picture), ("log", log)]
+    trainers_own = {path.name.rsplit("_", 3)[1]: path for path in sorted((output / "sample").glob("*_000120_*.png"))}
+    rows = [
+        *check_in_diffusers(model, lora, list(trainers_own.values()), picture),
+        ("adapter", lora),
+        ("pictures", picture),
+        ("log", log),
+    ]
     rows.append(("time", f"{time.time() - start:.0f} s"))
     print()
     for name, value in rows:
@@ -67,12 +73,14 @@ def train(log: Path) -> int:
     return process.returncode
 
 
-def check_in_diffusers(model: Path, lora: Path, picture: Path) -> list[tuple[str, object]]:
-    """Loads the file into a fresh diffusers pipeline; compares every layer's delta with ours, and draws samples.
+def check_in_diffusers(model: Path, lora: Path, trainers_own: list[Path], picture: Path) -> list[tuple[str, object]]:
+    """Loads the file into a fresh diffusers pipeline; compares every layer's delta with ours, and its pictures with
+    those that the trainer drew with its own network at the last step.
 
     :returns: rows of the closing table
     """
     import torch
+    from PIL import Image, ImageChops
 
     from library import sampling, sd
     from networks import deft
@@ -100,6 +108,11 @@ def check_in_diffusers(model: Path, lora: Path, picture: Path) -> list[tuple[str
                     delta, theirs = up @ down, layer.get_delta_weight(layer.active_adapters[0]).flatten(1)
                 errors.append(float((theirs - delta).norm() / delta.norm().clamp(min=1e-12)))
     sampling.grid([prompt.text for prompt in prompts], {"before": before, "after": after}).save(picture)
+    difference = max(
+        extreme
+        for path, drawn in zip(trainers_own, after, strict=True)
+        for _, extreme in ImageChops.difference(Image.open(path), drawn).getextrema()
+    )
     parameters = sum(p.numel() for p in network.parameters())
     return [
         ("modules adapted", len(network.all_modules)),
@@ -109,6 +122,7 @@ def check_in_diffusers(model: Path, lora: Path, picture: Path) -> list[tuple[str
             "loads in diffusers:",
             f"{len(errors)} of {len(network.all_modules)} modules, largest relative error {max(errors):.1e}",
         ),
+        ("draws in diffusers:", f"what the trainer's own network draws, largest difference {difference} of 255"),
     ]
 
 
