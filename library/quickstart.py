@@ -44,12 +44,8 @@ def run() -> int:
     lora = output / f"{settings['output_name']}.safetensors"
     picture = output / "before_and_after.png"
     trainers_own = {path.name.rsplit("_", 3)[1]: path for path in sorted((output / "sample").glob("*_000120_*.png"))}
-    rows = [
-        *check_in_diffusers(model, lora, list(trainers_own.values()), picture),
-        ("adapter", lora),
-        ("pictures", picture),
-        ("log", log),
-    ]
+    rows = check_in_diffusers(model, lora, list(trainers_own.values()), picture)
+    rows += [("adapter", lora), ("pictures", picture), ("log", log)]
     rows.append(("time", f"{time.time() - start:.0f} s"))
     print()
     for name, value in rows:
@@ -79,8 +75,9 @@ def check_in_diffusers(model: Path, lora: Path, trainers_own: list[Path], pictur
 
     :returns: rows of the closing table
     """
+    import numpy as np
     import torch
-    from PIL import Image, ImageChops
+    from PIL import Image
 
     from library import sampling, sd
     from networks import deft
@@ -108,11 +105,8 @@ def check_in_diffusers(model: Path, lora: Path, trainers_own: list[Path], pictur
                     delta, theirs = up @ down, layer.get_delta_weight(layer.active_adapters[0]).flatten(1)
                 errors.append(float((theirs - delta).norm() / delta.norm().clamp(min=1e-12)))
     sampling.grid([prompt.text for prompt in prompts], {"before": before, "after": after}).save(picture)
-    difference = max(
-        extreme
-        for path, drawn in zip(trainers_own, after, strict=True)
-        for _, extreme in ImageChops.difference(Image.open(path), drawn).getextrema()
-    )
+    pairs = [(Image.open(path), drawn) for path, drawn in zip(trainers_own, after, strict=True)]
+    difference = max(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() for a, b in pairs)
     parameters = sum(p.numel() for p in network.parameters())
     return [
         ("modules adapted", len(network.all_modules)),
