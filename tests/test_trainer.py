@@ -344,7 +344,8 @@ def test_two_processes_end_with_the_same_network(model_folder, photos, tmp_path)
     """Also where dropout skips a layer in one process and not in the other."""
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command += [str(script), *arguments(model_folder, photos, tmp_path, network_args=["module_dropout=0.4"])]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
