@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.sd import CONFIGS
+from library.world import tokenizer as clip_tokenizer
 
 UNET = {"block_out_channels": [32, 64, 96, 96], "cross_attention_dim": 64, "norm_num_groups": 16, "sample_size": 16}
 VAE = {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 128}
@@ -25,7 +25,7 @@ TEXT_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_head
 def build(folder: Path, seed: int = 0) -> Path:
     """Writes the model as a Diffusers folder in float32 (about 10 MB), the same for the same seed."""
     transformers.logging.disable_progress_bar()
-    tokenizer = byte_tokenizer(folder / "tokenizer")
+    tokenizer = clip_tokenizer.build(folder / "tokenizer")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel.from_config(_config("unet") | UNET)
@@ -48,19 +48,3 @@ def build(folder: Path, seed: int = 0) -> Path:
 
 def _config(part: str, file: str = "config.json") -> dict:
     return json.loads((CONFIGS / part / file).read_text(encoding="utf-8"))
-
-
-def byte_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer without merges: a token a letter."""
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    special = {
-        "bos_token": "<|startoftext|>",
-        **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
-    }
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return CLIPTokenizer.from_pretrained(str(folder))
