@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,21 +122,37 @@ def draw_in_training(
         network.train(training)
 
 
-def grid(rows: list[str], columns: dict[str, list[Image.Image]]) -> Image.Image:
-    """Images in a table: a column for each name, a row for each prompt, both labelled."""
-    label, gap = 20, 4
+def grid(prompts: list[str], columns: dict[str, list[Image.Image]], above: Sequence[Image.Image] = ()) -> Image.Image:
+    """Pictures in a table: a column for each name, a row for each prompt, all labelled.
+
+    Pictures of one prompt that follow each other stand side by side; small ones are enlarged.
+
+    :param above: pictures for a row of their own on top, the training's
+    """
+    rows = [(text, len(list(same))) for text, same in itertools.groupby(prompts)]
+    beside = max(number for _, number in rows)
     width, height = next(iter(columns.values()))[0].size
-    size = (len(columns) * (width + gap), label + len(rows) * (height + label + gap))
-    table = Image.new("RGB", size, "white")
+    scale, label, gap = max(1, 96 // width), 20, 4
+    width, height = width * scale, height * scale
+    column = beside * width + 4 * gap
+    strip = label + height + gap if above else 0
+    right = max(len(columns) * column, len(above) * (width + gap))
+    table = Image.new("RGB", (right, strip + label + len(rows) * (label + height + gap)), "white")
     pen = ImageDraw.Draw(table)
+    if above:
+        pen.text((gap, 4), "trained on", fill="black")
+    for i, image in enumerate(above):
+        table.paste(image.resize((width, height), Image.Resampling.NEAREST), (i * (width + gap), label))
     for x, (name, images) in enumerate(columns.items()):
-        left = x * (width + gap)
-        pen.text((left + gap, 4), name, fill="black")
-        for y, image in enumerate(images):
-            top = label + y * (height + label + gap)
-            table.paste(image, (left, top + label))
-            if x == 0:
-                pen.text((gap, top + 4), rows[y], fill="black")
+        left = x * column
+        pen.text((left + gap, strip + 4), name, fill="black")
+        remaining = iter(images)
+        for y, (text, number) in enumerate(rows):
+            top = strip + label + y * (label + height + gap)
+            pen.text((left + gap, top + 4), text, fill="black")
+            for i in range(number):
+                image = next(remaining).resize((width, height), Image.Resampling.NEAREST)
+                table.paste(image, (left + i * width, top + label))
     return table
 
 
