@@ -132,8 +132,8 @@ def trained(tmp_path_factory) -> Path:
 
 def _train(folder: Path, steps: int, options: list[str]) -> None:
     command = [sys.executable, "train_network_deft.py", "--config_file", CONFIG, "--output_dir", str(folder)]
-    command += ["--max_train_steps", str(steps), "--logging_dir", str(folder / "logs"), "--sample_every_n_steps", "9999"]
-    command += options
+    command += ["--max_train_steps", str(steps), "--logging_dir", str(folder / "logs")]
+    command += ["--sample_every_n_steps", "9999", *options]
     environment = os.environ | {"MKL_CBWR": "COMPATIBLE"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from library import sampling
 from library.world import draw, judge, measure, train_judge, train_model, train_vae
@@ -95,8 +95,15 @@ def make_model(args: argparse.Namespace) -> None:
         checkpoint,
     )  # fmt: skip
     train_model.pipeline(vae, text_encoder, tokenizer, unet).to(torch.float16).save_pretrained(args.work / "model")
+    _name_as_before(args.work / "model" / "text_encoder" / "model.safetensors")
     shutil.rmtree(args.work / "model" / "tokenizer")  # tokenizer.json, with the training's padding in it
     train_model.build_tokenizer(args.work / "model" / "tokenizer")
+
+
+def _name_as_before(weights: Path) -> None:
+    """Gives a text encoder's weights the prefix that transformers 5 dropped; it reads both, older ones only this."""
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def make_figures(args: argparse.Namespace) -> None:
