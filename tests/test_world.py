@@ -114,6 +114,8 @@ def test_model_is_small_and_plain():
     names = [type(part).__name__ for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)]
     assert names[:3] == ["UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel"]
     assert names[3].startswith("CLIPTokenizer")
+    text_encoder = load_file(measure.MODEL / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in text_encoder), "older transformers find no others"
 
 
 def test_model_draws_what_it_is_asked_for():
