@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -144,8 +145,11 @@ def judged(pipeline: StableDiffusionPipeline) -> list[tuple[str, object]]:
 
     :returns: rows of the closing table
     """
+    import torch
+
     from library.world import concepts, judge, measure
 
+    torch.set_num_threads(os.cpu_count() or 1)  # large batches, and no other process by now
     print(f"drawing {4 * MEASURED} pictures to measure", flush=True)
     net = judge.load()
     likeness = measure.Likeness(net, concepts.creature(CREATURE))
