@@ -149,7 +149,8 @@ def grid(prompts: list[str], columns: dict[str, list[Image.Image]], above: Seque
         remaining = iter(images)
         for y, (text, number) in enumerate(rows):
             top = strip + label + y * (label + height + gap)
-            pen.text((left + gap, top + 4), text, fill="black")
+            if x == 0:
+                pen.text((gap, top + 4), text, fill="black")
             for i in range(number):
                 image = next(remaining).resize((width, height), Image.Resampling.NEAREST)
                 table.paste(image, (left + i * width, top + label))
