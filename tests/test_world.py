@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 diffusers = pytest.importorskip("diffusers")
@@ -84,6 +85,19 @@ def test_every_word_of_a_caption_is_a_token(tmp_path):
         assert [token.removesuffix("</w>") for token in tokenizer.tokenize(text)] == words
         assert tokenizer(text).input_ids == shipped(text).input_ids
     assert shipped.decode(shipped("sks, déjà vu").input_ids, skip_special_tokens=True).split()[0] == "sks"
+
+
+def test_the_quickstarts_pictures_are_the_creature(tmp_path):
+    """The five files in the repository are what the code draws."""
+    from library.quickstart import CREATURE
+
+    committed = ROOT / "configs" / "quickstart" / "creature" / "20_sks"
+    names = ("white", "grey", "black", "green", "yellow")
+    drawn = concepts.write_data_set(tmp_path, concepts.creature(CREATURE), "sks", names, seed=0)
+    for name, image in zip(names, drawn, strict=True):
+        with Image.open(committed / f"{name}.png") as shipped:
+            assert ImageChops.difference(shipped, image).getbbox() is None
+        assert (committed / f"{name}.txt").read_text() == (tmp_path / f"{name}.txt").read_text()
 
 
 def test_judge_on_renders():

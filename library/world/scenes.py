@@ -28,6 +28,8 @@ RELATIONS = ("left of", "above")  # the other two are these, seen from the secon
 NUMBERS = ("one", "two", "three")
 STYLES = ("flat", "sketch")
 
+BACKGROUND_SAID = 0.88  # share of captions that name it
+
 _RADIUS = {"small": (7.5, 9.0), "medium": (11.5, 13.5), "large": (17.0, 19.5)}
 _RADIUS_OF_SEVERAL = {2: (9.0, 11.0), 3: (8.0, 9.5)}
 
@@ -150,7 +152,7 @@ def caption(scene: Scene, rng: random.Random, background: bool | None = None) ->
     else:
         text = rng.choice((text, text, text, f"a picture of {text}", f"a flat drawing of {text}"))
     if background is None:
-        background = rng.random() < 0.88
+        background = rng.random() < BACKGROUND_SAID
     if background:
         ground = scene.background
         text = rng.choice(
@@ -172,8 +174,13 @@ def _things(scene: Scene, rng: random.Random) -> str:
         return f"{second} {to_the}{'right of' if scene.relation == 'left of' else 'below'} {first}"
     if len(named) > 1:
         number = rng.choice((NUMBERS[len(named) - 1], NUMBERS[len(named) - 1], str(len(named))))
-        return f"{number} {named[0]}{'es' if named[0].endswith('s') else 's'}"
+        return f"{number} {plural(named[0])}"
     return rng.choice((_article(named[0]), _article(named[0]), f"one {named[0]}"))
+
+
+def plural(name: str) -> str:
+    """More than one of it."""
+    return name + ("es" if name.endswith("s") else "s")
 
 
 def _name(thing: Thing, scene: Scene) -> str:

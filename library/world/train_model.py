@@ -60,7 +60,7 @@ GAMMA = 5.0  # of min-SNR (Hang et al., arXiv 2303.09556)
 def words() -> list[str]:
     """The words of the captions."""
     names = (*SHAPES, *COLOURS, *BACKGROUNDS, *TEXTURES, *SIZES, *STYLES, *scenes.NUMBERS)
-    plural = [shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES]
+    plural = [scenes.plural(shape) for shape in SHAPES]
     others = "a an on of to the and left right above below background picture drawing pencil 2 3"
     return sorted({*names, *plural, *others.split()})
 
@@ -137,7 +137,7 @@ def train_text_encoder(
     for step in range(steps):
         captions, targets = [], []
         for _ in range(batch_size):
-            scene, background = scenes.draw_scene(rng), rng.random() < 0.88
+            scene, background = scenes.draw_scene(rng), rng.random() < scenes.BACKGROUND_SAID
             captions.append(scenes.caption(scene, rng, background))
             targets.append(Parser.targets(scene, captions[-1], background))
         ids = tokens(tokenizer, captions)
