@@ -104,6 +104,7 @@ def training_metadata(
         "ss_lr_warmup_steps": args.lr_warmup_steps,
         "ss_optimizer": "torch.optim.adamw.AdamW",
         "ss_max_grad_norm": args.max_grad_norm,
+        "ss_min_snr_gamma": args.min_snr_gamma,
         "ss_mixed_precision": args.mixed_precision,
         "ss_scale_weight_norms": args.scale_weight_norms,
         "ss_seed": seed,

@@ -92,6 +92,7 @@ class TrainingLoop:
                 lambda noisy, timesteps: self.model.predict(noisy, timesteps, text),
                 latents.to(self.accelerator.device),
                 self.noise_scheduler,
+                self.args.min_snr_gamma or None,
             )
         value = self.accelerator.gather(loss.detach()).mean().item()  # one value, so that all processes agree
         if math.isfinite(value):

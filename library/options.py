@@ -28,6 +28,7 @@ _AT_LEAST_ZERO = (
     "text_encoder_lr",
     "lr_warmup_steps",
     "max_grad_norm",
+    "min_snr_gamma",
     "scale_weight_norms",
 )
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
@@ -100,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", type=int, default=1, help="(default: %(default)s)")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--max_grad_norm", type=float, default=1.0, help="gradient clipping, 0 is off (default: %(default)s)")
+    add("--min_snr_gamma", type=float, help="weight timesteps by min(SNR, this) / SNR; 5 is usual, 0 is off")
     add("--max_nan_steps", type=int, default=10, help="stop after this many non-finite losses in a row")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="(default: %(default)s)")
     add("--seed", type=int, help="of everything random (default: a new one each run)")

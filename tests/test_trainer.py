@@ -277,6 +277,25 @@ def test_loss_is_zero_for_the_right_prediction_at_every_timestep(model, predicti
     assert seen[0].max() > 970
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weights_the_error_of_the_picture(model, prediction):
+    """Whatever is predicted, a picture that is off by 1 everywhere costs min(SNR, gamma)."""
+    scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type=prediction)
+    latents, seen = torch.randn(400, 4, 2, 2), []
+
+    def off_by_one(noisy, timesteps):
+        seen.append(timesteps)
+        a = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
+        b = (1 - a**2).sqrt()
+        picture = latents + 1
+        noise = (noisy - a * picture) / b
+        return noise if prediction == "epsilon" else a * noise - b * picture
+
+    loss = diffusion_loss(off_by_one, latents, scheduler, min_snr_gamma=5.0)
+    kept = scheduler.alphas_cumprod[seen[0]]
+    assert loss == pytest.approx(float((kept / (1 - kept)).clamp(max=5).mean()), rel=1e-3)
+
+
 def test_samples_are_drawn_without_dropout(model):
     prompt = [sampling.Prompt("a", width=64, height=64, guidance=1, steps=2, seed=1)]
     drawn = []
