@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vae_steps", type=int, default=5500)
     parser.add_argument("--judge_steps", type=int, default=1600)
     parser.add_argument("--text_steps", type=int, default=500)
-    parser.add_argument("--unet_steps", type=int, default=2100)
-    parser.add_argument("--batch_size", type=int, default=64, help="of the U-Net")
-    parser.add_argument("--pictures", type=int, default=30_000, help="in the training set of the U-Net")
+    parser.add_argument("--unet_steps", type=int, default=40_000)
+    parser.add_argument("--batch_size", type=int, default=256, help="of the U-Net")
+    parser.add_argument("--pictures", type=int, default=150_000, help="in the training set of the U-Net")
     args = parser.parse_args(argv)
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; known: {', '.join(STAGES)}")

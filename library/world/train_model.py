@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from library.world import draw, scenes, tokenizer
+from library.world.backward import backward_of
 from library.world.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES, TEXTURES, Scene
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ SCHEDULER = {
 }
 CAPTIONS_PER_SCENE = 4
 UNCONDITIONAL = 0.1  # share of empty captions, for classifier-free guidance
-SAVE_EVERY = 250  # steps
+SAVE_EVERY = 1000  # steps
+AVERAGED = 0.999  # decay of the average of weights
 GAMMA = 5.0  # of min-SNR (Hang et al., arXiv 2303.09556)
 
 
@@ -164,11 +166,11 @@ class Pictures:
 
     def batch(self, size: int, generator: torch.Generator, empty: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (size, 4, 16, 16) and tokens (size, 32), where the pictures are; `empty` is the empty caption's."""
-        device = self.means.device
-        rows = torch.randint(len(self.means), (size,), generator=generator).to(device)
-        which = torch.randint(CAPTIONS_PER_SCENE, (size,), generator=generator).to(device)
-        noise = torch.randn((size, *self.means.shape[1:]), generator=generator).to(device)
-        dropped = (torch.rand(size, generator=generator) < UNCONDITIONAL).to(device)
+        drawn: dict[str, Any] = {"generator": generator, "device": self.means.device}
+        rows = torch.randint(len(self.means), (size,), **drawn)
+        which = torch.randint(CAPTIONS_PER_SCENE, (size,), **drawn)
+        noise = torch.randn((size, *self.means.shape[1:]), **drawn)
+        dropped = torch.rand(size, **drawn) < UNCONDITIONAL
         latents = self.means[rows].float() + self.spreads[rows].float() * noise
         return latents, torch.where(dropped[:, None], empty, self.captions[rows, which].long())
 
@@ -199,6 +201,20 @@ def learning_rate(step: int, steps: int) -> float:
     return 1e-3 * min(1.0, (step + 1) / 200, 4 * (steps - step) / steps)
 
 
+class NoiseLoss(nn.Module):
+    """How far the noise that text encoder and U-Net predict is from the noise: a mean square, to be trained on."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, noise: Tensor) -> Tensor:
+        """Of noisy latents (b, 4, 16, 16) at timesteps t (b,), with captions' tokens (b, POSITIONS)."""
+        with torch.autocast(noisy.device.type, torch.bfloat16, cache_enabled=False):  # a CUDA graph can keep no cache
+            predicted = self.unet(noisy, t, self.text_encoder(ids)[0]).sample
+        return F.mse_loss(predicted.float(), noise)
+
+
 def train_unet(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
@@ -222,13 +238,14 @@ def train_unet(
     kept = schedule.alphas_cumprod
     ratio = kept / (1 - kept)
     density = ratio.clamp(max=GAMMA) / ratio
-    live = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device).train()
+    shares = (density / density.sum()).cumsum(0).to(device)
+    schedule.alphas_cumprod = kept.to(device)
+    live = NoiseLoss(unet, text_encoder).to(device).train()
     optimizer = torch.optim.AdamW(
         [{"params": unet.parameters(), "rate": 1.0}, {"params": text_encoder.parameters(), "rate": 0.3}],
         lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True,
     )  # fmt: skip
-    averaged_unet, averaged_text_encoder = copy.deepcopy(unet), copy.deepcopy(text_encoder)
-    averaged = nn.ModuleDict({"unet": averaged_unet, "text_encoder": averaged_text_encoder})
+    averaged = copy.deepcopy(live)
     first = 0
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -236,36 +253,37 @@ def train_unet(
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    start, shown = time.time(), 0.0
-    for step in range(first, steps if stop is None else stop):
-        generator = torch.Generator().manual_seed(seed * 10**6 + step)
+
+    def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(seed * 10**6 + step)
         latents, ids = pictures.batch(batch_size, generator, empty)
-        t = torch.multinomial(density, batch_size, replacement=True, generator=generator).to(device)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        noisy = schedule.add_noise(latents, noise, t)
-        with torch.autocast(device.type, torch.bfloat16):
-            predicted = unet(noisy, t, text_encoder(ids)[0]).sample
-        loss = F.mse_loss(predicted.float(), noise)
-        loss.backward()
+        t = torch.searchsorted(shares, torch.rand(batch_size, generator=generator, device=device))
+        t = t.clamp(max=len(shares) - 1)  # the last share may be rounded below 1
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        return schedule.add_noise(latents, noise, t), t, ids, noise
+
+    backward = backward_of(live, batch(first))
+    start, shown = time.time(), torch.zeros((), device=device)
+    for step in range(first, steps if stop is None else stop):
+        loss = backward(*batch(step))
         torch.nn.utils.clip_grad_norm_(live.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate(step, steps)
         optimizer.step()
-        optimizer.zero_grad()
-        decay = min(0.998, (step + 1) / (step + 10))
+        decay = min(AVERAGED, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(live.parameters()), 1 - decay)
-        shown += loss.item() / 100
+        shown += loss / 100
         if (step + 1) % 100 == 0:
-            logger.info(f"unet {step + 1}/{steps} loss {shown:.4f} {time.time() - start:.0f} s")
-            shown = 0.0
+            logger.info(f"unet {step + 1}/{steps} loss {shown.item():.4f} {time.time() - start:.0f} s")
+            shown.zero_()
         if (step + 1) % SAVE_EVERY == 0:
             state = {"live": live.state_dict(), "averaged": averaged.state_dict(),
                      "optimizer": optimizer.state_dict(), "step": step + 1}  # fmt: skip
             partial = checkpoint.with_suffix(".partial")
             torch.save(state, partial)
             partial.replace(checkpoint)
-    return averaged_unet.eval(), averaged_text_encoder.eval()
+    return averaged.unet.eval(), averaged.text_encoder.eval()
 
 
 def pipeline(

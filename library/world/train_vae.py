@@ -8,9 +8,10 @@ import time
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.world import concepts, draw, scenes
+from library.world.backward import backward_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,41 +29,44 @@ KL_WEIGHT = 1e-8  # of the sum over latents, beside a mean over pixels
 UNSEEN_CREATURES = 1000  # creatures below this seed are in no training set
 
 
+class VaeLoss(nn.Module):
+    """Mean L1 distance, four times for things, since the background is most of a picture; and a little KL."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Of pixels (b, 3, 64, 64)."""
+        with torch.autocast(pixels.device.type, torch.bfloat16, cache_enabled=False):
+            posterior = self.vae.encode(pixels).latent_dist
+            decoded = self.vae.decode(posterior.sample()).sample
+        things = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1
+        distance = ((decoded.float() - pixels).abs() * (1 + 3 * things)).mean()
+        return distance + KL_WEIGHT * posterior.kl().mean()
+
+
 def train(steps: int, batch_size: int, device: torch.device, seed: int) -> AutoencoderKL:
     """An autoencoder of the world's scenes and of creatures, by L1 distance and a little KL."""
     torch.manual_seed(seed)
     rng = random.Random(f"vae {seed}")
     vae = AutoencoderKL(**CONFIG).to(device)
-    with (
-        torch.no_grad()
-    ):  # begin with little noise in the latents: it takes a thousand steps to unlearn that of scale 1
+    with torch.no_grad():  # begin with little noise in the latents: unlearning that of scale 1 takes a thousand steps
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -6
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=7e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=7e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 7e-4, steps, pct_start=0.05)
+    backward = backward_of(VaeLoss(vae), [draw.render(_pictures(batch_size, random.Random(seed)), device)])
     start = time.time()
     for step in range(steps):
-        pixels = draw.render(_pictures(batch_size, rng), device)
-        with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            decoded = vae.decode(posterior.sample()).sample
-        distance = _distance(decoded.float(), pixels)
-        loss = distance + KL_WEIGHT * posterior.kl().mean()
-        loss.backward()
+        loss = backward(draw.render(_pictures(batch_size, rng), device))
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            logger.info(f"vae {step}/{steps} L1 {distance.item():.4f} {time.time() - start:.0f} s")
+            logger.info(f"vae {step}/{steps} loss {loss.item():.4f} {time.time() - start:.0f} s")
     whiten(vae, draw.render(_pictures(512, rng), device))
     return vae.eval()
-
-
-def _distance(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """Mean L1 distance, four times as much for things as for the background, which is most of a picture."""
-    things = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1
-    return ((decoded - pixels).abs() * (1 + 3 * things)).mean()
 
 
 def _pictures(number: int, rng: random.Random) -> list[draw.Picture]:
