@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from networks.deft_config import DeftConfig  # noqa: E402
 from networks.deft_module import DeftModule  # noqa: E402
+from networks.deft_targets import Target  # noqa: E402
 
 RANK, RATE, STEPS = 16, 1e-4, (1, 100)
 
@@ -58,7 +59,7 @@ def movement(kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[in
         parameters, factors = [up, down], lambda: (up * (alpha / rank), down)
     else:
         config = DeftConfig(dim=rank, alpha=alpha)
-        module = DeftModule("x", layer, 1.0, rank, config.scale, config)
+        module = DeftModule(Target("x", "x", layer), 1.0, rank, config.scale, config)
         parameters, factors = list(module.parameters()), module.lora_factors
     optimizer = torch.optim.AdamW(parameters, lr=RATE)
     norms = []

@@ -14,23 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks import deft_io, deft_math
-from networks.deft_config import DeftConfig, DeftError, parse_options, user_options
+from networks import deft_io, deft_math, deft_module
+from networks.deft_config import DeftConfig, DeftError, options_of_file, parse_options, user_options
 from networks.deft_io import AdapterFile, DeftLayer
-from networks.deft_module import DeftModule, add_to_weight, layer_shape
+from networks.deft_module import DeftModule, add_to_weight
+from networks.deft_ranks import RankAndScale, Ranks
 from networks.deft_targets import (
-    Layer,
+    Architecture,
     Part,
-    adaptable_layers,
+    Target,
     as_list,
     is_pointwise,
     looks_made_for,
+    outside_targets,
     recognise,
+    targets,
 )
 
 logger = logging.getLogger(__name__)
 
-RankAndScale = tuple[int, float]
+Chosen = list[tuple[Target, RankAndScale]]
 
 
 def create_network(
@@ -50,14 +53,7 @@ def create_network(
     options = user_options(kwargs) | {"dim": network_dim, "alpha": network_alpha}
     if neuron_dropout is not None:
         options["neuron_dropout"] = neuron_dropout
-    config = parse_options(options)
-
-    def choose(name: str, layer: nn.Module) -> RankAndScale | None:
-        if is_pointwise(layer):
-            return config.dim, config.scale
-        return None if config.conv_dim is None else (config.conv_dim, config.conv_scale)
-
-    return DeftNetwork(text_encoder, unet, multiplier, config, choose, with_convolutions=config.conv_dim is not None)
+    return DeftNetwork(text_encoder, unet, multiplier, parse_options(options))
 
 
 def create_network_from_weights(
@@ -82,17 +78,26 @@ def create_network_from_weights(
     )
     largest = max(adapter.layers.values(), key=lambda layer: layer.rank)
     sizes = {"dim": largest.rank, "alpha": largest.scale * largest.rank}  # for the record: each layer has its own
-    config = parse_options(sizes | adapter.options | {"init": None} | user_options(kwargs))
+    kept = options_of_file(adapter.options)
+    config = parse_options(sizes | kept | user_options(kwargs))
     if for_inference:  # as a plain LoRA: exact for every form, on any base model, and without dropout
         config = replace(config, basis="qr", para=False, gate=False)
         config = replace(config, neuron_dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
+    return DeftNetwork(text_encoder, unet, multiplier, config, source=adapter), adapter.tensors
 
-    def choose(name: str, layer: nn.Module) -> RankAndScale | None:
-        found = adapter.layers.get(name)
-        return None if found is None else (found.rank, found.scale)
 
-    network = DeftNetwork(text_encoder, unet, multiplier, config, choose, with_convolutions=True, source=adapter)
-    return network, adapter.tensors
+def layers_of_file(adapter: AdapterFile, architecture: Architecture, split_qkv: bool) -> Callable[..., Chosen]:
+    """Chooses a model's layers by what a file holds of them."""
+
+    def chosen(model: nn.Module, part: Part, denoiser: bool) -> Chosen:
+        fused = architecture.fused if denoiser and split_qkv else {}
+        found = targets(model, part, True, part.optional_containers, fused)
+        if denoiser and architecture.outside:
+            found += [target for _, target in outside_targets(model, part, architecture.outside[1])]
+        layers = [(target, adapter.layer_of(target)) for target in found]
+        return [(target, (layer.rank, layer.scale)) for target, layer in layers if layer is not None]
+
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -113,55 +118,50 @@ class LoadResult:
 class DeftNetwork(nn.Module):
     """The adapters of one model: a U-Net's and its text encoders'.
 
-    :param choose: (rank, s) of a layer by its key name, or None to leave it alone
-    :param with_convolutions: whether k x k convolutions are offered to `choose`
-    :param source: the file that the layers are taken from, for messages
-    :raises DeftError: when no layer at all is adapted
+    :param source: a file that layers and ranks are taken from, instead of from the options
+    :raises DeftError: when no layer at all is adapted, or for an option that is not for this model
     """
-
-    train_t5xxl = False  # sd-scripts' FLUX and SD3 trainers read it
 
     def __init__(
         self,
-        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        text_encoder: nn.Module | Sequence[nn.Module | None] | None,
         unet: nn.Module,
         multiplier: float,
         config: DeftConfig,
-        choose: Callable[[str, nn.Module], RankAndScale | None],
-        with_convolutions: bool,
         source: AdapterFile | None = None,
     ):
         super().__init__()
         self.multiplier, self.config = multiplier, config
-        architecture = recognise(unet)
+        self.is_tracked = False
+        self._grad_norms: Tensor | None = None
+        self._base_norms: Tensor | None = None
+        architecture, denoiser = recognise(unet)
+        self.ranks = Ranks(config, architecture)
+        chosen = self.ranks.chosen if source is None else layers_of_file(source, architecture, config.split_qkv)
         capped: list[str] = []
 
-        def build(model: nn.Module, part: Part) -> list[DeftModule]:
+        def build(model: nn.Module | None, part: Part) -> list[DeftModule]:
             modules = []
-            for name, layer in adaptable_layers(model, part, with_convolutions):
-                chosen = choose(name, layer)
-                if chosen is None:
-                    continue
+            for target, (rank, scale) in [] if model is None else chosen(model, part, part is denoiser):
                 if source is not None:
-                    _check_shape(source, name, layer)
-                largest = min(layer_shape(layer))
-                if chosen[0] > largest:
-                    capped.append(f"{name} ({largest})")
-                modules.append(DeftModule(name, layer, multiplier, min(chosen[0], largest), chosen[1], config))
+                    _check_shape(source, target)
+                largest = min(target.shape)
+                if rank > largest:
+                    capped.append(f"{target.name} ({largest})")
+                modules.append(DeftModule(target, multiplier, min(rank, largest), scale, config))
             return modules
 
         # plain lists: only the halves that `apply_to` applies become submodules
-        self.text_encoder_modules: list[DeftModule] = []
-        for encoder, part in zip(as_list(text_encoder), architecture.text_encoders, strict=False):
-            self.text_encoder_modules += build(encoder, part)
-        self.unet_modules = build(unet, architecture.unet)
+        encoders = as_list(text_encoder)
+        self.modules_of_encoders = [build(*pair) for pair in zip(encoders, architecture.text_encoders, strict=False)]
+        self.unet_modules = build(unet, denoiser)
         if not self.all_modules:
             if source is None:
-                raise DeftError("networks.deft: this model has no layer that is adapted")
+                raise DeftError("networks.deft: the model has no layer that is adapted, or the options leave none")
             made_for = looks_made_for(source.tensors)
             raise DeftError(f"{source.source}: none of its layers is in this model; it looks made for {made_for}")
         if source is not None:
-            halves = [architecture.unet, *architecture.text_encoders[: len(as_list(text_encoder))]]
+            halves = [denoiser, *architecture.text_encoders[: len(encoders)]]
             self._refuse_unknown(source, tuple(part.prefix for part in halves))
         if capped:
             logger.warning(f"rank capped at the layer's size in {len(capped)} layers: {', '.join(capped[:3])}, ...")
@@ -169,6 +169,19 @@ class DeftNetwork(nn.Module):
             logger.warning("pad=false: files of mixed ranks are misread by diffusers; use them elsewhere")
         counts = f"{len(self.text_encoder_modules)} text encoder and {len(self.unet_modules)} U-Net modules"
         logger.info(f"DEFT: {counts}, {config}")
+        if config.verbose:
+            for module in self.all_modules:
+                logger.info(f"  {module.lora_name}: rank {module.rank}, alpha {module.scale * module.rank:g}")
+
+    @property
+    def text_encoder_modules(self) -> list[DeftModule]:
+        """Of all text encoders."""
+        return [module for modules in self.modules_of_encoders for module in modules]
+
+    @property
+    def train_t5xxl(self) -> bool:
+        """Whether T5 is adapted; sd-scripts' FLUX and SD3 trainers ask."""
+        return any(module.lora_name.startswith("lora_te3") for module in self.all_modules)
 
     @property
     def all_modules(self) -> list[DeftModule]:
@@ -191,6 +204,7 @@ class DeftNetwork(nn.Module):
             raise DeftError(f"--save_model_as={args.save_model_as}: networks.deft writes safetensors only")
         if getattr(args, "scale_weight_norms", None) and self.config.para:
             raise DeftError("--scale_weight_norms: a PaRa adapter (para=true) has no size that could be scaled")
+        self.is_tracked = bool(getattr(args, "logging_dir", None) or getattr(args, "log_with", None))
 
     def apply_to(
         self,
@@ -204,7 +218,7 @@ class DeftNetwork(nn.Module):
         :raises DeftError: when nothing is left to adapt
         """
         if not apply_text_encoder:
-            self.text_encoder_modules = []
+            self.modules_of_encoders = []
         if not apply_unet:
             self.unet_modules = []
         if not self.all_modules:
@@ -215,7 +229,7 @@ class DeftNetwork(nn.Module):
 
     def remove(self) -> None:
         """Gives every adapted layer its own forward back."""
-        for module in self.all_modules:
+        for module in reversed(self.all_modules):  # several may stand in line before one layer
             module.restore()
 
     def load_weights(self, file: str) -> LoadResult:
@@ -234,12 +248,10 @@ class DeftNetwork(nn.Module):
 
     def load_adapter(self, adapter: AdapterFile) -> LoadResult:
         """`load_weights` for a file that has been read."""
-        modules = {module.lora_name: module for module in self.all_modules}
-        applied = [m for m in (self.text_encoder_modules, self.unet_modules) if m]
-        self._refuse_unknown(adapter, tuple("_".join(m[0].lora_name.split("_")[:2]) for m in applied))
-        found = {name: module for name, module in modules.items() if name in adapter.layers}
-        for name, module in found.items():
-            _check_shape(adapter, name, module.org_module)
+        self._refuse_unknown(adapter, tuple({"_".join(m.lora_name.split("_")[:2]) for m in self.all_modules}))
+        found = {m.lora_name: m for m in self.all_modules if adapter.layer_of(m.target) is not None}
+        for module in found.values():
+            _check_shape(adapter, module.target)
         before = {key: value.clone() for key, value in self.state_dict().items()}
         try:
             errors = {name: self._load_layer(module, adapter) for name, module in found.items()}
@@ -253,11 +265,13 @@ class DeftNetwork(nn.Module):
             logger.warning(
                 f"{adapter.source}: {len(truncated)} modules truncated, largest error {max(truncated.values()):.2e}"
             )
-        return LoadResult(adapter.source, len(found), len(modules) - len(found), len(adapter.layers) - len(found))
+        names = {name for m in found.values() for name in (m.lora_name, m.target.file_name)}
+        left = len(self.all_modules) - len(found)
+        return LoadResult(adapter.source, len(found), left, len(adapter.layers.keys() - names))
 
     def _refuse_unknown(self, adapter: AdapterFile, prefixes: tuple[str, ...]) -> None:
         """:raises DeftError: when the file holds modules of the halves with these prefixes that are not here"""
-        known = {module.lora_name for module in self.all_modules}
+        known = {name for module in self.all_modules for name in (module.lora_name, module.target.file_name)}
         unknown = sorted(adapter.layers.keys() - known)
         made_for = looks_made_for(adapter.tensors)
         missing = [
@@ -275,7 +289,8 @@ class DeftNetwork(nn.Module):
 
     def _load_layer(self, module: DeftModule, adapter: AdapterFile) -> float | None:
         """Loads one layer; the relative error where `truncate` cut its rank, else None."""
-        layer = adapter.layers[module.lora_name]
+        layer = adapter.layer_of(module.target)
+        assert layer is not None
         if isinstance(layer, DeftLayer):
             same_form = layer.basis == self.config.basis
             same_form &= (layer.R is None) == self.config.para and (layer.gate is None) == (module.g is None)
@@ -291,7 +306,7 @@ class DeftNetwork(nn.Module):
         if up.shape[1] <= module.rank:
             module.load_lora(up, down)
             return None
-        if module.rank == min(layer_shape(module.org_module)):  # the product's rank is no higher: nothing is lost
+        if module.rank == min(module.target.shape):  # the product's rank is no higher: nothing is lost
             up, down, _ = deft_math.truncate(up.double(), down.double(), module.rank)
             module.load_lora(up, down)
             return None
@@ -310,28 +325,34 @@ class DeftNetwork(nn.Module):
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: float | Sequence[float] | None, unet_lr: float | None, default_lr: float | None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups and their descriptions. A half whose rate is 0 or unset is frozen and has no group.
+        """Parameter groups and their descriptions. What has a rate of 0 or none is frozen and has no group.
 
-        :param text_encoder_lr: one rate, or a list whose first is taken; None or empty: `default_lr`
+        :param text_encoder_lr: one rate for all text encoders, or one for each, the last for those behind it; None or
+            empty: `default_lr`
         :raises DeftError: when nothing is left to train
         """
-        rates = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
-        te_rate = rates[0] if rates else default_lr
-        halves = (
-            ("textencoder", self.text_encoder_modules, te_rate),
-            ("unet", self.unet_modules, default_lr if unet_lr is None else unet_lr),
-        )
-        groups, descriptions = [], []
-        for description, modules, rate in halves:
-            parameters = [p for module in modules for p in module.parameters()]
-            for parameter in parameters:
-                parameter.requires_grad_(bool(rate))
-            if parameters and rate:
-                groups.append({"params": parameters, "lr": float(rate)})
-                descriptions.append(description)
+        given = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
+        rates: list[float | None] = [*given] or [default_lr]
+        halves = [("unet", self.unet_modules, default_lr if unet_lr is None else unet_lr)]
+        for i, modules in reversed(list(enumerate(self.modules_of_encoders))):
+            name = "textencoder" if len(self.modules_of_encoders) == 1 else f"textencoder {i + 1}"
+            halves.insert(0, (name, modules, rates[min(i, len(rates) - 1)]))
+        groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+        for name, modules, half_rate in halves:
+            denoiser = name == "unet"
+            plus = self.ranks.plus_ratio(denoiser)
+            for module in modules:
+                label, rate = self.ranks.rate_of(module.target, half_rate, denoiser)
+                for parameter in module.parameters():
+                    parameter.requires_grad_(bool(rate))
+                    is_plus = parameter is module.P and plus != 1
+                    if rate:
+                        key = (f"{name}{label}{' plus' if is_plus else ''}", rate * plus if is_plus else rate)
+                        groups.setdefault(key, []).append(parameter)
         if not groups:
             raise DeftError("nothing to train: every learning rate is 0 or unset (--learning_rate, --unet_lr)")
-        return groups, descriptions
+        listed = [{"params": parameters, "lr": float(rate)} for (_, rate), parameters in groups.items()]
+        return listed, [name for name, _ in groups]
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
@@ -377,6 +398,38 @@ class DeftNetwork(nn.Module):
             norms.append(norm)
         return scaled, sum(norms) / len(norms), max(norms)
 
+    @torch.no_grad()
+    def update_grad_norms(self) -> None:
+        """Keeps each module's gradient norm for the trackers; called before the optimizer's step."""
+        if self.is_tracked:
+            self._grad_norms = torch.stack([
+                torch.stack([p.grad.norm() if p.grad is not None else torch.zeros((), device=p.device)
+                             for p in module.parameters()]).norm()
+                for module in self.all_modules
+            ])  # fmt: skip
+
+    def grad_norms(self) -> Tensor | None:
+        """Norm of each module's gradients (modules,), of the last step; None where no tracker is active."""
+        return self._grad_norms if self.is_tracked else None
+
+    @torch.no_grad()
+    def weight_norms(self) -> Tensor | None:
+        """Frobenius norm of each module's delta (modules,); None where no tracker is active."""
+        if not self.is_tracked:
+            return None
+        return torch.stack([deft_math.delta_norm(*module.lora_factors()) for module in self.all_modules])
+
+    @torch.no_grad()
+    def combined_weight_norms(self) -> Tensor | None:
+        """sqrt(||W||^2 + ||delta||^2) of each module (modules,), which networks.lora_flux calls by this name; None
+        where no tracker is active."""
+        deltas = self.weight_norms()
+        if deltas is None:
+            return None
+        if self._base_norms is None:  # of frozen weights: once is enough
+            self._base_norms = torch.stack([module.base_weight().norm() for module in self.all_modules])
+        return torch.hypot(self._base_norms.to(deltas), deltas)
+
     # --- saving ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -393,17 +446,31 @@ class DeftNetwork(nn.Module):
         if self.config.save_format == "deft":
             tensors = deft_io.deft_tensors({m.lora_name: _as_deft_layer(m) for m in self.all_modules})
         else:
-            factors = {m.lora_name: (*m.lora_factors(), m.org_module.weight.shape) for m in self.all_modules}
-            tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
+            tensors, exponents = deft_io.lora_tensors(self._file_factors(), dtype, self.config.pad)
             if self.config.basis == "qr":  # any scaling of up spans the same subspace
                 exponents = {}
             self._log_padding(file, dtype)
-        recorded = {m.lora_name: [m.rank, m.scale, exponents.get(m.lora_name, 0)] for m in self.all_modules}
+        recorded: dict[str, list[float]] = {}
+        for m in self.all_modules:
+            name = m.lora_name if self.config.save_format == "deft" else m.target.file_name
+            before = recorded.get(name, [0])[0]
+            recorded[name] = [before + m.rank, m.scale, exponents.get(name, 0)]
         full = {key: str(value) for key, value in (metadata or {}).items()}
         full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
         full |= self._base_metadata()
         full |= deft_io.webui_hashes(tensors, full)
         deft_io.write_safetensors(tensors, file, full)
+
+    def _file_factors(self) -> dict[str, tuple[Tensor, Tensor, tuple[int, ...]]]:
+        """Key name -> up, down and the shape of the weight that files know, parts of one weight put together."""
+        parts: dict[str, list[tuple[Tensor, Tensor, Target]]] = {}
+        for module in self.all_modules:
+            parts.setdefault(module.target.file_name, []).append((*module.lora_factors(), module.target))
+        factors = {}
+        for name, pieces in parts.items():
+            up, down = deft_io.fuse(pieces)
+            factors[name] = (up, down, (up.shape[0], *pieces[0][2].layer.weight.shape[1:]))
+        return factors
 
     def _check_finite(self, file: str) -> None:
         for name, tensor in self.state_dict().items():
@@ -411,9 +478,15 @@ class DeftNetwork(nn.Module):
                 raise DeftError(f"{file}: not saved, since {name} has non-finite values; what was there is untouched")
 
     def _log_padding(self, file: str, dtype: torch.dtype) -> None:
-        sizes = [(m.rank, sum(layer_shape(m.org_module))) for m in self.all_modules]
-        file_rank, true_size = max(rank for rank, _ in sizes), sum(rank * size for rank, size in sizes)
-        padded_size = file_rank * sum(size for _, size in sizes)
+        sizes: dict[str, tuple[int, int]] = {}  # of up and down: rank, and both lengths together
+        for m in self.all_modules:
+            rows = m.target.file_rows
+            sizes[m.target.file_name] = (
+                sizes.get(m.target.file_name, (0, 0))[0] + m.rank,
+                (rows[1] if rows else m.target.shape[0]) + m.target.shape[1],
+            )
+        file_rank, true_size = max(r for r, _ in sizes.values()), sum(r * size for r, size in sizes.values())
+        padded_size = file_rank * sum(size for _, size in sizes.values())
         if self.config.pad and padded_size > true_size:
             byte = dtype.itemsize / 2**20
             logger.info(
@@ -422,7 +495,7 @@ class DeftNetwork(nn.Module):
             )
 
     def _base_metadata(self) -> dict[str, str]:
-        weights = [(m.lora_name, m.org_module.weight) for m in self.all_modules]
+        weights = [(m.lora_name, deft_module.rows_of(m.org_module.weight, m.target.rows)) for m in self.all_modules]
         return {
             deft_io.BASE_HASH_KEY: deft_io.base_fingerprint(weights),
             deft_io.BASE_DTYPE_KEY: ",".join(sorted({str(w.dtype).removeprefix("torch.") for _, w in weights})),
@@ -449,13 +522,13 @@ class DeftNetwork(nn.Module):
         """
         adapter = deft_io.parse_adapter(weights_sd, {}, "the given weights")
         for module in self.all_modules:
-            layer = adapter.layers.get(module.lora_name)
+            layer = adapter.layer_of(module.target)
             if layer is None:
                 continue
             up, down = (
                 _file_factors(layer, module.base_weight) if isinstance(layer, DeftLayer) else (layer.up, layer.down)
             )
-            add_to_weight(module.org_module, up, down, self.multiplier)
+            add_to_weight(module.target, up, down, self.multiplier)
         logger.info("weights are merged")
 
     def backup_weights(self) -> None:
@@ -482,19 +555,20 @@ class DeftNetwork(nn.Module):
         self.set_region(0, True, torch.ones(()))
 
 
-def _check_shape(adapter: AdapterFile, name: str, layer: Layer) -> None:
+def _check_shape(adapter: AdapterFile, target: Target) -> None:
     """:raises DeftError: when the file's layer has another shape than the model's"""
-    found = adapter.layers[name]
+    found = adapter.layer_of(target)
     if isinstance(found, DeftLayer):
-        expected: tuple[int, ...] = layer_shape(layer)
+        expected: tuple[int, ...] = target.shape
         shape: tuple[int, ...] = (found.P.shape[0], expected[1] if found.R is None else found.R.shape[1])
-    else:
-        expected, shape = tuple(layer.weight.shape), (found.up.shape[0], *found.kernel)
-        if len(shape) == 2 and is_pointwise(layer):  # some programs write a 1x1 convolution as a matrix
+    elif found is not None:
+        expected = (target.shape[0], *target.layer.weight.shape[1:])
+        shape = (found.up.shape[0], *found.kernel)
+        if len(shape) == 2 and is_pointwise(target.layer):  # some programs write a 1x1 convolution as a matrix
             expected = expected[:2]
-    if shape != expected:
+    if found is not None and shape != expected:
         raise DeftError(
-            f"{adapter.source}: {name} is made for a weight of {shape}, this model has "
+            f"{adapter.source}: {target.name} is made for a weight of {shape}, this model has "
             f"{expected}; the file looks made for {looks_made_for(adapter.tensors)}"
         )
 

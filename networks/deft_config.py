@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -49,14 +51,81 @@ def parse_bool(key: str, value: Any) -> bool:
     return words[str(value).lower()]
 
 
+def _numbers(kind: type, allowed: str) -> Callable[[str, Any], Any]:
+    """A list of numbers of at least 0 from `1,2,3`, in brackets or not, or from a list."""
+    number = _number(kind, allowed, lambda v: 0 <= v < float("inf"))
+
+    def parse(key: str, value: Any) -> Any:
+        parts = value if isinstance(value, (list, tuple)) else str(value).strip().strip("[]").split(",")
+        return tuple(number(key, part) for part in parts)
+
+    return parse
+
+
+def _by_pattern(kind: type, allowed: str) -> Callable[[str, Any], Any]:
+    """A mapping of regular expressions to numbers of at least 0 from `pattern=1,pattern=2`, or from a mapping."""
+    number = _number(kind, allowed, lambda v: 0 <= v < float("inf"))
+
+    def parse(key: str, value: Any) -> Any:
+        pairs = value.items() if isinstance(value, Mapping) else [_pair(key, p) for p in str(value).split(",") if p]
+        return {_pattern(key, pattern): number(key, size) for pattern, size in pairs}
+
+    return parse
+
+
+def _pair(key: str, text: str) -> tuple[str, str]:
+    pattern, equals, number = text.strip().rpartition("=")
+    if not equals:
+        raise DeftError(f"{key}: {text.strip()} must be PATTERN=NUMBER, separated from the next by a comma")
+    return pattern.strip(), number.strip()
+
+
+def _pattern(key: str, text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise DeftError(f"{key}: {text} is no regular expression ({error})") from None
+    return text
+
+
+def _patterns(key: str, value: Any) -> Any:
+    """Regular expressions from `a.*`, or from a list such as `['a.*','b.*']`."""
+    if isinstance(value, str) and value.strip().startswith(("[", "(")):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise DeftError(f"{key}={value}: must be a pattern or a list such as ['a.*','b.*']") from None
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(_pattern(key, str(pattern)) for pattern in listed)
+
+
+def _text(key: str, value: Any) -> Any:
+    return str(value)
+
+
+def _refused(reason: str) -> Callable[[str, Any], Any]:
+    def parse(key: str, value: Any) -> Any:
+        raise DeftError(f"{key}={value}: {reason}")
+
+    return parse
+
+
 _rank = _number(int, "a whole number of at least 1", lambda v: v >= 1)
 _alpha = _number(float, "a number of at least 0 (0 means: equal to the dim)", lambda v: 0 <= v < float("inf"))
+_rank_or_none = _number(int, "a whole number of at least 0 (0 means: not adapted)", lambda v: v >= 0)
+_ranks = _numbers(int, "whole numbers of at least 0, separated by commas (0 means: not adapted)")
+_alphas = _numbers(float, "numbers of at least 0, separated by commas")
 _positive = _number(float, "a number above 0", lambda v: 0 < v < float("inf"))
 _probability = _number(float, "a number from 0 to below 1", lambda v: 0 <= v < 1)
 
 
-def _option(default: Any, parse: Callable[[str, Any], Any]) -> Any:
-    return field(default=default, metadata={"parse": parse})
+_at_least_0 = _number(float, "a number of at least 0", lambda v: 0 <= v < float("inf"))
+_ggpo = _refused("GGPO shakes a LoRA's weights by the sizes of its two matrices, and DEFT has others; leave it out")
+
+
+def _option(default: Any, parse: Callable[[str, Any], Any], of_file: bool = False) -> Any:
+    """A field; `of_file`: it belongs to the adapter, and a training that goes on from the file takes it over."""
+    return field(default=default, metadata={"parse": parse, "of_file": of_file})
 
 
 @dataclass(frozen=True)
@@ -64,25 +133,82 @@ class DeftConfig:
     """All options of a DEFT network. `docs/options.md` describes them for users.
 
     `dim` and `alpha` are `--network_dim` and `--network_alpha`; the others come from `--network_args key=value`.
-    An alpha of 0 means "equal to the dim", as in sd-scripts' networks.lora.
+    An alpha of 0 means "equal to the dim", as in sd-scripts' networks.lora. None means "not given".
     """
 
-    dim: int = _option(4, _rank)
-    alpha: float = _option(1.0, _alpha)
+    dim: int = _option(4, _rank, of_file=True)
+    alpha: float = _option(1.0, _alpha, of_file=True)
     conv_dim: int | None = _option(None, _rank)  # k x k convolutions are adapted only when this is given
     conv_alpha: float = _option(1.0, _alpha)
-    basis: str = _option("qr", _choice("qr", "relu"))
-    para: bool = _option(False, parse_bool)
-    gate: bool = _option(False, parse_bool)
+
+    # the method
+    basis: str = _option("qr", _choice("qr", "relu"), of_file=True)
+    para: bool = _option(False, parse_bool, of_file=True)
+    gate: bool = _option(False, parse_bool, of_file=True)
     init: str | None = _option(None, _choice("identity", "paper", "svd"))
-    init_scale: float = _option(1.0, _positive)
-    ratio: float = _option(1.0, _positive)  # P's rate over R's
-    neuron_dropout: float = _option(0.0, _probability)
-    rank_dropout: float = _option(0.0, _probability)
-    module_dropout: float = _option(0.0, _probability)
-    save_format: str = _option("lora", _choice("lora", "deft"))
-    pad: bool = _option(True, parse_bool)  # one rank in the whole file
+    init_scale: float = _option(1.0, _positive, of_file=True)
+    ratio: float = _option(1.0, _positive, of_file=True)  # P's rate over R's
+    split_qkv: bool = _option(False, parse_bool, of_file=True)
+
+    # dropout
+    neuron_dropout: float = _option(0.0, _probability, of_file=True)
+    rank_dropout: float = _option(0.0, _probability, of_file=True)
+    module_dropout: float = _option(0.0, _probability, of_file=True)
+
+    # files
+    save_format: str = _option("lora", _choice("lora", "deft"), of_file=True)
+    pad: bool = _option(True, parse_bool, of_file=True)  # one rank in the whole file
     truncate: bool = _option(False, parse_bool)  # a file of higher rank is cut down instead of refused
+
+    # which layers, and their ranks: see deft_ranks
+    block_dims: tuple[int, ...] | None = _option(None, _ranks)
+    block_alphas: tuple[float, ...] | None = _option(None, _alphas)
+    conv_block_dims: tuple[int, ...] | None = _option(None, _ranks)
+    conv_block_alphas: tuple[float, ...] | None = _option(None, _alphas)
+    network_reg_dims: Mapping[str, int] | None = _option(None, _by_pattern(int, "a whole number of at least 0"))
+    img_attn_dim: int | None = _option(None, _rank_or_none)
+    txt_attn_dim: int | None = _option(None, _rank_or_none)
+    img_mlp_dim: int | None = _option(None, _rank_or_none)
+    txt_mlp_dim: int | None = _option(None, _rank_or_none)
+    img_mod_dim: int | None = _option(None, _rank_or_none)
+    txt_mod_dim: int | None = _option(None, _rank_or_none)
+    single_dim: int | None = _option(None, _rank_or_none)
+    single_mod_dim: int | None = _option(None, _rank_or_none)
+    in_dims: tuple[int, ...] | None = _option(None, _ranks)
+    train_blocks: str | None = _option(None, _text)
+    train_double_block_indices: str | None = _option(None, _text)
+    train_single_block_indices: str | None = _option(None, _text)
+    context_attn_dim: int | None = _option(None, _rank_or_none)
+    context_mlp_dim: int | None = _option(None, _rank_or_none)
+    context_mod_dim: int | None = _option(None, _rank_or_none)
+    x_attn_dim: int | None = _option(None, _rank_or_none)
+    x_mlp_dim: int | None = _option(None, _rank_or_none)
+    x_mod_dim: int | None = _option(None, _rank_or_none)
+    emb_dims: tuple[int, ...] | None = _option(None, _ranks)
+    train_block_indices: str | None = _option(None, _text)
+    attn_dim: int | None = _option(None, _rank_or_none)
+    mlp_dim: int | None = _option(None, _rank_or_none)
+    mod_dim: int | None = _option(None, _rank_or_none)
+    refiner_dim: int | None = _option(None, _rank_or_none)
+    embedder_dims: tuple[int, ...] | None = _option(None, _ranks)
+    train_t5xxl: bool = _option(False, parse_bool)
+    train_llm_adapter: bool = _option(False, parse_bool)
+    exclude_patterns: tuple[str, ...] | None = _option(None, _patterns)
+    include_patterns: tuple[str, ...] | None = _option(None, _patterns)
+    verbose: bool = _option(False, parse_bool)
+
+    # rates
+    down_lr_weight: str | None = _option(None, _text)
+    mid_lr_weight: str | None = _option(None, _text)
+    up_lr_weight: str | None = _option(None, _text)
+    block_lr_zero_threshold: float = _option(0.0, _at_least_0)
+    network_reg_lrs: Mapping[str, float] | None = _option(None, _by_pattern(float, "a rate of at least 0"))
+    loraplus_lr_ratio: float | None = _option(None, _positive)
+    loraplus_unet_lr_ratio: float | None = _option(None, _positive)
+    loraplus_text_encoder_lr_ratio: float | None = _option(None, _positive)
+
+    ggpo_beta: None = _option(None, _ggpo)
+    ggpo_sigma: None = _option(None, _ggpo)
 
     def __post_init__(self) -> None:
         if self.para and self.basis != "qr":
@@ -109,8 +235,9 @@ class DeftConfig:
         return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in shown)
 
     def to_json(self) -> str:
-        """The options as JSON, for a file's metadata."""
-        return json.dumps(asdict(self))
+        """The options that were set, and those that a training from the file takes over, as JSON for its metadata."""
+        kept = [f for f in fields(self) if f.metadata["of_file"] or getattr(self, f.name) != f.default]
+        return json.dumps({f.name: getattr(self, f.name) for f in kept})
 
 
 _COMMAND_LINE_NAMES = {"dim": "network_dim", "alpha": "network_alpha", "neuron_dropout": "network_dropout"}
@@ -143,11 +270,15 @@ def parse_options(options: Mapping[str, Any]) -> DeftConfig:
     parsers = {f.name: f.metadata["parse"] for f in fields(DeftConfig)}
     for key in given:
         if key not in parsers:
-            raise DeftError(
-                f"unknown network_args key '{key}'{nearest(key, parsers)}; allowed are {', '.join(sorted(parsers))}"
-            )
+            raise DeftError(f"unknown network_args key '{key}'{nearest(key, parsers)}; docs/options.md lists them all")
     shown = _COMMAND_LINE_NAMES
     return DeftConfig(**{key: parsers[key](shown.get(key, key), value) for key, value in given.items()})
+
+
+def options_of_file(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that belong to the adapter; ranks by layer stand in the file itself, and rates are each training's own."""
+    kept = {f.name for f in fields(DeftConfig) if f.metadata["of_file"]}
+    return {name: value for name, value in options.items() if name in kept}
 
 
 def option_names() -> list[str]:

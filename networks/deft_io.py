@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from networks import deft_math
 from networks.deft_config import DeftError, option_names
-from networks.deft_targets import looks_made_for
+from networks.deft_targets import Target, looks_made_for
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,27 @@ class AdapterFile:
     layers: Mapping[str, LoraLayer | DeftLayer]
     options: dict[str, object]
     tensors: Mapping[str, Tensor]
+
+    def layer_of(self, target: Target) -> LoraLayer | DeftLayer | None:
+        """What the file holds for a layer or for a part of a fused one; None if nothing."""
+        found = self.layers.get(target.name)
+        if found is not None or target.file_rows is None:
+            return found
+        fused = self.layers.get(target.file_name)
+        return _part(fused, target) if isinstance(fused, LoraLayer) else None
+
+
+def _part(fused: LoraLayer, target: Target) -> LoraLayer:
+    """Some outputs of a fused LoRA: exactly those rows of up, and of the rank what they use."""
+    first, total = target.file_rows or (0, 0)
+    outputs = target.shape[0]
+    if fused.up.shape[0] != total:
+        return fused  # which `_check_shape` refuses
+    up = fused.up[first : first + outputs]
+    used = (up != 0).any(0)
+    if not used.any():
+        used[:] = True
+    return replace(fused, up=up[:, used], down=fused.down[used], rank=int(used.sum()) or fused.rank)
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -214,6 +235,22 @@ def lora_tensors(
         tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # float32 always: bfloat16 rounds ranks above 256
         exponents[name] = exponent
     return tensors, exponents
+
+
+def fuse(parts: Sequence[tuple[Tensor, Tensor, Target]]) -> tuple[Tensor, Tensor]:
+    """Parts of one weight as one LoRA, exactly: up block by block, down one below the other.
+
+    :param parts: up (m_k, r_k), down (r_k, n) and the part's place
+    :returns: up (m, sum of r_k) and down (sum of r_k, n)
+    """
+    if len(parts) == 1 and parts[0][2].file_rows is None:
+        return parts[0][:2]
+    total = max(target.file_rows[1] for _, _, target in parts if target.file_rows)
+    blocks = []
+    for up, _, target in parts:
+        first = target.file_rows[0] if target.file_rows else 0
+        blocks.append(torch.nn.functional.pad(up, (0, 0, first, total - first - up.shape[0])))
+    return torch.cat(blocks, 1), torch.cat([down for _, down, _ in parts])
 
 
 def _for_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,28 +12,49 @@ from torch import Tensor, nn
 
 from networks import deft_math
 from networks.deft_config import DeftConfig, DeftError
-from networks.deft_targets import Layer
+from networks.deft_targets import Layer, Target
 
 
-def read_weight(layer: Layer, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The layer's weight as (outputs, inputs * kernel), detached, read where it is at this moment.
+def read_weight(layer: Layer, rows: tuple[int, int] | None = None) -> Tensor:
+    """The layer's weight as (outputs, inputs * kernel), float32, detached, read where it is at this moment.
 
+    :param rows: (first, behind last) of the outputs that are asked for
     :raises DeftError: when the weight is on the meta device
     """
     if layer.weight.is_meta:
         raise DeftError(f"the weight of a {type(layer).__name__} layer is not loaded (meta device), but DEFT needs it")
-    return layer.weight.detach().flatten(1).to(dtype)
+    weight = rows_of(layer.weight.detach(), rows).flatten(1).float()
+    scale = getattr(layer, "scale_weight", None)
+    return weight if scale is None else _dequantised(weight, scale, rows)
+
+
+def _dequantised(weight: Tensor, scale: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    """The weight (m, n) of a scaled fp8 layer, as sd-scripts' library/fp8_optimization_utils.py (commit 48d368fa)
+    reads it in the forward pass.
+
+    :param scale: one number, one a row (m, 1), or one for each block of a row's inputs (m, blocks, 1)
+    """
+    if scale.dim() > 1 and scale.shape[0] > 1:
+        scale = rows_of(scale, rows)
+    scale = scale.to(weight)
+    if scale.dim() < 3:
+        return weight * scale
+    return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
+
+
+def rows_of(weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    """The rows (first, behind last) of a weight, or all."""
+    return weight if rows is None else weight[slice(*rows)]
 
 
 class DeftModule(nn.Module):
-    """DEFT on one Linear or Conv2d layer, whose `forward` it replaces.
+    """DEFT on one Linear or Conv2d layer, or on some of its outputs; it replaces the layer's `forward`.
 
     `P` and `R` are what the optimizer sees, `E0` is fixed; all are float32 whatever the network is cast to. The
     method's own matrices are `P * P_rate` and `R * R_rate` (`effective_P`, `effective_R`): the factors fit the
     optimizer's rate to the layer's shape without changing the model.
 
-    :param lora_name: the layer's key name in files
-    :param org_module: the layer; neither it nor its weight becomes part of this module
+    :param target: the layer, neither it nor its weight becomes part of this module; and its name
     :param rank: r, at most min(m, n)
     :param scale: s = alpha / dim
     :param config: for everything else
@@ -41,17 +62,15 @@ class DeftModule(nn.Module):
 
     E0: Tensor
 
-    def __init__(
-        self, lora_name: str, org_module: Layer, multiplier: float, rank: int, scale: float, config: DeftConfig
-    ):
+    def __init__(self, target: Target, multiplier: float, rank: int, scale: float, config: DeftConfig):
         super().__init__()
-        self.lora_name = lora_name
-        self.org_module_ref = [org_module]  # a list, so that it is not registered as a submodule
-        self.org_forward: Callable[[Tensor], Tensor] = org_module.forward  # replaced in apply_to
+        self.target = target  # holds the layer without registering it as a submodule
+        self.lora_name = target.name
+        self.org_forward: Callable[[Tensor], Tensor] = target.layer.forward  # replaced in apply_to
         self.multiplier = multiplier
         self.enabled = True
         self.rank, self.scale, self.config = rank, scale, config
-        m, n = layer_shape(org_module)
+        m, n = target.shape
         self.P_size = deft_math.direction_size(m, n, scale, config.ratio)
         self.P_rate = 1.0
         self.R_rate = deft_math.injection_rate(m, n)
@@ -64,7 +83,7 @@ class DeftModule(nn.Module):
         self.register_buffer("E0", torch.zeros(m, rank))
         P = torch.randn(m, rank) / m**0.5
         if config.init == "svd":
-            P = deft_math.leading_directions(read_weight(org_module), rank).cpu()
+            P = deft_math.leading_directions(read_weight(target.layer, target.rows), rank).cpu()
         self.P = nn.Parameter(P * self.P_size)
         self.R: nn.Parameter | None = None if config.para else nn.Parameter(torch.zeros(rank, n))
         self.g: nn.Parameter | None = None
@@ -79,7 +98,7 @@ class DeftModule(nn.Module):
     @property
     def org_module(self) -> Layer:
         """The adapted layer."""
-        return self.org_module_ref[0]
+        return self.target.layer
 
     # --- the method's matrices -------------------------------------------------------------------------------------
 
@@ -105,8 +124,8 @@ class DeftModule(nn.Module):
     def base_weight(self) -> Tensor:
         """W as (m, n) float32 where P is; after `pre_calculate`, what it was before."""
         if not getattr(self.org_module, "_lora_restored", True):
-            return self.org_module.__dict__["_lora_org_weight"].flatten(1).to(self.E0)
-        return read_weight(self.org_module).to(self.E0.device)
+            return rows_of(self.org_module.__dict__["_lora_org_weight"], self.target.rows).flatten(1).to(self.E0)
+        return read_weight(self.org_module, self.target.rows).to(self.E0.device)
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """This layer as a LoRA of scale 1: up (m, r) and down (r, n), float32, differentiable."""
@@ -197,6 +216,9 @@ class DeftModule(nn.Module):
             update = F.conv2d(self._dropout(z, rank_dim=1), up[:, :, None, None])
         else:
             update = F.linear(self._dropout(F.linear(x, down), rank_dim=-1), up)
+            if self.target.rows is not None:
+                first, end = self.target.rows
+                update = F.pad(update, (first, layer.weight.shape[0] - end))
         return self.org_forward(x) + update * self.multiplier
 
     def _skipped_by_dropout(self) -> bool:
@@ -222,7 +244,7 @@ class DeftModule(nn.Module):
         """Adds the delta to the layer's own weight, which `backup` has kept, and steps aside."""
         with torch.no_grad():
             up, down = self.lora_factors()
-        add_to_weight(self.org_module, up, down, self.multiplier)
+        add_to_weight(self.target, up, down, self.multiplier)
         self.org_module.__dict__["_lora_restored"] = False
         self.enabled = False
 
@@ -241,15 +263,15 @@ class DeftModule(nn.Module):
             kept["_lora_restored"] = True
 
 
-def layer_shape(layer: Layer) -> tuple[int, int]:
-    """(m, n): outputs and inputs, a convolution's kernel counted among its inputs."""
-    return layer.weight.shape[0], layer.weight.shape[1:].numel()
-
-
 @torch.no_grad()
-def add_to_weight(layer: Layer, up: Tensor, down: Tensor, multiplier: float) -> None:
-    """W += multiplier * up @ down, computed in float32 on the weight's device and cast once to its dtype."""
-    weight = layer.weight
+def add_to_weight(target: Target, up: Tensor, down: Tensor, multiplier: float) -> None:
+    """W += multiplier * up @ down, computed in float32 on the weight's device and cast once to its dtype.
+
+    :raises DeftError: for a scaled fp8 weight, which would have to be scaled anew
+    """
+    if hasattr(target.layer, "scale_weight"):
+        raise DeftError(f"{target.name}: cannot be merged into a scaled fp8 weight; merge into the bf16 file first")
+    weight = rows_of(target.layer.weight.data, target.rows)
     up, down = up.to(weight.device, torch.float32), down.to(weight.device, torch.float32)
-    merged = read_weight(layer) + multiplier * (up @ down)
-    weight.data.copy_(merged.view_as(weight))
+    merged = read_weight(target.layer, target.rows) + multiplier * (up @ down)
+    weight.copy_(merged.view_as(weight))

@@ -6,8 +6,9 @@ Key names are those of sd-scripts' networks.lora (commit 48d368fa): prefix, modu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TypeAlias, TypeGuard
 
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ class Part:
     :param containers: class names of the modules whose Linear and 1x1 Conv2d layers are adapted
     :param conv_containers: those whose layers are adapted too when k x k convolutions are
     :param path_root: beginning of every module path in the file; transformers 5 dropped CLIP's `text_model.`
+    :param renames: (pattern, replacement) from a module's path to the path that key names are made of, all applied in
+        this order; `#k` at the end of a path: the layer is the k-th part of the weight that files know
+    :param option: option without which the part is left alone
+    :param optional_containers: option -> further containers
     """
 
     prefix: str
@@ -33,31 +38,292 @@ class Part:
     containers: tuple[str, ...]
     conv_containers: tuple[str, ...] = ()
     path_root: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
+    option: str | None = None
+    optional_containers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The numbered blocks of `block_dims` and of `down_lr_weight`, `mid_lr_weight` and `up_lr_weight`.
+
+    :param down: how many there are, up as many
+    :param outside: blocks before the first and behind the last that have no weights for rates
+    :param number: the block of a key name
+    """
+
+    down: int
+    mid: int
+    outside: int
+    number: Callable[[str], int | None]
+
+    @property
+    def total(self) -> int:
+        """How many numbers `block_dims` has."""
+        return 2 * (self.down + self.outside) + self.mid
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of models that share one set of key names; `unet` is the denoiser, whatever its kind."""
+    """A family of models that share one set of key names.
+
+    :param denoisers: the U-Net or transformer, in each of the forms that programs have of it
+    :param text_encoders: in the order in which trainers hand them over
+    :param blocks: for the options that go by block
+    :param kinds: option -> words of which all are in the key names that it gives a rank
+    :param outside: option of a list of ranks for layers outside of the blocks -> a word of each one's key names
+    :param numbered: option of a selection of numbers -> pattern whose group is the block's number
+    :param train_blocks: value of `train_blocks` -> pattern of the key names that are adapted; "all" is always allowed
+    :param fused: pattern of key names -> whether a fully connected layer stands behind queries, keys and values in the
+        same weight; `split_qkv` adapts each for itself
+    :param left_out: pattern of paths that are not adapted unless `include_patterns` says so
+    """
 
     name: str
-    unet: Part
-    text_encoders: tuple[Part, ...]
+    denoisers: tuple[Part, ...]
+    text_encoders: tuple[Part, ...] = ()
+    blocks: Blocks | None = None
+    kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outside: tuple[str, tuple[str, ...]] | None = None
+    numbered: Mapping[str, str] = field(default_factory=dict)
+    train_blocks: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, bool] = field(default_factory=dict)
+    left_out: str | None = None
+
+    def options(self) -> set[str]:
+        """The options that only some architectures have, of those that this one has."""
+        names = {*self.kinds, *self.numbered, *(part.option for part in self.text_encoders if part.option)}
+        names |= {self.outside[0]} if self.outside else set()
+        names |= {"train_blocks"} if self.train_blocks else set()
+        names |= {"split_qkv"} if self.fused else set()
+        names |= set(BLOCK_OPTIONS) if self.blocks else set()
+        names |= {"exclude_patterns", "include_patterns"} if self.left_out else set()
+        return names.union(*(part.optional_containers for part in self.denoisers))
 
 
-_CLIP_CONTAINERS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+BLOCK_OPTIONS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
+                 "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")  # fmt: skip
 
-SD = Architecture(
-    name="Stable Diffusion 1.x or 2.x",
-    unet=Part(
-        prefix="lora_unet",
-        model_classes=("UNet2DConditionModel", "InferUNet2DConditionModel"),  # the second wraps it in gen_img.py
-        containers=("Transformer2DModel",),
-        conv_containers=("ResnetBlock2D", "Downsample2D", "Upsample2D"),
-    ),
-    text_encoders=(Part("lora_te", ("CLIPTextModel",), _CLIP_CONTAINERS, path_root="text_model."),),
+
+def _clip(prefix: str) -> Part:
+    containers = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+    return Part(prefix, ("CLIPTextModel", "CLIPTextModelWithProjection"), containers, path_root="text_model.")
+
+
+_T5 = Part("lora_te3", ("T5EncoderModel",), ("T5Attention", "T5DenseGatedActDense"), option="train_t5xxl")
+
+_UNET_CONTAINERS = ("Transformer2DModel",)
+_UNET_CONV_CONTAINERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+
+
+def _sd_block(name: str) -> int | None:
+    """0 is without layers, then three a level of the way down, the middle, and three a level of the way up."""
+    if "_mid_block_" in name:
+        return 12
+    found = re.search(r"_(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_", name)
+    if found is None:
+        return None
+    way, level, kind, place = found.groups()
+    place = "2" if kind.endswith("samplers") else place
+    return {"down": 1, "up": 13}[way] + 3 * int(level) + int(place)
+
+
+def _sdxl_block(name: str) -> int | None:
+    """Of the original's names: embeddings, 9 on the way down, 3 in the middle, 9 on the way up, output."""
+    found = re.search(r"_(input_blocks|middle_block|output_blocks)_(\d+)_", name)
+    if found is not None:
+        return {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}[found[1]] + int(found[2])
+    return 0 if re.search("_(time_embed|label_emb)_", name) else 22 if "_unet_out_" in name else None
+
+
+def _sdxl_renames() -> tuple[tuple[str, str], ...]:
+    """Diffusers' paths of an SDXL U-Net to the original's."""
+    kinds = (("resnets", 0), ("attentions", 1))
+    down = [(rf"^down_blocks\.{i}\.{kind}\.{j}\b", f"input_blocks.{3 * i + j + 1}.{k}")
+            for i in range(3) for j in range(2) for kind, k in kinds]  # fmt: skip
+    down += [(rf"^down_blocks\.{i}\.downsamplers\.0\.conv", f"input_blocks.{3 * i + 3}.0.op") for i in range(2)]
+    up = [(rf"^up_blocks\.{i}\.{kind}\.{j}\b", f"output_blocks.{3 * i + j}.{k}")
+          for i in range(3) for j in range(3) for kind, k in kinds]  # fmt: skip
+    up += [(rf"^up_blocks\.{i}\.upsamplers\.0\b", f"output_blocks.{3 * i + 2}.2") for i in range(2)]
+    middle = [(r"^mid_block\.resnets\.0\b", "middle_block.0"), (r"^mid_block\.attentions\.0\b", "middle_block.1"),
+              (r"^mid_block\.resnets\.1\b", "middle_block.2")]  # fmt: skip
+    inside = [(r"\.conv1$", ".in_layers.2"), (r"\.conv2$", ".out_layers.3"), (r"\.time_emb_proj$", ".emb_layers.1"),
+              (r"\.conv_shortcut$", ".skip_connection")]  # fmt: skip
+    return (*down, *up, *middle, *inside)
+
+
+# Diffusers' paths of a FLUX.1 transformer to the original's.
+_FLUX_RENAMES = (
+    (r"^transformer_blocks\.(\d+)\.attn\.to_q$", r"double_blocks.\1.img_attn.qkv#0"),
+    (r"^transformer_blocks\.(\d+)\.attn\.to_k$", r"double_blocks.\1.img_attn.qkv#1"),
+    (r"^transformer_blocks\.(\d+)\.attn\.to_v$", r"double_blocks.\1.img_attn.qkv#2"),
+    (r"^transformer_blocks\.(\d+)\.attn\.add_q_proj$", r"double_blocks.\1.txt_attn.qkv#0"),
+    (r"^transformer_blocks\.(\d+)\.attn\.add_k_proj$", r"double_blocks.\1.txt_attn.qkv#1"),
+    (r"^transformer_blocks\.(\d+)\.attn\.add_v_proj$", r"double_blocks.\1.txt_attn.qkv#2"),
+    (r"^transformer_blocks\.(\d+)\.attn\.to_out\.0$", r"double_blocks.\1.img_attn.proj"),
+    (r"^transformer_blocks\.(\d+)\.attn\.to_add_out$", r"double_blocks.\1.txt_attn.proj"),
+    (r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj$", r"double_blocks.\1.img_mlp.0"),
+    (r"^transformer_blocks\.(\d+)\.ff\.net\.2$", r"double_blocks.\1.img_mlp.2"),
+    (r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj$", r"double_blocks.\1.txt_mlp.0"),
+    (r"^transformer_blocks\.(\d+)\.ff_context\.net\.2$", r"double_blocks.\1.txt_mlp.2"),
+    (r"^transformer_blocks\.(\d+)\.norm1\.linear$", r"double_blocks.\1.img_mod.lin"),
+    (r"^transformer_blocks\.(\d+)\.norm1_context\.linear$", r"double_blocks.\1.txt_mod.lin"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_q$", r"single_blocks.\1.linear1#0"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_k$", r"single_blocks.\1.linear1#1"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_v$", r"single_blocks.\1.linear1#2"),
+    (r"^single_transformer_blocks\.(\d+)\.proj_mlp$", r"single_blocks.\1.linear1#3"),
+    (r"^single_transformer_blocks\.(\d+)\.proj_out$", r"single_blocks.\1.linear2"),
+    (r"^single_transformer_blocks\.(\d+)\.norm\.linear$", r"single_blocks.\1.modulation.lin"),
+    (r"^x_embedder$", "img_in"),
+    (r"^context_embedder$", "txt_in"),
+    (r"^time_text_embed\.timestep_embedder\.linear_1$", "time_in.in_layer"),
+    (r"^time_text_embed\.timestep_embedder\.linear_2$", "time_in.out_layer"),
+    (r"^time_text_embed\.guidance_embedder\.linear_1$", "guidance_in.in_layer"),
+    (r"^time_text_embed\.guidance_embedder\.linear_2$", "guidance_in.out_layer"),
+    (r"^time_text_embed\.text_embedder\.linear_1$", "vector_in.in_layer"),
+    (r"^time_text_embed\.text_embedder\.linear_2$", "vector_in.out_layer"),
 )
 
-ARCHITECTURES = (SD,)
+ARCHITECTURES = (
+    Architecture(
+        "Stable Diffusion 1.x or 2.x",
+        (
+            Part(
+                "lora_unet",
+                ("UNet2DConditionModel", "InferUNet2DConditionModel"),  # the second wraps it in gen_img.py
+                _UNET_CONTAINERS,
+                _UNET_CONV_CONTAINERS,
+            ),
+        ),
+        (_clip("lora_te"),),
+        blocks=Blocks(12, 1, 0, _sd_block),
+    ),
+    Architecture(
+        "SDXL",
+        (
+            Part(
+                "lora_unet",
+                ("SdxlUNet2DConditionModel", "InferSdxlUNet2DConditionModel"),
+                _UNET_CONTAINERS,
+                _UNET_CONV_CONTAINERS,
+            ),
+            Part(
+                "lora_unet",
+                ("UNet2DConditionModel with text_time",),  # see `recognise`
+                _UNET_CONTAINERS,
+                _UNET_CONV_CONTAINERS,
+                renames=_sdxl_renames(),
+            ),
+        ),
+        (_clip("lora_te1"), _clip("lora_te2")),
+        blocks=Blocks(9, 3, 1, _sdxl_block),
+    ),
+    Architecture(
+        "FLUX.1 or Chroma",
+        (
+            Part("lora_unet", ("Flux", "Chroma"), ("DoubleStreamBlock", "SingleStreamBlock")),
+            Part(
+                "lora_unet",
+                ("FluxTransformer2DModel",),
+                ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+                renames=_FLUX_RENAMES,
+            ),
+        ),
+        (_clip("lora_te1"), _T5),
+        kinds={
+            "img_attn_dim": ("img_attn",),
+            "txt_attn_dim": ("txt_attn",),
+            "img_mlp_dim": ("img_mlp",),
+            "txt_mlp_dim": ("txt_mlp",),
+            "img_mod_dim": ("img_mod",),
+            "txt_mod_dim": ("txt_mod",),
+            "single_dim": ("single_blocks", "linear"),
+            "single_mod_dim": ("modulation",),
+        },
+        outside=("in_dims", ("_img_in", "_time_in", "_vector_in", "_guidance_in", "_txt_in")),
+        numbered={
+            "train_double_block_indices": r"_double_blocks_(\d+)_",
+            "train_single_block_indices": r"_single_blocks_(\d+)_",
+        },
+        train_blocks={"double": "_double_blocks_", "single": "_single_blocks_"},
+        fused={r"_double_blocks_.*qkv$": False, r"_single_blocks_.*linear1$": True},
+    ),
+    Architecture(
+        "Stable Diffusion 3",
+        (Part("lora_unet", ("MMDiT",), ("SingleDiTBlock",)),),
+        (_clip("lora_te1"), _clip("lora_te2"), _T5),
+        kinds={
+            "context_attn_dim": ("context_block", "attn"),
+            "context_mlp_dim": ("context_block", "mlp"),
+            "context_mod_dim": ("context_block", "adaLN_modulation"),
+            "x_attn_dim": ("x_block", "attn"),
+            "x_mlp_dim": ("x_block", "mlp"),
+            "x_mod_dim": ("x_block", "adaLN_modulation"),
+        },
+        outside=(
+            "emb_dims",
+            (
+                "context_embedder",
+                "_t_embedder",
+                "x_embedder",
+                "y_embedder",
+                "final_layer_adaLN_modulation",
+                "final_layer_linear",
+            ),
+        ),
+        numbered={"train_block_indices": r"_joint_blocks_(\d+)_"},
+        fused={r"_joint_blocks_.*qkv$": False},
+    ),
+    Architecture(
+        "Lumina 2",
+        (Part("lora_unet", ("NextDiT",), ("JointTransformerBlock", "FinalLayer")),),
+        (
+            Part(
+                "lora_te",
+                ("Gemma2Model",),
+                ("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP"),
+            ),
+        ),
+        kinds={
+            "attn_dim": ("attention",),
+            "mlp_dim": ("mlp",),
+            "mod_dim": ("modulation",),
+            "refiner_dim": ("refiner",),
+        },
+        outside=("embedder_dims", ("x_embedder", "t_embedder", "cap_embedder")),
+        train_blocks={
+            "transformer": "layers_",
+            "noise_refiner": "noise_refiner",
+            "context_refiner": "context_refiner",
+            "refiners": "noise_refiner|context_refiner",
+        },
+        fused={r"_qkv$": False},
+    ),
+    Architecture(
+        "HunyuanImage 2.1",
+        (Part("lora_unet", ("HYImageDiffusionTransformer",), ("MMDoubleStreamBlock", "MMSingleStreamBlock")),),
+        fused={r"_double_blocks_.*qkv$": False, r"_single_blocks_.*linear1$": True},
+    ),
+    Architecture(
+        "Anima",
+        (
+            Part(
+                "lora_unet",
+                ("Anima",),
+                ("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer"),
+                optional_containers={"train_llm_adapter": ("LLMAdapterTransformerBlock",)},
+            ),
+        ),
+        (
+            Part(
+                "lora_te",
+                ("Qwen3Model",),
+                ("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2"),
+            ),
+        ),
+        left_out=r".*(_modulation|_norm|_embedder|final_layer).*",
+    ),
+)
 
 # What a foreign file looks made for: the first row whose pattern is found in one of its keys.
 _FILE_SIGNS = (
@@ -70,36 +336,117 @@ _FILE_SIGNS = (
 _CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 
 
-def recognise(unet: nn.Module) -> Architecture:
-    """The architecture of a denoiser, by its class.
+def recognise(unet: nn.Module) -> tuple[Architecture, Part]:
+    """The architecture of a denoiser and the form that it has here, by its class or one that it is derived from.
 
     :raises DeftError: for one that is not in `ARCHITECTURES`
     """
-    class_name = type(unet).__name__
     sdxl = getattr(getattr(unet, "config", None), "addition_embed_type", None) == "text_time"
-    for architecture in ARCHITECTURES:
-        if class_name in architecture.unet.model_classes and not sdxl:
-            return architecture
+    for kind in type(unet).__mro__:
+        name = f"{kind.__name__}{' with text_time' if sdxl else ''}"
+        for architecture in ARCHITECTURES:
+            for part in architecture.denoisers:
+                if name in part.model_classes:
+                    return architecture, part
     known = ", ".join(a.name for a in ARCHITECTURES)
-    raise DeftError(f"networks.deft does not adapt {class_name}{' of SDXL' if sdxl else ''}; it adapts {known}")
+    raise DeftError(f"networks.deft does not adapt {type(unet).__name__}; it adapts {known}")
 
 
-def adaptable_layers(model: nn.Module, part: Part, with_convolutions: bool) -> Iterator[tuple[str, Layer]]:
-    """(key name, layer) of every layer of `model` that can be adapted, in the order of `named_modules`.
+@dataclass(frozen=True)
+class Target:
+    """A layer that can be adapted, or some of its outputs, and its place in files.
+
+    :param name: unique in a network: the files' key name, with `-k` behind it for the k-th part of a fused weight
+    :param path: with the architecture's own names, dots in it
+    :param rows: (first, behind last) of the layer's outputs; None for all
+    :param file_name: the key name in files
+    :param file_rows: (first, number of all) of these outputs in the files' weight; None for all
+    """
+
+    name: str
+    path: str
+    layer: Layer
+    rows: tuple[int, int] | None = None
+    file_name: str = ""
+    file_rows: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): outputs and inputs, a convolution's kernel counted among its inputs."""
+        weight = self.layer.weight
+        outputs = weight.shape[0] if self.rows is None else self.rows[1] - self.rows[0]
+        return outputs, weight.shape[1:].numel()
+
+
+def targets(
+    model: nn.Module, part: Part, with_convolutions: bool, options: Collection[str] = (), fused: Mapping[str, bool] = {}
+) -> list[Target]:
+    """Every layer of `model` that can be adapted, in sd-scripts' order: that of `named_modules`.
 
     :param with_convolutions: whether k x k convolutions, and the layers of `conv_containers`, are included
+    :param options: those of `Part.optional_containers` that are set
+    :param fused: `Architecture.fused` to adapt the parts of such weights one by one
     """
     containers = part.containers + (part.conv_containers if with_convolutions else ())
+    for option, more in part.optional_containers.items():
+        containers += more if option in options else ()
+    found: list[Target] = []
+    seen: set[int] = set()
     for path, container in model.named_modules():
         if type(container).__name__ not in containers:
             continue
         for child_path, layer in container.named_modules():
-            if not is_adaptable(layer) or not (with_convolutions or is_pointwise(layer)):
+            if id(layer) in seen or not is_adaptable(layer) or not (with_convolutions or is_pointwise(layer)):
                 continue
-            full_path = ".".join(filter(None, (path, child_path)))
-            if not full_path.startswith(part.path_root):
-                full_path = part.path_root + full_path
-            yield f"{part.prefix}_{full_path}".replace(".", "_"), layer
+            seen.add(id(layer))
+            found += _split(_target(part, ".".join(filter(None, (path, child_path))), layer), fused)
+    return _with_rows(found)
+
+
+def outside_targets(model: nn.Module, part: Part, words: Sequence[str]) -> list[tuple[int, Target]]:
+    """(which word, layer) of the layers whose key names hold one of these words, word by word."""
+    layers = [_target(part, path, layer) for path, layer in model.named_modules() if is_adaptable(layer)]
+    return [(i, target) for i, word in enumerate(words) for target in layers if word in target.name]
+
+
+def _target(part: Part, path: str, layer: Layer) -> Target:
+    for pattern, replacement in part.renames:
+        path = re.sub(pattern, replacement, path)
+    path, _, number = path.partition("#")
+    if not path.startswith(part.path_root):
+        path = part.path_root + path
+    file_name = f"{part.prefix}_{path}".replace(".", "_")
+    return Target(f"{file_name}-{number}" if number else file_name, path, layer, None, file_name)
+
+
+def _split(target: Target, fused: Mapping[str, bool]) -> list[Target]:
+    """The parts of a fused weight: queries as wide as the input, keys and values of equal size, and the rest."""
+    for pattern, with_mlp in fused.items():
+        if re.search(pattern, target.file_name) and target.name == target.file_name:
+            m, n = target.shape
+            sizes = [n, n, n, m - 3 * n] if with_mlp else [n, (m - n) // 2, (m - n) // 2]
+            ends = list(accumulate(sizes))
+            return [
+                replace(target, name=f"{target.name}-{k}", rows=(end - size, end), file_rows=(end - size, m))
+                for k, (size, end) in enumerate(zip(sizes, ends, strict=True))
+            ]
+    return [target]
+
+
+def _with_rows(found: list[Target]) -> list[Target]:
+    """Tells layers that are parts of one weight in files where they stand in it."""
+    sizes: dict[str, dict[str, int]] = {}
+    for target in found:
+        if target.name != target.file_name and target.rows is None:
+            sizes.setdefault(target.file_name, {})[target.name] = target.shape[0]
+    placed = []
+    for target in found:
+        parts = sizes.get(target.file_name)
+        if parts is not None:
+            before = sum(size for name, size in parts.items() if name < target.name)
+            target = replace(target, file_rows=(before, sum(parts.values())))
+        placed.append(target)
+    return placed
 
 
 def is_adaptable(layer: nn.Module) -> TypeGuard[Layer]:
@@ -127,7 +474,7 @@ def looks_made_for(tensors: Mapping[str, Tensor]) -> str:
     return "a model that is not known here"
 
 
-def as_list(models: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
+def as_list(models: nn.Module | Sequence[nn.Module | None] | None) -> list[nn.Module | None]:
     """sd-scripts passes SD 1.5's text encoder bare and others' in a list."""
     if models is None:
         return []

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.deft_config import DeftConfig, DeftError, parse_options, user_options
-from networks.deft_module import DeftModule, add_to_weight, layer_shape
+from networks.deft_module import DeftModule, add_to_weight
+from networks.deft_targets import Target
 from tests.conftest import LAYER_KINDS, input_of, layer_of, perturb, relative_error
 
 FORMS = {
@@ -23,7 +24,7 @@ FORMS = {
 
 def module_on(layer: nn.Module, rank: int = 4, alpha: float = 2, trained: bool = True, **options) -> DeftModule:
     config = DeftConfig(dim=rank, alpha=alpha, **options)
-    module = DeftModule("lora_unet_x", layer, 1.0, rank, config.scale, config)
+    module = DeftModule(Target("lora_unet_x", "x", layer), 1.0, rank, config.scale, config)
     if trained:
         perturb(module)
     module.apply_to()
@@ -327,8 +328,8 @@ def test_module_dropout_skips_the_layer_at_its_rate():
 @pytest.mark.parametrize("rank", [4, 7])
 def test_reading_a_lora_is_exact(form, rank):
     layer = layer_of("conv 3x3")
-    m, n = layer_shape(layer)
     module = module_on(layer, rank, alpha=1, **FORMS[form])
+    m, n = module.target.shape
     up, down = torch.randn(m, 4), torch.randn(4, n)
     module.load_lora(up, down)
     assert relative_error(torch.matmul(*module.lora_factors()), up @ down) < 2e-6
@@ -371,7 +372,7 @@ def test_adding_to_a_half_precision_weight_rounds_once():
     layer = layer_of("conv 3x3").to(torch.bfloat16)
     up, down = torch.randn(40, 3), torch.randn(3, 108) * 1e-2
     wanted = (layer.weight.double().flatten(1) + 0.5 * (up.double() @ down.double())).to(torch.bfloat16)
-    add_to_weight(layer, up, down, 0.5)
+    add_to_weight(Target("lora_unet_x", "x", layer), up, down, 0.5)
     assert (layer.weight.flatten(1) == wanted).float().mean() > 0.999  # float32 sums may fall on the other side
 
 

@@ -18,7 +18,7 @@ def make_model(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     sys.path.insert(0, str(ROOT))
-    from library.tiny_model import byte_tokenizer
+    from library.world.tokenizer import build as build_tokenizer
 
     configs = ROOT / "library" / "model_configs" / "sd15"
 
@@ -26,7 +26,7 @@ def make_model(folder: Path) -> None:
         return json.loads(next((configs / part).glob("*.json")).read_text())
 
     torch.manual_seed(0)
-    tokenizer = byte_tokenizer(folder / "tokenizers" / "openai_clip-vit-large-patch14")
+    tokenizer = build_tokenizer(folder / "tokenizers" / "openai_clip-vit-large-patch14")
     StableDiffusionPipeline(
         vae=AutoencoderKL.from_config(config("vae")).half(),
         text_encoder=CLIPTextModel(CLIPTextConfig(**config("text_encoder"))).half(),

@@ -94,6 +94,18 @@ def test_names_are_those_of_networks_lora(tmp_path):
         assert list(ours) == list(theirs)
 
 
+def test_layers_and_ranks_of_every_architecture(tmp_path):
+    """On models of real shapes, for every option that chooses layers: sd-scripts' own classes are the reference."""
+    file = tmp_path / "found.json"
+    done = call([PYTHON, str(SIDE.with_name("architectures_side.py")), str(file)], SD_SCRIPTS or "")
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads(file.read_text())
+    assert len(found) > 40
+    for what, (theirs, ours) in found.items():
+        assert sorted(ours) == sorted(theirs), what
+        assert ours == theirs or "refiners" in what, what  # there, sd-scripts has another order
+
+
 def test_trains_and_saves(world, trained):
     found = tensors(world, "base")
     assert len(found) == 3 * 264

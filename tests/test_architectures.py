@@ -1,0 +1,379 @@
+"""SDXL and FLUX.1 as diffusers has them, fused weights, and the options that choose layers, ranks and rates."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from networks import deft, deft_io
+from networks.deft_config import DeftError, parse_options
+from networks.deft_ranks import numbers_of, weights_of
+from tests.conftest import deltas, largest_error, perturb, relative_error
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def sdxl_unet() -> nn.Module:
+    """All blocks of SDXL's U-Net, narrow, and with fewer transformer blocks."""
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8, sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2, 2), transformer_layers_per_block=(1, 1, 2), cross_attention_dim=24,
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    ).requires_grad_(False)  # fmt: skip
+
+
+def flux_transformer(double: int = 2, single: int = 2, heads: int = 2) -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=double, num_single_layers=single, attention_head_dim=128 // 8 * heads,
+        num_attention_heads=heads, joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(8, 12, 12),
+        guidance_embeds=True,
+    ).requires_grad_(False)  # fmt: skip
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+
+class Modulation(nn.Module):
+    def __init__(self, dim: int, number: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(dim, number * dim)
+
+
+class DoubleStreamBlock(nn.Module):
+    """Layers and names of the original's block; its forward only uses them all."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        for stream in ("img", "txt"):
+            self.add_module(f"{stream}_mod", Modulation(dim, 6))
+            self.add_module(f"{stream}_attn", SelfAttention(dim))
+            mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+            self.add_module(f"{stream}_mlp", mlp)
+
+
+class SingleStreamBlock(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(dim, 7 * dim), nn.Linear(5 * dim, dim)
+        self.modulation = Modulation(dim, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear1(x)
+        return x + self.linear2(torch.tanh(y[..., : self.linear2.in_features]))
+
+
+class Flux(nn.Module):
+    """As the original's transformer, with qkv in one layer."""
+
+    def __init__(self, dim: int = 24, double: int = 2, single: int = 2) -> None:
+        super().__init__()
+        self.img_in, self.txt_in = nn.Linear(4, dim), nn.Linear(20, dim)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(dim) for _ in range(double))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(dim) for _ in range(single))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.img_in(x)
+        for block in self.double_blocks:
+            q, k, v = block.img_attn.qkv(x).chunk(3, -1)
+            x = x + block.img_attn.proj(torch.softmax(q @ k.mT, -1) @ v)
+        for block in self.single_blocks:
+            x = block(x)
+        return x
+
+
+def network(model: nn.Module, dim: int = 4, encoders: list | None = None, trained: bool = True, **options):
+    net = deft.create_network(1.0, dim, dim, None, encoders or [], model, **options)
+    net.apply_to(encoders or [], model)
+    if trained:
+        perturb(net)
+    return net.eval()
+
+
+def layers_of(net: deft.DeftNetwork, model: nn.Module) -> dict[str, Tensor]:
+    """Path of every adapted layer -> its delta."""
+    paths = {layer: path for path, layer in model.named_modules()}
+    with torch.no_grad():
+        return {paths[m.org_module]: torch.matmul(*m.lora_factors()) for m in net.all_modules}
+
+
+def of_converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Path -> delta, of a LoRA in diffusers' own form."""
+    downs = {key: down for key, down in state.items() if ".lora_A." in key}
+    ups = {key: state[key.replace("lora_A", "lora_B")] for key in downs}
+    return {
+        key.removeprefix("transformer.").removesuffix(".lora_A.weight"): ups[key].float() @ down.float()
+        for key, down in downs.items()
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"conv_dim": "2", "conv_alpha": "1"}], ids=["attention", "convolutions"])
+def test_sdxl_file_in_diffusers(tmp_path, options):
+    """Diffusers' own reader finds every layer of the U-Net that was trained, with its delta."""
+    unet = sdxl_unet()
+    net = network(unet, **options)
+    net.save_weights(str(tmp_path / "x.safetensors"), torch.float32, None)
+    assert all(re.match("lora_unet_(input_blocks|middle_block|output_blocks)_", name) for name in deltas(net))
+    state, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(
+        str(tmp_path / "x.safetensors"), unet_config=unet.config
+    )
+    ours = layers_of(net, unet)
+    net.remove()
+    diffusers.StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet)
+    loaded = {path: layer.get_delta_weight(layer.active_adapters[0]).flatten(1)
+              for path, layer in unet.named_modules() if hasattr(layer, "base_layer")}  # fmt: skip
+    assert largest_error(loaded, ours) < 1e-6
+    assert len(ours) == len(net.all_modules)
+
+
+def test_sdxl_names_are_the_originals():
+    """The layers that Diffusers' names are most easily taken for others of, by sd-scripts' list for SDXL."""
+    found = {m.target.file_name: path for m, path in zip(*_modules_and_paths(sdxl_unet()), strict=True)}
+    expected = {
+        "lora_unet_input_blocks_4_1_proj_in": "down_blocks.1.attentions.0.proj_in",
+        "lora_unet_input_blocks_6_0_op": "down_blocks.1.downsamplers.0.conv",
+        "lora_unet_input_blocks_7_0_skip_connection": None,  # as wide as the block before it in this small model
+        "lora_unet_middle_block_2_out_layers_3": "mid_block.resnets.1.conv2",
+        "lora_unet_output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+        "lora_unet_output_blocks_5_1_transformer_blocks_0_ff_net_0_proj":
+            "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.0.proj",
+        "lora_unet_output_blocks_8_0_emb_layers_1": "up_blocks.2.resnets.2.time_emb_proj",
+    }  # fmt: skip
+    for name, path in expected.items():
+        assert found.get(name) == path, name
+
+
+def _modules_and_paths(model):
+    net = network(model, conv_dim="2")
+    paths = {layer: path for path, layer in model.named_modules()}
+    return net.all_modules, [paths[m.org_module] for m in net.all_modules]
+
+
+def test_flux_file_in_diffusers(tmp_path):
+    """Queries, keys and values that were trained apart stand fused in the file; diffusers' own reader, at the real
+    width that it takes for granted, gives every layer its own delta back."""
+    transformer = flux_transformer(double=1, single=0, heads=2)
+    net = network(transformer)
+    net.save_weights(str(tmp_path / "x.safetensors"), torch.float32, None)
+    state = diffusers.FluxPipeline.lora_state_dict(str(tmp_path / "x.safetensors"))
+    assert largest_error(of_converted(state), layers_of(net, transformer)) < 1e-6
+
+
+def test_flux_single_block_in_diffusers(tmp_path):
+    with torch.device("meta"):
+        transformer = diffusers.FluxTransformer2DModel(num_layers=0, num_single_layers=1)
+    transformer = transformer.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    for parameter in transformer.parameters():
+        parameter.fill_(0.01)
+    net = network(transformer, dim=2)
+    net.save_weights(str(tmp_path / "x.safetensors"), torch.float32, None)
+    state = diffusers.FluxPipeline.lora_state_dict(str(tmp_path / "x.safetensors"))
+    ours = layers_of(net, transformer)
+    assert set(ours) == {f"single_transformer_blocks.0.{name}" for name in
+                         ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out", "norm.linear")}  # fmt: skip
+    assert largest_error(of_converted(state), ours) < 1e-6
+
+
+def test_split_qkv_is_the_model_that_its_file_says(tmp_path):
+    """The forward pass with split weights is that of the base model with the file's fused deltas added."""
+    model, x = Flux(), torch.randn(2, 5, 4)
+    base = model(x)
+    net = network(model, split_qkv="true")
+    trained = model(x)
+    net.save_weights(str(tmp_path / "x.safetensors"), torch.float32, None)
+    net.remove()
+    assert torch.equal(model(x), base)
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape[0] == 16  # padded to 4 parts of 4
+    for path, layer in model.named_modules():
+        name = f"lora_unet_{path.replace('.', '_')}"
+        if f"{name}.lora_up.weight" in tensors:
+            up, down = (tensors[f"{name}.lora_{side}.weight"] for side in ("up", "down"))
+            layer.weight += tensors[f"{name}.alpha"] / up.shape[1] * up @ down
+    assert relative_error(model(x), trained) < 1e-5
+    assert relative_error(base, trained) > 1e-3
+
+
+@pytest.mark.parametrize("split", ["true", "false"])
+def test_split_file_is_read_into_either_form(tmp_path, split):
+    model, file = Flux(), str(tmp_path / "x.safetensors")
+    net = network(model, split_qkv="true")
+    net.save_weights(file, torch.float32, None)
+    wanted = {name: torch.matmul(up, down) for name, (up, down, _) in net._file_factors().items()}
+    net.remove()
+    again, _ = deft.create_network_from_weights(1.0, file, None, [], model, split_qkv=split)
+    again.apply_to([], model)
+    assert again.load_weights(file).left_at_start == 0
+    assert len(again.all_modules) == (40 if split == "true" else 26)
+    if split == "true":
+        assert {m.rank for m in again.all_modules} == {4}
+    got = {name: torch.matmul(up, down) for name, (up, down, _) in again._file_factors().items()}
+    assert largest_error(got, wanted) < 1e-6
+
+
+def test_both_forms_of_flux_write_the_same_file(tmp_path):
+    """One adapter, trained on diffusers' layers, read by the original's with split weights."""
+    theirs, ours = flux_transformer(), Flux(dim=64)
+    net = network(theirs)
+    net.save_weights(str(tmp_path / "x.safetensors"), torch.float32, None)
+    other, _ = deft.create_network_from_weights(1.0, str(tmp_path / "x.safetensors"), None, [], ours, split_qkv="true")
+    other.apply_to([], ours)
+    assert other.load_weights(str(tmp_path / "x.safetensors")).left_at_start == 0
+    assert largest_error(deltas(other), deltas(net)) < 1e-6
+
+
+def test_a_fused_lora_of_another_program_is_read_exactly(tmp_path):
+    theirs = flux_transformer(double=1, single=0)
+    up, down = torch.randn(192, 5), torch.randn(5, 64)
+    name = "lora_unet_double_blocks_0_txt_attn_qkv"
+    deft_io.write_safetensors(
+        {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(2.5)},
+        tmp_path / "x.safetensors", {},
+    )  # fmt: skip
+    net, _ = deft.create_network_from_weights(1.0, str(tmp_path / "x.safetensors"), None, [], theirs)
+    net.apply_to([], theirs)
+    net.load_weights(str(tmp_path / "x.safetensors"))
+    parts = [torch.matmul(*m.lora_factors()) for m in net.all_modules]
+    assert [m.lora_name[-2:] for m in net.all_modules] == ["-0", "-1", "-2"]
+    assert relative_error(torch.cat(parts), up @ down / 2) < 1e-6
+
+
+def test_gradients_of_split_weights():
+    """Those of float64 autograd through W + the block-diagonal delta, entry by entry of P and R."""
+    model, x = Flux(double=1, single=0), torch.randn(2, 5, 4)
+    net = network(model, split_qkv="true", train_double_block_indices="0", img_mod_dim="0")
+    model(x).square().sum().backward()
+    modules = [m for m in net.all_modules if "img_attn_qkv" in m.lora_name]
+    layer = modules[0].org_module
+    leaves = [[t.detach().double().requires_grad_() for t in (m.P, m.R)] for m in modules]
+    rows = []
+    for m, (P, R) in zip(modules, leaves, strict=True):
+        W = layer.weight[slice(*m.target.rows)].double()
+        Q = torch.linalg.qr(P).Q
+        Q = Q * (Q * P).sum(0).sign()
+        rows.append(W + Q @ (m.scale * m.R_rate * R - (Q - m.E0.double()).T @ W))
+    qkv = torch.cat(rows)
+    proj = next(m for m in net.all_modules if m.lora_name.endswith("img_attn_proj"))
+    with torch.no_grad():
+        out = (proj.org_module.weight + torch.matmul(*proj.lora_factors())).double()
+    h = torch.nn.functional.linear(x.double(), model.img_in.weight.double(), model.img_in.bias.double())
+    q, k, v = (h @ qkv.T + layer.bias.double()).chunk(3, -1)
+    y = h + (torch.softmax(q @ k.mT, -1) @ v) @ out.T + proj.org_module.bias.double()
+    y.square().sum().backward()
+    for m, (P, R) in zip(modules, leaves, strict=True):
+        assert relative_error(m.P.grad.double(), P.grad) < 1e-4, m.lora_name
+        assert relative_error(m.R.grad.double(), R.grad) < 1e-4, m.lora_name
+
+
+def test_options_of_other_architectures_are_refused():
+    with pytest.raises(DeftError, match=r"network_args img_attn_dim: an option for FLUX.1 or Chroma, not for SDXL"):
+        network(sdxl_unet(), img_attn_dim="4")
+    with pytest.raises(DeftError, match=r"block_dims: an option for Stable Diffusion 1.x or 2.x, SDXL, not for FLUX"):
+        network(Flux(), block_dims="1,2")
+    with pytest.raises(DeftError, match="block_dims: SDXL needs 23 numbers, not 2"):
+        network(sdxl_unet(), block_dims="1,2")
+    with pytest.raises(DeftError, match=r"train_blocks=twice: allowed are all, double, single"):
+        network(Flux(), train_blocks="twice")
+    with pytest.raises(DeftError, match=r"ggpo_sigma=0.03: GGPO"):
+        network(Flux(), ggpo_sigma="0.03")
+    with pytest.raises(DeftError, match=r"network_reg_dims: \(\( is no regular expression"):
+        network(Flux(), network_reg_dims="((=4")
+    with pytest.raises(DeftError, match="in_dims: needs 5 ranks"):
+        network(Flux(), in_dims="4,4")
+
+
+def test_selections_and_weights():
+    assert numbers_of("x", "0, 3-5") == {0, 3, 4, 5}
+    assert numbers_of("x", "all") is None
+    assert numbers_of("x", "none") == set()
+    assert weights_of("x", "linear+.5", 3) == [0.5, 1.0, 1.5]
+    assert weights_of("x", "1,,2", 5) == [1, 0, 2, 1, 1]
+    for wrong in ("5-3", "a", "1;2"):
+        with pytest.raises(DeftError, match="x="):
+            numbers_of("x", wrong)
+    for wrong in ("tan", "1,2,3,4", "cosine+a"):
+        with pytest.raises(DeftError, match="x="):
+            weights_of("x", wrong, 3)
+
+
+def test_rates_by_layer_and_half():
+    """Groups by encoder, by block, by pattern, and P's own rate under LoRA+."""
+    encoders = [_clip(), _clip()]
+    net = network(
+        sdxl_unet(), encoders=encoders, down_lr_weight="linear", mid_lr_weight="0,0,0", loraplus_lr_ratio="4",
+        network_reg_lrs="output_blocks_3_=0.7",
+    )  # fmt: skip
+    groups, names = net.prepare_optimizer_params_with_multiple_te_lrs([0.1, 0.2], 1.0, 0.5)
+    rates = dict(zip(names, (group["lr"] for group in groups), strict=True))
+    assert len(rates) == len(names)
+    assert rates["textencoder 1"] == 0.1
+    assert rates["textencoder 2 plus"] == 0.8
+    assert rates["unet_block9"] == 1.0  # the last of nine on the way down
+    assert rates["unet_block5 plus"] == 4 * 4 / 8
+    assert rates["unet reg_lr_0"] == 0.7
+    assert not any("middle_block" in m.lora_name for m in net.all_modules)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len({id(p) for p in grouped}) == len(grouped) == sum(p.requires_grad for p in net.parameters())
+    plus = next(group for group, name in zip(groups, names, strict=True) if name == "unet_block9 plus")
+    assert all(any(p is m.P for m in net.unet_modules) for p in plus["params"])
+
+
+def _clip() -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40,
+    )).requires_grad_(False)  # fmt: skip
+
+
+def test_sdxl_encoders_have_their_own_names():
+    net = network(sdxl_unet(), encoders=[_clip(), _clip()])
+    names = [m.lora_name for m in net.text_encoder_modules]
+    assert [name.split("_")[1] for name in names] == ["te1"] * 6 + ["te2"] * 6
+    assert names[0] == "lora_te1_text_model_encoder_layers_0_self_attn_k_proj"
+
+
+def test_norms_only_for_trackers():
+    model = Flux()
+    net = network(model)
+    assert net.weight_norms() is None
+    assert net.combined_weight_norms() is None
+    net.prepare_network(type("Args", (), {"logging_dir": "logs"}))
+    model(torch.randn(2, 5, 4)).square().sum().backward()
+    net.update_grad_norms()
+    module = next(m for m in net.all_modules if m.lora_name.endswith("single_blocks_0_linear1"))
+    i = net.all_modules.index(module)
+    with torch.no_grad():
+        delta = torch.matmul(*module.lora_factors())
+    W = module.org_module.weight
+    assert float(net.weight_norms()[i]) == pytest.approx(float(delta.norm()), rel=1e-4)
+    assert float(net.combined_weight_norms()[i]) == pytest.approx(float(torch.cat([W, delta]).norm()), rel=1e-4)
+    gradient = torch.cat([module.P.grad.flatten(), module.R.grad.flatten()]).norm()
+    assert float(net.grad_norms()[i]) == pytest.approx(float(gradient), rel=1e-4)
+    unused = next(m for m in net.all_modules if "txt_mlp" in m.lora_name)
+    assert float(net.grad_norms()[net.all_modules.index(unused)]) == 0
+
+
+def test_options_survive_the_metadata():
+    """What a training from the file takes over is the adapter's own; the rest is on record."""
+    config = parse_options(
+        {"network_reg_dims": "a=4,b.*=2", "block_dims": "1,2", "ratio": "0.5", "up_lr_weight": "sine"}
+    )
+    import json
+
+    from networks.deft_config import options_of_file
+
+    again = json.loads(config.to_json())
+    assert parse_options(again) == config
+    assert options_of_file(again).keys() >= {"ratio", "basis", "dim"}
+    assert not options_of_file(again).keys() & {"network_reg_dims", "block_dims", "up_lr_weight"}
