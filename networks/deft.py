@@ -1,6 +1,6 @@
 """sd-scripts' face of DEFT: `--network_module networks.deft`.
 
-Functions and methods stand in the order in which a trainer calls them; `docs/sd_scripts.md` shows how to use them.
+Functions and methods stand in the order in which a trainer calls them; `docs/sd-scripts.md` shows how to use them.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class DeftNetwork(nn.Module):
         self.multiplier, self.config = multiplier, config
         self.is_tracked = False
         self._grad_norms: Tensor | None = None
+        self._weight_norms: Tensor | None = None
         self._base_norms: Tensor | None = None
         architecture, denoiser = recognise(unet)
         self.ranks = Ranks(config, architecture)
@@ -161,8 +162,9 @@ class DeftNetwork(nn.Module):
             made_for = looks_made_for(source.tensors)
             raise DeftError(f"{source.source}: none of its layers is in this model; it looks made for {made_for}")
         if source is not None:
-            halves = [denoiser, *architecture.text_encoders[: len(encoders)]]
-            self._refuse_unknown(source, tuple(part.prefix for part in halves))
+            adapted = zip(architecture.text_encoders, self.modules_of_encoders, strict=False)
+            halves = [denoiser, *(part for part, modules in adapted if modules)]  # an encoder may be None or a dummy
+            self._refuse_unknown(source, tuple(f"{part.prefix}_" for part in halves))
         if capped:
             logger.warning(f"rank capped at the layer's size in {len(capped)} layers: {', '.join(capped[:3])}, ...")
         if not config.pad:
@@ -248,8 +250,8 @@ class DeftNetwork(nn.Module):
 
     def load_adapter(self, adapter: AdapterFile) -> LoadResult:
         """`load_weights` for a file that has been read."""
-        self._refuse_unknown(adapter, tuple({"_".join(m.lora_name.split("_")[:2]) for m in self.all_modules}))
         found = {m.lora_name: m for m in self.all_modules if adapter.layer_of(m.target) is not None}
+        self._refuse_unknown(adapter, tuple({"_".join(m.lora_name.split("_")[:2]) + "_" for m in self.all_modules}))
         for module in found.values():
             _check_shape(adapter, module.target)
         before = {key: value.clone() for key, value in self.state_dict().items()}
@@ -400,35 +402,30 @@ class DeftNetwork(nn.Module):
 
     @torch.no_grad()
     def update_grad_norms(self) -> None:
-        """Keeps each module's gradient norm for the trackers; called before the optimizer's step."""
-        if self.is_tracked:
-            self._grad_norms = torch.stack([
-                torch.stack([p.grad.norm() if p.grad is not None else torch.zeros((), device=p.device)
-                             for p in module.parameters()]).norm()
-                for module in self.all_modules
-            ])  # fmt: skip
+        """Keeps each module's norms for the trackers; sd-scripts calls it before the optimizer's step."""
+        if not self.is_tracked:
+            return
+        gradients = [[p.grad for p in module.parameters() if p.grad is not None] for module in self.all_modules]
+        zero = torch.zeros((), device=self.device)
+        self._grad_norms = torch.stack([torch.stack([g.norm() for g in some] or [zero]).norm() for some in gradients])
+        self._weight_norms = torch.stack([deft_math.delta_norm(*module.lora_factors()) for module in self.all_modules])
+        if self._base_norms is None:  # of frozen weights: once is enough
+            self._base_norms = torch.stack([module.base_weight().norm() for module in self.all_modules])
 
     def grad_norms(self) -> Tensor | None:
-        """Norm of each module's gradients (modules,), of the last step; None where no tracker is active."""
-        return self._grad_norms if self.is_tracked else None
+        """Norm of each module's gradients (modules,) at the last step; None where no tracker is active."""
+        return self._grad_norms
 
-    @torch.no_grad()
     def weight_norms(self) -> Tensor | None:
-        """Frobenius norm of each module's delta (modules,); None where no tracker is active."""
-        if not self.is_tracked:
-            return None
-        return torch.stack([deft_math.delta_norm(*module.lora_factors()) for module in self.all_modules])
+        """Frobenius norm of each module's delta (modules,) at the last step; None where no tracker is active."""
+        return self._weight_norms
 
-    @torch.no_grad()
     def combined_weight_norms(self) -> Tensor | None:
         """sqrt(||W||^2 + ||delta||^2) of each module (modules,), which networks.lora_flux calls by this name; None
         where no tracker is active."""
-        deltas = self.weight_norms()
-        if deltas is None:
+        if self._weight_norms is None or self._base_norms is None:
             return None
-        if self._base_norms is None:  # of frozen weights: once is enough
-            self._base_norms = torch.stack([module.base_weight().norm() for module in self.all_modules])
-        return torch.hypot(self._base_norms.to(deltas), deltas)
+        return torch.hypot(self._base_norms.to(self._weight_norms), self._weight_norms)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -446,6 +443,8 @@ class DeftNetwork(nn.Module):
         if self.config.save_format == "deft":
             tensors = deft_io.deft_tensors({m.lora_name: _as_deft_layer(m) for m in self.all_modules})
         else:
+            if self.train_t5xxl:
+                logger.warning(f"{file}: ComfyUI, Forge and sd-scripts read its T5 part; diffusers and InvokeAI do not")
             tensors, exponents = deft_io.lora_tensors(self._file_factors(), dtype, self.config.pad)
             if self.config.basis == "qr":  # any scaling of up spans the same subspace
                 exponents = {}

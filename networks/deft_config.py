@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import json
 import re
@@ -89,12 +90,10 @@ def _pattern(key: str, text: str) -> str:
 
 
 def _patterns(key: str, value: Any) -> Any:
-    """Regular expressions from `a.*`, or from a list such as `['a.*','b.*']`."""
-    if isinstance(value, str) and value.strip().startswith(("[", "(")):
-        try:
+    """Regular expressions from `a.*`, quoted or not, or from a list such as `['a.*','b.*']`."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise DeftError(f"{key}={value}: must be a pattern or a list such as ['a.*','b.*']") from None
     listed = value if isinstance(value, (list, tuple)) else [value]
     return tuple(_pattern(key, str(pattern)) for pattern in listed)
 

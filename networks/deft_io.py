@@ -73,12 +73,24 @@ class AdapterFile:
     tensors: Mapping[str, Tensor]
 
     def layer_of(self, target: Target) -> LoraLayer | DeftLayer | None:
-        """What the file holds for a layer or for a part of a fused one; None if nothing."""
+        """What the file holds for a layer or for a part of a fused one; None if nothing.
+
+        :raises DeftError: when the method's own matrices are those of the whole, and a part is asked for, or of parts
+        """
         found = self.layers.get(target.name)
+        if target.file_rows is None and found is None and f"{target.name}-0" in self.layers:
+            raise DeftError(
+                f"{self.source}: its matrices of {target.name} are split; use --network_args split_qkv=true"
+            )
         if found is not None or target.file_rows is None:
             return found
         fused = self.layers.get(target.file_name)
-        return _part(fused, target) if isinstance(fused, LoraLayer) else None
+        if isinstance(fused, DeftLayer):
+            raise DeftError(
+                f"{self.source}: its matrices of {target.file_name} are not split as this network's are; leave "
+                f"split_qkv=true out, or save the file as a LoRA (save_format=lora)"
+            )
+        return None if fused is None else _part(fused, target)
 
 
 def _part(fused: LoraLayer, target: Target) -> LoraLayer:
@@ -188,7 +200,7 @@ def _parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | No
         raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not fit")
     kernel, padded = tuple(down.shape[1:]), down.shape[0]
     file_scale = 1.0 if alpha is None else (alpha or padded) / padded
-    true_rank, scale, exponent = recorded or (0, file_scale, 0)
+    true_rank, scale, exponent = recorded or (0, abs(file_scale) or 1.0, 0)  # the sign is in down, not in the rate
     up, down = deft_math.strip_padding(up.float().flatten(1), down.float().flatten(1))
     rank = down.shape[0]
     if rank < true_rank <= padded:  # zero directions that were not padding

@@ -15,15 +15,17 @@ from networks.deft_config import DeftConfig, DeftError
 from networks.deft_targets import Layer, Target
 
 
-def read_weight(layer: Layer, rows: tuple[int, int] | None = None) -> Tensor:
+def read_weight(layer: Layer, rows: tuple[int, int] | None = None, device: torch.device | None = None) -> Tensor:
     """The layer's weight as (outputs, inputs * kernel), float32, detached, read where it is at this moment.
 
     :param rows: (first, behind last) of the outputs that are asked for
+    :param device: where it is wanted, if not where it is
     :raises DeftError: when the weight is on the meta device
     """
     if layer.weight.is_meta:
         raise DeftError(f"the weight of a {type(layer).__name__} layer is not loaded (meta device), but DEFT needs it")
-    weight = rows_of(layer.weight.detach(), rows).flatten(1).float()
+    weight = rows_of(layer.weight.detach(), rows).flatten(1)
+    weight = (weight if device is None else weight.to(device)).float()  # in this order: the smaller is moved
     scale = getattr(layer, "scale_weight", None)
     return weight if scale is None else _dequantised(weight, scale, rows)
 
@@ -125,7 +127,7 @@ class DeftModule(nn.Module):
         """W as (m, n) float32 where P is; after `pre_calculate`, what it was before."""
         if not getattr(self.org_module, "_lora_restored", True):
             return rows_of(self.org_module.__dict__["_lora_org_weight"], self.target.rows).flatten(1).to(self.E0)
-        return read_weight(self.org_module, self.target.rows).to(self.E0.device)
+        return read_weight(self.org_module, self.target.rows, self.E0.device)
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """This layer as a LoRA of scale 1: up (m, r) and down (r, n), float32, differentiable."""

@@ -77,21 +77,23 @@ class Ranks:
         wanted = [(target, self.of(target, denoiser)) for target in found]
         if denoiser and self.architecture.outside:
             option, words = self.architecture.outside
-            dims = getattr(self.config, option) or (0,) * len(words)
-            wanted += [
-                (target, _rank_and_scale(dims[i], self.config.alpha))
-                for i, target in outside_targets(model, part, words)
-            ]
+            dims = getattr(self.config, option) or ()
+            for i, target in outside_targets(model, part, words) if dims else []:
+                by_pattern = self._by_pattern(target)
+                dim = dims[i] if by_pattern is None else by_pattern
+                wanted.append((target, _rank_and_scale(dim, self.config.alpha)))
+        if denoiser:
+            self._refuse_missing_blocks([target.file_name for target in found])
         return [(target, size) for target, size in wanted if size is not None]
 
     def of(self, target: Target, denoiser: bool) -> RankAndScale | None:
         """Rank and scale of a layer; None: it is left alone."""
         config, name = self.config, target.file_name
-        if self._is_left_out(target):
+        if self._is_left_out(target) or (denoiser and self._is_of_other_blocks(name)):
             return None
-        for pattern, dim in (config.network_reg_dims or {}).items():
-            if matches(pattern, target):
-                return _rank_and_scale(dim, config.alpha)
+        by_pattern = self._by_pattern(target)
+        if by_pattern is not None:
+            return _rank_and_scale(by_pattern, config.alpha)
         pointwise = is_pointwise(target.layer)
         dim, alpha = (config.dim, config.alpha) if pointwise else (config.conv_dim or 0, config.conv_alpha)
         if not denoiser:
@@ -109,10 +111,20 @@ class Ranks:
                     break
         return None if self._is_deselected(name) else _rank_and_scale(dim, alpha)
 
+    def _by_pattern(self, target: Target) -> int | None:
+        """The rank that `network_reg_dims` gives a layer; None if no pattern fits."""
+        dims = self.config.network_reg_dims or {}
+        return next((dim for pattern, dim in dims.items() if self._matches(pattern, target)), None)
+
+    def _matches(self, pattern: str, target: Target) -> bool:
+        if self.architecture.patterns_fit_paths:
+            return bool(re.fullmatch(pattern, target.path))
+        return bool(re.search(pattern, target.file_name))
+
     def rate_of(self, target: Target, rate: float | None, denoiser: bool) -> tuple[str, float | None]:
         """A layer's own learning rate, where its half's is `rate`, and what to call it in logs."""
         for i, (pattern, own) in enumerate((self.config.network_reg_lrs or {}).items()):
-            if matches(pattern, target):
+            if self._matches(pattern, target):
                 return f" reg_lr_{i}", own
         if rate is None or not denoiser or self.weights is None or self.architecture.blocks is None:
             return "", rate
@@ -132,6 +144,14 @@ class Ranks:
                 others = ", ".join(a.name for a in ARCHITECTURES if f.name in a.options())
                 raise DeftError(f"network_args {f.name}: an option for {others}, not for {self.architecture.name}")
 
+    def _refuse_missing_blocks(self, names: Sequence[str]) -> None:
+        for option, selected in self.numbered.items():
+            found = [re.search(self.architecture.numbered[option], name) for name in names]
+            there = {int(match[1]) for match in found if match is not None}
+            if selected and not selected <= there:
+                text = getattr(self.config, option)
+                raise DeftError(f"{option}={text}: this model's blocks are 0 to {max(there, default=-1)}")
+
     def _is_left_out(self, target: Target) -> bool:
         if self.architecture.left_out is None:
             return False
@@ -141,10 +161,11 @@ class Ranks:
             return False
         return any(re.fullmatch(pattern, target.path) for pattern in excluded)
 
-    def _is_deselected(self, name: str) -> bool:
+    def _is_of_other_blocks(self, name: str) -> bool:
         pattern = self.architecture.train_blocks.get(self.config.train_blocks or "all")
-        if pattern is not None and not re.search(pattern, name):
-            return True
+        return pattern is not None and not re.search(pattern, name)
+
+    def _is_deselected(self, name: str) -> bool:
         for option, selected in self.numbered.items():
             found = re.search(self.architecture.numbered[option], name)
             if found is not None and selected is not None and int(found[1]) not in selected:
@@ -171,16 +192,11 @@ class Ranks:
             return None
         weights: list[float] = []
         for way, text in given.items():
-            number = blocks.mid if way == "mid" else blocks.down
-            weights += weights_of(f"{way}_lr_weight", text, number) if text else [1.0] * number
-        weights = [weight if weight > config.block_lr_zero_threshold else 0.0 for weight in weights]
+            number, least = blocks.mid if way == "mid" else blocks.down, config.block_lr_zero_threshold
+            named = weights_of(f"{way}_lr_weight", text, number) if text else None
+            weights += [1.0] * number if named is None else [w if w > least else 0.0 for w in named]
         outside = [1.0] * blocks.outside
         return (*outside, *weights, *outside)
-
-
-def matches(pattern: str, target: Target) -> bool:
-    """Whether a regular expression is found in a layer's key name, or fits its whole path (as lora_anima has it)."""
-    return bool(re.search(pattern, target.file_name) or re.fullmatch(pattern, target.path))
 
 
 def _rank_and_scale(dim: int | None, alpha: float) -> RankAndScale | None:

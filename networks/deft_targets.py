@@ -77,6 +77,8 @@ class Architecture:
     :param fused: pattern of key names -> whether a fully connected layer stands behind queries, keys and values in the
         same weight; `split_qkv` adapts each for itself
     :param left_out: pattern of paths that are not adapted unless `include_patterns` says so
+    :param patterns_fit_paths: `network_reg_dims` and `network_reg_lrs` have to fit a layer's whole path, with dots,
+        instead of being found in its key name
     """
 
     name: str
@@ -89,6 +91,7 @@ class Architecture:
     train_blocks: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, bool] = field(default_factory=dict)
     left_out: str | None = None
+    patterns_fit_paths: bool = False
 
     def options(self) -> set[str]:
         """The options that only some architectures have, of those that this one has."""
@@ -322,6 +325,7 @@ ARCHITECTURES = (
             ),
         ),
         left_out=r".*(_modulation|_norm|_embedder|final_layer).*",
+        patterns_fit_paths=True,
     ),
 )
 

@@ -292,6 +292,55 @@ def test_options_of_other_architectures_are_refused():
         network(Flux(), in_dims="4,4")
 
 
+def test_patterns_and_selections_together():
+    """As in networks.lora_flux: a pattern brings back a block that its number left out, not one of the other kind, and
+    goes before `in_dims`."""
+    ranks = {m.lora_name: m.rank for m in network(
+        Flux(), train_blocks="double", train_double_block_indices="1", in_dims="4,0,0,0,4",
+        network_reg_dims="linear2=8,double_blocks_0_img_mod=3,img_in=2",
+    ).all_modules}  # fmt: skip
+    assert not any("single_blocks" in name for name in ranks)
+    assert {name: rank for name, rank in ranks.items() if "double_blocks_1_" not in name} == {
+        "lora_unet_double_blocks_0_img_mod_lin": 3, "lora_unet_img_in": 2, "lora_unet_txt_in": 4,
+    }  # fmt: skip
+    with pytest.raises(DeftError, match="train_double_block_indices=2: this model's blocks are 0 to 1"):
+        network(Flux(), train_double_block_indices="2")
+
+
+def test_threshold_counts_for_the_weights_that_are_given():
+    names = {m.lora_name for m in network(sdxl_unet(), down_lr_weight="2", block_lr_zero_threshold="1").all_modules}
+    assert not any("_input_blocks_4_" in name for name in names)  # filled up with 1
+    assert any("_output_blocks_0_" in name for name in names)
+
+
+@pytest.mark.parametrize("value", [".*mlp.*", "'.*mlp.*'", "['.*mlp.*']"])
+def test_patterns_quoted_or_not(value):
+    assert parse_options({"exclude_patterns": value}).exclude_patterns == (".*mlp.*",)
+
+
+def test_encoders_that_are_not_there(tmp_path):
+    """FLUX trainers hand over None or a dummy for an encoder that is not used: the file's part for it stays aside."""
+    file = str(tmp_path / "x.safetensors")
+    net = network(Flux(), encoders=[_clip(), None])
+    net.save_weights(file, torch.float32, None)
+    for encoders in ([None, None], [nn.Module(), None], []):
+        again, _ = deft.create_network_from_weights(1.0, file, None, encoders, Flux())
+        assert not again.text_encoder_modules
+        again.apply_to(encoders, Flux())
+        assert again.load_weights(file).other_half == 6
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("false", "true"), ("true", "false")])
+def test_the_methods_own_matrices_are_not_split_or_joined(tmp_path, saved, loaded):
+    """Silence would lose them."""
+    file = str(tmp_path / "x.safetensors")
+    network(Flux(), split_qkv=saved, save_format="deft").save_weights(file, None, None)
+    with pytest.raises(DeftError, match=r"qkv are (not )?split"):
+        network(Flux(), split_qkv=loaded).load_weights(file)
+    again, _ = deft.create_network_from_weights(1.0, file, None, [], Flux())
+    assert again.config.split_qkv == (saved == "true")
+
+
 def test_selections_and_weights():
     assert numbers_of("x", "0, 3-5") == {0, 3, 4, 5}
     assert numbers_of("x", "all") is None
@@ -346,6 +395,7 @@ def test_sdxl_encoders_have_their_own_names():
 def test_norms_only_for_trackers():
     model = Flux()
     net = network(model)
+    net.update_grad_norms()
     assert net.weight_norms() is None
     assert net.combined_weight_norms() is None
     net.prepare_network(type("Args", (), {"logging_dir": "logs"}))
