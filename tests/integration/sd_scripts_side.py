@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,13 +12,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def clip_tokenizer(folder: Path):
+    """Our small CLIP tokenizer; loaded by its path, since `library` is sd-scripts' own here."""
+    spec = importlib.util.spec_from_file_location("tokenizer", ROOT / "library" / "world" / "tokenizer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build(folder)
+
+
 def make_model(folder: Path) -> None:
     """A full-size SD 1.5 with random weights, a Diffusers folder in float16, and images with captions beside it."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
-
-    sys.path.insert(0, str(ROOT))
-    from library.world.tokenizer import build as build_tokenizer
 
     configs = ROOT / "library" / "model_configs" / "sd15"
 
@@ -25,7 +31,7 @@ def make_model(folder: Path) -> None:
         return json.loads(next((configs / part).glob("*.json")).read_text())
 
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(folder / "tokenizers" / "openai_clip-vit-large-patch14")
+    tokenizer = clip_tokenizer(folder / "tokenizers" / "openai_clip-vit-large-patch14")
     StableDiffusionPipeline(
         vae=AutoencoderKL.from_config(config("vae")).half(),
         text_encoder=CLIPTextModel(CLIPTextConfig(**config("text_encoder"))).half(),
@@ -69,12 +75,9 @@ def make_sdxl(folder: Path) -> None:
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    sys.path.insert(0, str(ROOT))
-    from library.world.tokenizer import build as build_tokenizer
-
     torch.manual_seed(0)
     names = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")
-    tokenizers = [build_tokenizer(folder / "tokenizers" / name) for name in names]
+    tokenizers = [clip_tokenizer(folder / "tokenizers" / name) for name in names]
     configs = ROOT / "library" / "model_configs" / "sd15"
     first = CLIPTextConfig(**json.loads(next((configs / "text_encoder").glob("*.json")).read_text()))
     second = CLIPTextConfig(
@@ -131,7 +134,52 @@ def make_flux(folder: Path) -> None:
         ))  # fmt: skip
     shapes = {k: v.shape for k, v in encoder.state_dict().items() if k != "encoder.embed_tokens.weight"}
     save_file({k: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02) for k, shape in shapes.items()}, t5)
+    build_t5_tokenizer(folder / "tokenizers" / "google_t5-v1_1-xxl")
+    clip_tokenizer(folder / "tokenizers" / "openai_clip-vit-large-patch14")
     make_images(folder)
+
+
+def build_t5_tokenizer(folder: Path) -> None:
+    """T5's kind of tokenizer, with a token for each letter."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import T5TokenizerFast
+
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((letter, -1.0) for letter in ("▁", *letters))]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0).save_pretrained(str(folder))
+
+
+def compare_flux(folder: Path) -> None:
+    """Outputs of the transformer with `out/base.safetensors`: of networks.lora_flux and networks.deft, applied and
+    merged. Writes their relative distances from the first to compare.json."""
+    from safetensors.torch import load_file
+
+    from library import flux_utils
+    from networks import deft, lora_flux
+
+    file = str(folder / "out" / "base.safetensors")
+    torch.manual_seed(1)
+    img, txt, y = torch.randn(1, 16, 64), torch.randn(1, 8, 4096), torch.randn(1, 768)
+    ids = torch.zeros(1, 16, 3), torch.zeros(1, 8, 3)
+    outputs = {}
+    for way in ("lora applied", "lora merged", "deft applied", "deft merged", "base"):
+        _, model = flux_utils.load_flow_model(str(folder / "flux.safetensors"), torch.float32, "cpu")
+        module = lora_flux if "lora" in way else deft
+        if way != "base":
+            network, weights = module.create_network_from_weights(1.0, file, None, [None, None], model)
+            if "merged" in way:
+                network.merge_to([None, None], model, weights or load_file(file), torch.float32, "cpu")
+            else:
+                network.apply_to([None, None], model, False, True)
+                network.load_weights(file) if module is deft else network.load_state_dict(load_file(file), False)
+        with torch.no_grad():
+            t, guidance = torch.tensor([0.5]), torch.tensor([3.5])
+            outputs[way] = model(img, ids[0], txt, ids[1], t, y, guidance=guidance).double()
+    first = outputs["lora applied"]
+    errors = {way: float((out - first).norm() / first.norm()) for way, out in outputs.items()}
+    (folder / "compare.json").write_text(json.dumps(errors))
 
 
 def write_names(file: Path) -> None:
@@ -162,4 +210,6 @@ def write_names(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"model": make_model, "sdxl": make_sdxl, "flux": make_flux, "names": write_names}[sys.argv[1]](Path(sys.argv[2]))
+    {"model": make_model, "sdxl": make_sdxl, "flux": make_flux, "compare": compare_flux, "names": write_names}[
+        sys.argv[1]
+    ](Path(sys.argv[2]))

@@ -49,14 +49,22 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def train(world: Path, name: str, *options: str, fails: bool = False, checkout: str | Path | None = None) -> str:
-    """Runs train_network.py for two steps; returns its output."""
+def train(
+    world: Path,
+    name: str,
+    *options: str,
+    fails: bool = False,
+    checkout: str | Path | None = None,
+    script: str = "train_network.py",
+    precision: str = "no",
+) -> str:
+    """Runs a trainer for two steps; returns its output. Options come last, so they may say another model."""
     command = [PYTHON, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    command += ["train_network.py", "--pretrained_model_name_or_path", str(world / "model")]
+    command += ["--mixed_precision", precision, "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    command += [script, "--pretrained_model_name_or_path", str(world / "model")]
     command += ["--tokenizer_cache_dir", str(world / "tokenizers"), "--train_data_dir", str(world / "images")]
     command += ["--caption_extension", ".txt", "--resolution", "64", "--max_data_loader_n_workers", "0"]
-    command += ["--mixed_precision", "no", "--save_precision", "float", "--save_model_as", "safetensors"]
+    command += ["--mixed_precision", precision, "--save_precision", "float", "--save_model_as", "safetensors"]
     command += ["--network_module", "networks.deft", "--network_dim", "4", "--network_alpha", "2"]
     command += ["--max_train_steps", "2", "--learning_rate", "1e-3", "--optimizer_type", "AdamW", "--seed", "1"]
     command += ["--output_dir", str(world / "out"), "--output_name", name, *options]
@@ -174,29 +182,35 @@ def test_a_misspelt_option_ends_the_run_before_it_begins(world):
     assert not (world / "out" / "wrong.safetensors").exists()
 
 
-def test_gen_img_draws_with_the_file_what_it_draws_with_networks_lora(world, trained):
-    """Applied, merged, and pre-calculated; the reference is sd-scripts' own LoRA class on the same file."""
+def draw(script: str, world: Path, ways: list[tuple[str, ...]], *options: str) -> dict[tuple[str, ...], torch.Tensor]:
+    """Pixels that a generator of sd-scripts draws: (network module, further options) -> values from 0 to 255."""
     images = {}
-    for name, *options in (
-        ("networks.lora",),
-        ("networks.deft",),
-        ("networks.deft", "--network_merge"),
-        ("networks.deft", "--network_pre_calc"),
-    ):
-        folder = world / "generated" / "".join([name, *options])
-        command = [PYTHON, "gen_img.py", "--ckpt", str(world / "model"), "--outdir", str(folder), "--no_preview"]
+    for name, *more in ways:
+        folder = world / "generated" / "".join([name, *more])
+        command = [PYTHON, script, "--ckpt", str(world / "model"), "--outdir", str(folder), "--no_preview"]
         command += ["--tokenizer_cache_dir", str(world / "tokenizers"), "--prompt", "sks thing", "--sampler", "ddim"]
-        command += ["--W", "64", "--H", "64", "--steps", "2", "--seed", "1", "--network_module", name]
-        command += ["--network_weights", str(world / "out" / "base.safetensors"), "--network_mul", "0.7", *options]
+        command += ["--W", "64", "--H", "64", "--seed", "1", *options]
+        if name != "none":
+            command += ["--network_module", name, "--network_mul", "0.7", *more]
+            command += ["--network_weights", str(world / "out" / "base.safetensors")]
         done = call(command, SD_SCRIPTS or "")
         assert done.returncode == 0, done.stdout[-3000:]
         (path,) = folder.glob("*.png")
         pixels = torch.tensor(list(Image.open(path).convert("RGB").tobytes()), dtype=torch.float32)
-        images[(name, *options)] = pixels
+        images[(name, *more)] = pixels
     for how, pixels in images.items():
         difference = float((pixels - images[("networks.lora",)]).abs().max())
-        print(f"--- gen_img.py {' '.join(how)}: largest pixel difference to networks.lora {difference:.0f} of 255")
-        assert difference < 3
+        print(f"--- {script} {' '.join(how)}: largest pixel difference to networks.lora {difference:.0f} of 255")
+    return images
+
+
+def test_gen_img_draws_with_the_file_what_it_draws_with_networks_lora(world, trained):
+    """Applied, merged, and pre-calculated; the reference is sd-scripts' own LoRA class on the same file."""
+    ways = [("networks.lora",), ("networks.deft",), ("networks.deft", "--network_merge"),
+            ("networks.deft", "--network_pre_calc")]  # fmt: skip
+    images = draw("gen_img.py", world, ways, "--steps", "4")
+    for pixels in images.values():
+        assert float((pixels - images[("networks.lora",)]).abs().max()) < 3
 
 
 def test_single_file_is_the_same_model(world):

@@ -1,0 +1,77 @@
+"""The real sdxl_train_network.py on a full-size SDXL with random weights, on a CPU with 24 GB of memory.
+
+    SD_SCRIPTS_LARGE=/folder SD_SCRIPTS_DIR=... SD_SCRIPTS_PYTHON=... pytest tests/integration/test_sdxl.py -s
+
+About twenty minutes. The model is made once and kept in that folder.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_sd_scripts import PYTHON, SD_SCRIPTS, SIDE, call, delta_norms, draw, metadata, tensors
+from tests.integration.test_sd_scripts import train as train_with
+
+LARGE = os.environ.get("SD_SCRIPTS_LARGE")
+
+pytestmark = pytest.mark.skipif(not (SD_SCRIPTS and LARGE), reason="set SD_SCRIPTS_LARGE to a folder for 20 GB")
+
+
+def train(world: Path, name: str, *options: str) -> str:
+    options = ("--full_bf16", "--no_half_vae", "--gradient_checkpointing", *options)
+    return train_with(world, name, *options, script="sdxl_train_network.py", precision="bf16")
+
+
+@pytest.fixture(scope="session")
+def world() -> Path:
+    folder = Path(LARGE or "") / "sdxl"
+    if not (folder / "images").is_dir():
+        made = call([PYTHON, str(SIDE), "sdxl", str(folder)], SD_SCRIPTS or "", with_deft=False)
+        assert made.returncode == 0, made.stdout[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(world) -> str:
+    return train(world, "base", "--text_encoder_lr", "1e-3", "5e-4")
+
+
+def test_trains_and_saves(world, trained):
+    found = tensors(world, "base")
+    assert len(found) == 3 * (722 + 264)
+    prefixes = {key.split("_")[1] for key in found}
+    assert prefixes == {"unet", "te1", "te2"}
+    norms = delta_norms(found)
+    print(f"--- {sum(norm > 0 for norm in norms)} of {len(norms)} deltas moved")
+    assert sum(norm > 0 for norm in norms) > 0.9 * len(norms)
+    assert metadata(world, "base")["ss_base_model_version"].startswith("sdxl_")
+
+
+@pytest.mark.parametrize("options", [(), ("--dim_from_weights",)], ids=["network_weights", "dim_from_weights"])
+def test_continues_from_weights(world, trained, options):
+    file = str(world / "out" / "base.safetensors")
+    output = train(world, f"continued{len(options)}", "--network_weights", file, *options)
+    assert "986 modules loaded" in " ".join(output.split())
+
+
+def test_merges_base_weights(world, trained):
+    output = train(world, "merged", "--base_weights", str(world / "out" / "base.safetensors"))
+    assert "weights are merged" in output
+    assert metadata(world, "merged")["deft_base_hash"] != metadata(world, "base")["deft_base_hash"]
+
+
+def test_blocks_and_convolutions(world):
+    blocks = ",".join(["0"] * 7 + ["4"] * 9 + ["0"] * 7)
+    train(world, "blocks", "--network_train_unet_only", "--network_args", f"block_dims={blocks}", "conv_dim=2",
+          "conv_block_dims=" + blocks, "down_lr_weight=linear", "loraplus_unet_lr_ratio=4")  # fmt: skip
+    found = {key.split(".")[0] for key in tensors(world, "blocks")}
+    assert not any(key.startswith("lora_unet_output_blocks_8") for key in found)
+    assert "lora_unet_middle_block_0_in_layers_2" in found
+
+
+def test_draws_what_networks_lora_draws(world, trained):
+    images = draw("sdxl_gen_img.py", world, [("networks.lora",), ("networks.deft",)], "--steps", "4")
+    assert float((images[("networks.deft",)] - images[("networks.lora",)]).abs().max()) < 2
