@@ -120,6 +120,7 @@ def make_flux(folder: Path) -> None:
     small = replace(real.params, depth=2, depth_single_blocks=2)
     config = json.loads(next((ROOT / "library" / "model_configs" / "sd15" / "text_encoder").glob("*.json")).read_text())
     t5 = folder / "t5.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
     parts = {
         "flux": random_bf16(lambda: flux_models.Flux(small)),
         "clip": random_bf16(lambda: CLIPTextModel(CLIPTextConfig(**config))),
@@ -168,7 +169,9 @@ def compare_flux(folder: Path) -> None:
         _, model = flux_utils.load_flow_model(str(folder / "flux.safetensors"), torch.float32, "cpu")
         module = lora_flux if "lora" in way else deft
         if way != "base":
-            network, weights = module.create_network_from_weights(1.0, file, None, [None, None], model)
+            network, weights = module.create_network_from_weights(
+                1.0, file, None, [None, None], model, for_inference="merged" in way
+            )
             if "merged" in way:
                 network.merge_to([None, None], model, weights or load_file(file), torch.float32, "cpu")
             else:
