@@ -275,10 +275,9 @@ class DeftNetwork(nn.Module):
         """:raises DeftError: when the file holds modules of the halves with these prefixes that are not here"""
         known = {name for module in self.all_modules for name in (module.lora_name, module.target.file_name)}
         unknown = sorted(adapter.layers.keys() - known)
-        made_for = looks_made_for(adapter.tensors)
-        missing = [
-            name for name in unknown if name.startswith(prefixes) or not name.startswith(("lora_unet", "lora_te"))
-        ]
+        made_for, architecture = looks_made_for(adapter.tensors), self.ranks.architecture
+        all_prefixes = tuple(f"{part.prefix}_" for part in (*architecture.denoisers, *architecture.text_encoders))
+        missing = [name for name in unknown if name.startswith(prefixes) or not name.startswith(all_prefixes)]
         if missing and len(unknown) == len(adapter.layers):
             raise DeftError(f"{adapter.source}: none of its modules is in this network; it looks made for {made_for}")
         if missing:
