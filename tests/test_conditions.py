@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from networks import deft
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule, add_to_weight, read_weight
 from networks.deft_targets import Target
@@ -116,3 +119,51 @@ def test_scaled_fp8_base_is_read_as_its_forward_uses_it(blocks, rows):
     assert relative_error(read, W if rows is None else W[8:20]) < 0.05
     with pytest.raises(DeftError, match="lora_unet_x: cannot be merged into a scaled fp8 weight"):
         add_to_weight(Target("lora_unet_x", "x", layer), torch.ones(40, 1), torch.ones(1, 48), 1.0)
+
+
+def steps(net, model, optimizer, batches) -> list[float]:
+    losses = []
+    for x in batches:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_resumed_state_goes_on_as_if_nothing_had_happened(options):
+    """The network's and the optimizer's state, as accelerate saves them: equal bit for bit, and so is the next step."""
+    model, batches = Flux(), [torch.randn(2, 5, 4) for _ in range(4)]
+    net = network(model, **options).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    steps(net, model, optimizer, batches[:3])
+    saved = {name: value.clone() for name, value in net.state_dict().items()}
+    of_optimizer = copy.deepcopy(optimizer.state_dict())
+    undisturbed = steps(net, model, optimizer, batches[3:])
+    after = net.state_dict()
+    net.remove()
+
+    again = network(model, trained=False, **options).train()
+    again.load_state_dict(saved, strict=True)
+    assert all(torch.equal(saved[name], value) for name, value in again.state_dict().items())
+    optimizer = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    optimizer.load_state_dict(of_optimizer)
+    assert steps(again, model, optimizer, batches[3:]) == undisturbed
+    assert all(torch.equal(after[name], value) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_training_goes_on_from_its_lora_at_the_same_loss(tmp_path, options, dtype, bound):
+    model, x, file = Flux(), torch.randn(2, 5, 4), str(tmp_path / "x.safetensors")
+    net = network(model, **options).train()
+    steps(net, model, torch.optim.AdamW(net.parameters(), lr=1e-2), [x] * 3)
+    loss = float(model(x).square().mean().detach())
+    net.save_weights(file, dtype, None)
+    net.remove()
+    again, _ = deft.create_network_from_weights(1.0, file, None, [], model)
+    again.apply_to([], model)
+    again.load_weights(file)
+    assert float(model(x).square().mean().detach()) == pytest.approx(loss, rel=bound)

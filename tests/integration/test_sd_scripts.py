@@ -114,6 +114,21 @@ def test_layers_and_ranks_of_every_architecture(tmp_path):
         assert ours == theirs or "refiners" in what, what  # there, sd-scripts has another order
 
 
+def test_one_step_on_every_transformer(tmp_path):
+    """A small model of each real class: a fresh adapter changes nothing, every module gets gradients, and sd-scripts'
+    own network computes from the file what was trained."""
+    file = tmp_path / "found.json"
+    done = call([PYTHON, str(SIDE.with_name("steps_side.py")), str(file)], SD_SCRIPTS or "")
+    assert done.returncode == 0, done.stdout[-3000:]
+    print("\n".join(line for line in done.stdout.splitlines() if line.startswith("---")))
+    for name, found in json.loads(file.read_text()).items():
+        assert found["fresh"] == 0, name
+        assert found["with gradients"] == found["modules"], name
+        assert found["trained"] > 1e-3, name
+        assert found["read"] < (2e-2 if name == "hunyuan" else 1e-5), name  # that one in bfloat16
+        assert found["unmatched"] == 0, name
+
+
 def test_trains_and_saves(world, trained):
     found = tensors(world, "base")
     assert len(found) == 3 * 264
