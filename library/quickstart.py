@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONFIGS = Path("configs/quickstart")
 NAMES = ("creature", "photos")
 CREATURE = 4  # the seed of the creature on the five pictures
-MEASURED = 40  # pictures a side
+MEASURED = 32  # pictures a side
 
 
 def main(argv: list[str]) -> int:
