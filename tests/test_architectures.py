@@ -249,6 +249,19 @@ def test_a_fused_lora_of_another_program_is_read_exactly(tmp_path):
     assert relative_error(torch.cat(parts), up @ down / 2) < 1e-6
 
 
+def test_a_negative_alpha_is_read(tmp_path):
+    """Some programs subtract an adapter that way."""
+    file, name = str(tmp_path / "x.safetensors"), "lora_unet_single_blocks_0_linear2"
+    up, down = torch.randn(24, 3), torch.randn(3, 120)
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(-1.5)}
+    deft_io.write_safetensors(tensors, file, {})
+    model = Flux()
+    net, _ = deft.create_network_from_weights(1.0, file, None, [], model)
+    net.apply_to([], model)
+    net.load_weights(file)
+    assert relative_error(deltas(net)[name], -up @ down / 2) < 1e-6
+
+
 def test_gradients_of_split_weights():
     """Those of float64 autograd through W + the block-diagonal delta, entry by entry of P and R."""
     model, x = Flux(double=1, single=0), torch.randn(2, 5, 4)

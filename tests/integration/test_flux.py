@@ -21,13 +21,15 @@ LARGE = os.environ.get("SD_SCRIPTS_LARGE")
 pytestmark = pytest.mark.skipif(not (SD_SCRIPTS and LARGE), reason="set SD_SCRIPTS_LARGE to a folder for 15 GB")
 
 
-def train(world: Path, name: str, *options: str) -> str:
+def train(world: Path, name: str, *options: str, fails: bool = False) -> str:
     models = ["--pretrained_model_name_or_path", str(world / "flux.safetensors"), "--ae", str(world / "ae.safetensors")]
     models += ["--clip_l", str(world / "clip.safetensors"), "--t5xxl", str(world / "t5.safetensors")]
     usual = ["--cache_latents", "--cache_text_encoder_outputs_to_disk", "--t5xxl_max_token_length", "32"]
     usual += ["--timestep_sampling", "shift", "--model_prediction_type", "raw", "--guidance_scale", "1"]
     usual += ["--gradient_checkpointing", "--full_bf16"]
-    return train_with(world, name, *models, *usual, *options, script="flux_train_network.py", precision="bf16")
+    return train_with(
+        world, name, *models, *usual, *options, fails=fails, script="flux_train_network.py", precision="bf16"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +63,9 @@ def test_continues_from_weights(world, trained):
 
 
 def test_splits_queries_keys_and_values_and_merges_base_weights(world, trained):
-    """In sd-scripts' own LoRA, split_qkv ends this run with an error."""
+    """In sd-scripts' own LoRA, split_qkv ends the run with an error."""
+    own = ("--network_module", "networks.lora_flux", "--network_train_unet_only", "--network_args", "split_qkv=True")
+    assert "too many values to unpack" in train(world, "own", *own, fails=True)
     base = str(world / "out" / "base.safetensors")
     output = train(world, "split", "--base_weights", base, "--network_train_unet_only",
                    "--network_args", "split_qkv=true", "train_double_block_indices=0")  # fmt: skip
