@@ -334,10 +334,12 @@ class DeftNetwork(nn.Module):
         """
         given = [text_encoder_lr] if isinstance(text_encoder_lr, (int, float)) else list(text_encoder_lr or [])
         rates: list[float | None] = [*given] or [default_lr]
-        halves = [("unet", self.unet_modules, default_lr if unet_lr is None else unet_lr)]
-        for i, modules in reversed(list(enumerate(self.modules_of_encoders))):
-            name = "textencoder" if len(self.modules_of_encoders) == 1 else f"textencoder {i + 1}"
-            halves.insert(0, (name, modules, rates[min(i, len(rates) - 1)]))
+        halves = [
+            (f"textencoder {i + 1}" if len(self.modules_of_encoders) > 1 else "textencoder", modules,
+             rates[min(i, len(rates) - 1)])
+            for i, modules in enumerate(self.modules_of_encoders)
+        ]  # fmt: skip
+        halves.append(("unet", self.unet_modules, default_lr if unet_lr is None else unet_lr))
         groups: dict[tuple[str, float], list[nn.Parameter]] = {}
         for name, modules, half_rate in halves:
             denoiser = name == "unet"
@@ -444,10 +446,13 @@ class DeftNetwork(nn.Module):
         else:
             if self.train_t5xxl:
                 logger.warning(f"{file}: ComfyUI, Forge and sd-scripts read its T5 part; diffusers and InvokeAI do not")
-            tensors, exponents = deft_io.lora_tensors(self._file_factors(), dtype, self.config.pad)
+            factors = self._file_factors()
+            tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
             if self.config.basis == "qr":  # any scaling of up spans the same subspace
                 exponents = {}
-            self._log_padding(file, dtype)
+            self._log_padding(
+                file, dtype, [(up.shape[1], up.shape[0] + down.shape[1]) for up, down, _ in factors.values()]
+            )
         recorded: dict[str, list[float]] = {}
         for m in self.all_modules:
             name = m.lora_name if self.config.save_format == "deft" else m.target.file_name
@@ -475,16 +480,10 @@ class DeftNetwork(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise DeftError(f"{file}: not saved, since {name} has non-finite values; what was there is untouched")
 
-    def _log_padding(self, file: str, dtype: torch.dtype) -> None:
-        sizes: dict[str, tuple[int, int]] = {}  # of up and down: rank, and both lengths together
-        for m in self.all_modules:
-            rows = m.target.file_rows
-            sizes[m.target.file_name] = (
-                sizes.get(m.target.file_name, (0, 0))[0] + m.rank,
-                (rows[1] if rows else m.target.shape[0]) + m.target.shape[1],
-            )
-        file_rank, true_size = max(r for r, _ in sizes.values()), sum(r * size for r, size in sizes.values())
-        padded_size = file_rank * sum(size for _, size in sizes.values())
+    def _log_padding(self, file: str, dtype: torch.dtype, sizes: Sequence[tuple[int, int]]) -> None:
+        """:param sizes: each layer's rank, and its outputs and inputs together"""
+        file_rank, true_size = max(rank for rank, _ in sizes), sum(rank * size for rank, size in sizes)
+        padded_size = file_rank * sum(size for _, size in sizes)
         if self.config.pad and padded_size > true_size:
             byte = dtype.itemsize / 2**20
             logger.info(

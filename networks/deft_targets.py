@@ -363,7 +363,6 @@ class Target:
     :param name: unique in a network: the files' key name, with `-k` behind it for the k-th part of a fused weight
     :param path: with the architecture's own names, dots in it
     :param rows: (first, behind last) of the layer's outputs; None for all
-    :param file_name: the key name in files
     :param file_rows: (first, number of all) of these outputs in the files' weight; None for all
     """
 
@@ -371,8 +370,12 @@ class Target:
     path: str
     layer: Layer
     rows: tuple[int, int] | None = None
-    file_name: str = ""
     file_rows: tuple[int, int] | None = None
+
+    @property
+    def file_name(self) -> str:
+        """The key name in files."""
+        return self.name.partition("-")[0]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -420,7 +423,7 @@ def _target(part: Part, path: str, layer: Layer) -> Target:
     if not path.startswith(part.path_root):
         path = part.path_root + path
     file_name = f"{part.prefix}_{path}".replace(".", "_")
-    return Target(f"{file_name}-{number}" if number else file_name, path, layer, None, file_name)
+    return Target(f"{file_name}-{number}" if number else file_name, path, layer)
 
 
 def _split(target: Target, fused: Mapping[str, bool]) -> list[Target]:
