@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import deft_io, deft_math, deft_module
+from networks.deft_batch import BatchedFactors
 from networks.deft_config import DeftConfig, DeftError, options_of_file, parse_options, user_options
 from networks.deft_io import AdapterFile, DeftLayer
 from networks.deft_module import DeftModule, add_to_weight
@@ -133,6 +134,7 @@ class DeftNetwork(nn.Module):
         super().__init__()
         self.multiplier, self.config = multiplier, config
         self.is_tracked = False
+        self._batches: list[BatchedFactors] = []
         self._grad_norms: Tensor | None = None
         self._weight_norms: Tensor | None = None
         self._base_norms: Tensor | None = None
@@ -228,11 +230,41 @@ class DeftNetwork(nn.Module):
         for module in self.all_modules:
             module.apply_to()
             self.add_module(module.lora_name, module)
+        if self.config.basis == "qr":
+            roots = [*zip(as_list(text_encoder), self.modules_of_encoders, strict=False), (unet, self.unet_modules)]
+            self._batches = [BatchedFactors(modules, root) for root, modules in roots if modules and root is not None]
 
     def remove(self) -> None:
         """Gives every adapted layer its own forward back."""
         for module in reversed(self.all_modules):  # several may stand in line before one layer
             module.restore()
+        for batch in self._batches:
+            batch.remove()
+        self._batches = []
+
+    @property
+    def batched(self) -> bool:
+        """Whether factors and gradients of layers of one shape are computed together (`deft_batch`)."""
+        return any(batch.enabled for batch in self._batches)
+
+    @batched.setter
+    def batched(self, value: bool) -> None:
+        for batch in self._batches:
+            batch.enabled = value
+
+    def _forget_factors(self) -> None:
+        """To be called wherever parameters change or may have changed."""
+        for batch in self._batches:
+            batch.drop()
+
+    def train(self, mode: bool = True) -> DeftNetwork:
+        """As in torch; optimizers that swap weights do so beside it, unseen."""
+        self._forget_factors()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeftNetwork:
+        self._forget_factors()
+        return super()._apply(fn, recurse)
 
     def load_weights(self, file: str) -> LoadResult:
         """Takes over a LoRA or DEFT file, after `apply_to`.
@@ -246,10 +278,12 @@ class DeftNetwork(nn.Module):
         """A network's own state, bit for bit, or the tensors of an adapter file, which sd-scripts' generators pass."""
         if deft_io.is_adapter_dict(state_dict):
             return self.load_adapter(deft_io.parse_adapter(state_dict, {}, "the given weights"))
+        self._forget_factors()
         return super().load_state_dict(state_dict, strict, assign)
 
     def load_adapter(self, adapter: AdapterFile) -> LoadResult:
         """`load_weights` for a file that has been read."""
+        self._forget_factors()
         found = {m.lora_name: m for m in self.all_modules if adapter.layer_of(m.target) is not None}
         self._refuse_unknown(adapter, tuple({"_".join(m.lora_name.split("_")[:2]) + "_" for m in self.all_modules}))
         for module in found.values():
@@ -374,6 +408,8 @@ class DeftNetwork(nn.Module):
 
     def on_step_start(self, text_encoder: Any, unet: Any) -> None:
         """Called by trainers at the start of every step."""
+        for batch in self._batches:
+            batch.start_step()
 
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of the adapter: 1 in training, 0 for the base model."""
@@ -391,6 +427,7 @@ class DeftNetwork(nn.Module):
 
         :returns: how many were scaled, and the mean and the largest norm afterwards
         """
+        self._forget_factors()
         norms: list[float] = []
         scaled = 0
         for module in self.all_modules:
@@ -411,7 +448,7 @@ class DeftNetwork(nn.Module):
         self._grad_norms = torch.stack([torch.stack([g.norm() for g in some] or [zero]).norm() for some in gradients])
         self._weight_norms = torch.stack([deft_math.delta_norm(*module.lora_factors()) for module in self.all_modules])
         if self._base_norms is None:  # of frozen weights: once is enough
-            self._base_norms = torch.stack([module.base_weight().norm() for module in self.all_modules])
+            self._base_norms = torch.stack([module.base_weight().float().norm() for module in self.all_modules])
 
     def grad_norms(self) -> Tensor | None:
         """Norm of each module's gradients (modules,) at the last step; None where no tracker is active."""
@@ -577,7 +614,7 @@ def _as_deft_layer(module: DeftModule) -> DeftLayer:
 
 def _file_factors(layer: DeftLayer, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """up and down of a DEFT file's layer on the model at hand."""
-    W = base_weight()
+    W = base_weight().float()
     scale = layer.scale * (1.0 if layer.gate is None else float(torch.sigmoid(layer.gate)))
     P, E0 = layer.P.to(W), layer.E0.to(W)
     R = None if layer.R is None else layer.R.to(W)

@@ -17,37 +17,88 @@ The paper's own R is R + E0^T W / s. PaRa, W' = (I - Q Q^T) W, has neither R nor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# of a column's norm: where less is independent of the columns before it, Cholesky's result and the gradients degenerate
+LEAST_INDEPENDENCE = 1e-2
 
-def orthonormal_basis(P: Tensor) -> Tensor:
-    """Q of the QR decomposition of P with a positive diagonal, differentiable.
 
-    By Cholesky, G = P^T P = C C^T and Q = P C^-T, in two passes: one alone loses orthogonality as r nears m.
+def orthonormal_basis(P: Tensor, check: bool = True) -> Tensor:
+    """Q of the QR decomposition of P with a positive diagonal, differentiable, twice as well.
 
-    :param P: (m, r) with r <= m, float32 or float64
-    :returns: (m, r), Q^T Q = I
+    :param P: (..., m, r) with r <= m, float32 or float64
+    :param check: False, as always within a compiled graph, for a P that `cholesky_qr` has found good: a failure is not
+        noticed then, and a GPU not waited for
+    :returns: (..., m, r), Q^T Q = I
     """
-    try:
-        return _cholesky_basis(_cholesky_basis(P))
-    except torch.linalg.LinAlgError:  # nearly dependent columns: slower, and always there
-        return _positive_qr(P)[0]
+    return _OrthonormalBasis.apply(P, check and not torch.compiler.is_compiling())
 
 
-def _cholesky_basis(P: Tensor) -> Tensor:
-    C = torch.linalg.cholesky(P.mT @ P)
-    return torch.linalg.solve_triangular(C, P.mT, upper=False).mT
+class _OrthonormalBasis(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, P: Tensor, check: bool) -> Tensor:
+        Q, independence = cholesky_qr(P)
+        if check and not bool(independence.all()):  # dependent columns: slower, and always there
+            Q = _positive_qr(P)[0]
+        ctx.save_for_backward(P, Q)
+        return Q
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """QR's derivative for a gradient of Q alone (Walter and Lehmann, arXiv 1001.1654)."""
+        P, Q = ctx.saved_tensors
+        with torch.autocast(P.device.type, enabled=False):
+            M = grads[0].mT @ Q
+            inner = grads[0] - Q @ (M.tril() + M.tril(-1).mT)
+            return torch.linalg.solve_triangular(Q.mT @ P, inner.mT, upper=True).mT, None
+
+
+def cholesky_qr(P: Tensor) -> tuple[Tensor, Tensor]:
+    """Q of P's QR decomposition by Cholesky, G = P^T P = C C^T and Q = P C^-T, and how well it can be had so.
+
+    In two passes: one alone loses orthogonality as r nears m. Nothing is raised and no GPU is waited for.
+
+    :param P: (..., m, r) with r <= m, float32 or float64
+    :returns: Q (..., m, r); and (...), the smallest part of a column's norm that is independent of the columns before
+        it, 0 where Q is of no use
+    """
+    C, failed = torch.linalg.cholesky_ex(P.mT @ P)
+    Q = torch.linalg.solve_triangular(C, P.mT, upper=False).mT
+    independence = (C.diagonal(dim1=-2, dim2=-1) / P.norm(dim=-2)).amin(-1)
+    C, failed_again = torch.linalg.cholesky_ex(Q.mT @ Q)
+    Q = torch.linalg.solve_triangular(C, Q.mT, upper=False).mT
+    good = (failed == 0) & (failed_again == 0) & independence.isfinite()
+    return Q, torch.where(good, independence, torch.zeros_like(independence))
+
+
+def independent_columns(P: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A matrix with P's basis in which no column depends on those before it: one whose own part is below
+    `LEAST_INDEPENDENCE` of its norm is replaced by that part's direction, with the other columns' mean norm.
+
+    :param P: (m, r)
+    :returns: that matrix (m, r) in P's dtype and which columns are new (r,), both where P is; None where there is
+        nothing to replace, or P is not finite
+    """
+    if not bool(P.isfinite().all()):
+        return None
+    Q, T = _positive_qr(P.double().cpu())
+    norms = T.norm(dim=0)
+    weak = T.diagonal() <= LEAST_INDEPENDENCE * norms
+    if not bool(weak.any()):
+        return None
+    size = norms[~weak].mean() if bool((~weak).any()) else 1.0
+    return torch.where(weak.to(P.device), (Q * size).to(P), P), weak.to(P.device)
 
 
 def _positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
     """Thin QR with a positive diagonal of the triangular factor: A = Q T."""
     Q, T = torch.linalg.qr(A)
-    sign = torch.where(T.diagonal() < 0, -1.0, 1.0).to(A.dtype)
-    return Q * sign, T * sign[:, None]
+    sign = torch.where(T.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)
+    return Q * sign[..., None, :], T * sign[..., None]
 
 
 def left_and_eraser(P: Tensor, basis: str) -> tuple[Tensor, Tensor]:
@@ -68,8 +119,8 @@ def lora_factors(
     :param E0: (m, r), the eraser at the start; zeros for the paper's start and for PaRa
     :param scale: s
     :param basis: `qr` or `relu`
-    :param read_weight: returns W (m, n) in P's dtype; called in the forward and again in the backward pass, so that
-        no converted copy of W is kept in between and W may be moved about (block swap)
+    :param read_weight: returns W (m, n) in any dtype; called in the forward and again in the backward pass, so that no
+        converted copy of W is kept in between and W may be moved about (block swap)
     """
     L, E = left_and_eraser(P, basis)
     removed = _TransposedTimesWeight.apply(E - E0, read_weight)
@@ -77,16 +128,30 @@ def lora_factors(
 
 
 class _TransposedTimesWeight(torch.autograd.Function):
-    """D^T W for a frozen W that is read anew by each pass."""
+    """D^T W for a frozen W that is read anew by each pass, and converted to D's dtype in chunks."""
 
     @staticmethod
     def forward(ctx: Any, D: Tensor, read_weight: Callable[[], Tensor]) -> Tensor:
         ctx.read_weight = read_weight
-        return D.mT @ read_weight()
+        parts = _chunks(read_weight(), D.dtype)
+        first, W = next(parts)
+        product = D[first].mT @ W
+        for rows, W in parts:
+            product += D[rows].mT @ W
+        return product
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.read_weight() @ grads[0].mT, None
+        parts = [W @ grads[0].mT for _, W in _chunks(ctx.read_weight(), grads[0].dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts), None
+
+
+def _chunks(W: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """W by rows in another dtype, so many that a float32 chunk has at most 64 MB; whole if it has that dtype."""
+    rows = len(W) if W.dtype == dtype else max(1, 2**24 // W.shape[1])
+    for first in range(0, len(W), rows):
+        part = slice(first, first + rows)
+        yield part, W[part].to(dtype)
 
 
 def direction_size(m: int, n: int, scale: float, ratio: float) -> float:

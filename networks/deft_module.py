@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from networks import deft_math
+from networks.deft_batch import BatchedFactors
 from networks.deft_config import DeftConfig, DeftError
 from networks.deft_targets import Layer, Target
 
+logger = logging.getLogger(__name__)
+
 
 def read_weight(layer: Layer, rows: tuple[int, int] | None = None, device: torch.device | None = None) -> Tensor:
-    """The layer's weight as (outputs, inputs * kernel), float32, detached, read where it is at this moment.
+    """The layer's weight as (outputs, inputs * kernel), detached, read where it is at this moment.
 
     :param rows: (first, behind last) of the outputs that are asked for
     :param device: where it is wanted, if not where it is
+    :returns: in its own dtype, scaled fp8 in its scale's
     :raises DeftError: when the weight is on the meta device
     """
     if layer.weight.is_meta:
         raise DeftError(f"the weight of a {type(layer).__name__} layer is not loaded (meta device), but DEFT needs it")
     weight = rows_of(layer.weight.detach(), rows).flatten(1)
-    weight = (weight if device is None else weight.to(device)).float()  # in this order: the smaller is moved
+    weight = weight if device is None else weight.to(device)
     scale = getattr(layer, "scale_weight", None)
     return weight if scale is None else _dequantised(weight, scale, rows)
 
@@ -38,7 +45,7 @@ def _dequantised(weight: Tensor, scale: Tensor, rows: tuple[int, int] | None) ->
     """
     if scale.dim() > 1 and scale.shape[0] > 1:
         scale = rows_of(scale, rows)
-    scale = scale.to(weight)
+    scale, weight = scale.to(weight.device), weight.to(scale.dtype)
     if scale.dim() < 3:
         return weight * scale
     return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
@@ -71,6 +78,7 @@ class DeftModule(nn.Module):
         self.org_forward: Callable[[Tensor], Tensor] = target.layer.forward  # replaced in apply_to
         self.multiplier = multiplier
         self.enabled = True
+        self.batch: BatchedFactors | None = None  # which computes this layer's factors together with others'
         self.rank, self.scale, self.config = rank, scale, config
         m, n = target.shape
         self.P_size = deft_math.direction_size(m, n, scale, config.ratio)
@@ -79,13 +87,14 @@ class DeftModule(nn.Module):
         if config.basis == "relu":  # P's own size counts here: the paper's 0.02, turned at the same rate as under qr
             self.P_rate = 0.02 * m**0.5 / self.P_size
             self.R_rate /= 0.02 * m**0.5
+        self.R_factor = scale * self.R_rate
         # down is scale * R_rate times what the optimizer moves: too small for float16 unless up lends it some size
-        self.float16_gain = 2.0 ** max(0, round(-math.log2(scale * self.R_rate)))
+        self.float16_gain = 2.0 ** max(0, round(-math.log2(self.R_factor)))
 
         self.register_buffer("E0", torch.zeros(m, rank))
         P = torch.randn(m, rank) / m**0.5
         if config.init == "svd":
-            P = deft_math.leading_directions(read_weight(target.layer, target.rows), rank).cpu()
+            P = deft_math.leading_directions(read_weight(target.layer, target.rows).float(), rank).cpu()
         self.P = nn.Parameter(P * self.P_size)
         self.R: nn.Parameter | None = None if config.para else nn.Parameter(torch.zeros(rank, n))
         self.g: nn.Parameter | None = None
@@ -124,10 +133,19 @@ class DeftModule(nn.Module):
         return deft_math.left_and_eraser(self.effective_P, self.config.basis)
 
     def base_weight(self) -> Tensor:
-        """W as (m, n) float32 where P is; after `pre_calculate`, what it was before."""
+        """W as (m, n) in its own dtype, where P is; after `pre_calculate`, what it was before."""
         if not getattr(self.org_module, "_lora_restored", True):
-            return rows_of(self.org_module.__dict__["_lora_org_weight"], self.target.rows).flatten(1).to(self.E0)
+            kept = rows_of(self.org_module.__dict__["_lora_org_weight"], self.target.rows)
+            return kept.flatten(1).to(self.E0.device)
         return read_weight(self.org_module, self.target.rows, self.E0.device)
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """`base_weight` in the dtype that the layer computes in."""
+        return self.base_weight().to(dtype)
+
+    def gain(self, dtype: torch.dtype) -> float:
+        """What a layer's update takes from up and gives to down when it computes in `dtype`."""
+        return self.float16_gain if dtype == torch.float16 else 1.0
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """This layer as a LoRA of scale 1: up (m, r) and down (r, n), float32, differentiable."""
@@ -153,7 +171,7 @@ class DeftModule(nn.Module):
         P, R = deft_math.from_lora(up.cpu().double(), down.cpu().double(), self.rank, scale, self.config.basis, seed)
         P, R = P.to(self.E0), R.to(self.E0)
         if self.config.para:
-            removal = -P.mT @ self.base_weight()
+            removal = -P.mT @ self.base_weight().float()
             if bool((R * self.scale - removal).norm() > 0.05 * removal.norm()):
                 raise DeftError(
                     f"{self.lora_name}: the file is no PaRa of this base model and rank; use the base it was made "
@@ -183,6 +201,18 @@ class DeftModule(nn.Module):
         self.R.copy_(R)
         self.E0.copy_(E0)
 
+    @torch.no_grad()
+    def mend_basis(self) -> None:
+        """Replaces columns of P that have come to depend on those before them, where gradients would explode: basis and
+        delta stay, and the optimizer's memory of these columns is cleared."""
+        replaced = deft_math.independent_columns(self.P)
+        if replaced is None:
+            return
+        P, new = replaced
+        self.P.copy_(P)
+        _clear_optimizer_state(self.P, new)
+        logger.warning(f"{self.lora_name}: {int(new.sum())} of {self.rank} directions had merged with others; renewed")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeftModule:
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -203,14 +233,21 @@ class DeftModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's own output plus multiplier * up(down(x)); at multiplier 0 the layer's own output itself."""
-        if not self.enabled or self.multiplier == 0 or self._skipped_by_dropout():
+        if not self.enabled or self.multiplier == 0:
             return self.org_forward(x)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        up, down = self.lora_factors()
-        if dtype == torch.float16:
-            up, down = up / self.float16_gain, down * self.float16_gain
-        up, down = up.to(dtype), down.to(dtype)
+        batched = self.batch is not None and self.batch.enter(self, dtype)
+        if self._skipped_by_dropout():
+            return self.org_forward(x)
+        if batched and self.batch is not None:
+            up, down = self.batch.of(self)
+        else:
+            up, down = self.lora_factors()
+            gain = self.gain(dtype)
+            up, down = (up / gain).to(dtype), (down * gain).to(dtype)
+        if self._is_plain_linear():
+            return _AdaptedLinear.apply(x.to(dtype), up, down, self.org_module, self.multiplier)
         layer = self.org_module
         if isinstance(layer, nn.Conv2d):
             kernel = down.unflatten(1, layer.weight.shape[1:])
@@ -222,6 +259,13 @@ class DeftModule(nn.Module):
                 first, end = self.target.rows
                 update = F.pad(update, (first, layer.weight.shape[0] - end))
         return self.org_forward(x) + update * self.multiplier
+
+    def _is_plain_linear(self) -> bool:
+        """Whether the layer does nothing but W x + b, and its update nothing between down and up."""
+        if getattr(self.org_forward, "__func__", None) is not nn.Linear.forward or self.target.rows is not None:
+            return False
+        dropout = self.training and (self.config.neuron_dropout > 0 or self.config.rank_dropout > 0)
+        return not dropout and not torch.compiler.is_compiling()
 
     def _skipped_by_dropout(self) -> bool:
         p = self.config.module_dropout
@@ -265,6 +309,64 @@ class DeftModule(nn.Module):
             kept["_lora_restored"] = True
 
 
+class _AdaptedLinear(torch.autograd.Function):
+    """y = W x + b + multiplier * up (down x), the sum within the last product; x is kept for the backward pass, as a
+    LoRA keeps it, and W read anew.
+
+    Inputs: x (..., n), up (m, r) and down (r, n) of one dtype, to which W and b are cast.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, layer: nn.Linear, multiplier: float) -> Tensor:
+        dtype = x.dtype
+        flat = x.reshape(-1, x.shape[-1])
+        z = flat @ down.mT
+        if multiplier != 1:
+            z *= multiplier
+        y = F.linear(x, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+        y.view(-1, y.shape[-1]).addmm_(z, up.mT)
+        ctx.layer, ctx.multiplier = layer, multiplier
+        ctx.save_for_backward(x, z, up, down)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, up, down = ctx.saved_tensors
+        flat, g = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, up.shape[0])
+        with torch.autocast(x.device.type, enabled=False):
+            gz = g @ up
+            if ctx.multiplier != 1:
+                gz = gz * ctx.multiplier
+            dx = d_up = d_down = None
+            if ctx.needs_input_grad[0]:
+                dx = torch.addmm(g @ ctx.layer.weight.to(g.dtype), gz, down).view(x.shape)
+            if ctx.needs_input_grad[1]:
+                if torch.is_grad_enabled():  # second derivatives go through z
+                    z = flat @ down.mT * ctx.multiplier
+                d_up = g.mT @ z
+            if ctx.needs_input_grad[2]:
+                d_down = gz.mT @ flat
+            return dx, d_up, d_down, None, None
+
+
+def _clear_optimizer_state(parameter: nn.Parameter, columns: Tensor) -> None:
+    """At the next step of the optimizer that has `parameter`, its state for these columns becomes zero.
+
+    States of another shape than the parameter's, such as 8-bit optimizers' blocks, are left.
+    """
+
+    def clear(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        state = optimizer.state.get(parameter)
+        if state is None:
+            return
+        handle.remove()
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value[:, columns] = 0
+
+    handle = register_optimizer_step_pre_hook(clear)
+
+
 @torch.no_grad()
 def add_to_weight(target: Target, up: Tensor, down: Tensor, multiplier: float) -> None:
     """W += multiplier * up @ down, computed in float32 on the weight's device and cast once to its dtype.
@@ -275,5 +377,5 @@ def add_to_weight(target: Target, up: Tensor, down: Tensor, multiplier: float) -
         raise DeftError(f"{target.name}: cannot be merged into a scaled fp8 weight; merge into the bf16 file first")
     weight = rows_of(target.layer.weight.data, target.rows)
     up, down = up.to(weight.device, torch.float32), down.to(weight.device, torch.float32)
-    merged = read_weight(target.layer, target.rows) + multiplier * (up @ down)
+    merged = read_weight(target.layer, target.rows).float() + multiplier * (up @ down)
     weight.copy_(merged.view_as(weight))

@@ -88,6 +88,19 @@ def test_compiled(options):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_a_compiled_model_is_kept_from_degenerate_bases_too():
+    torch._dynamo.reset()
+    model, x = Flux(), torch.randn(2, 5, 4)
+    net = network(model).train()
+    with torch.no_grad():
+        for module in net.all_modules:
+            module.P[:, 2] = module.P[:, 1]
+    compiled = torch.compile(model, backend="aot_eager")
+    net.on_step_start(None, model)
+    compiled(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_fp8_base_is_read_as_it_is(dtype):
     layer = layer_of("linear")

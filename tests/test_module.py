@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from networks.deft_batch import BatchedFactors
 from networks.deft_config import DeftConfig, DeftError, parse_options, user_options
 from networks.deft_module import DeftModule, add_to_weight
 from networks.deft_targets import Target
@@ -22,12 +23,16 @@ FORMS = {
 }
 
 
-def module_on(layer: nn.Module, rank: int = 4, alpha: float = 2, trained: bool = True, **options) -> DeftModule:
+def module_on(
+    layer: nn.Module, rank: int = 4, alpha: float = 2, trained: bool = True, batched: bool = False, **options
+) -> DeftModule:
     config = DeftConfig(dim=rank, alpha=alpha, **options)
     module = DeftModule(Target("lora_unet_x", "x", layer), 1.0, rank, config.scale, config)
     if trained:
         perturb(module)
     module.apply_to()
+    if batched:
+        BatchedFactors([module], layer)
     return module
 
 
@@ -118,8 +123,11 @@ def test_equals_pefts_deft(method, para, start):
         assert relative_error(sign * module.R.grad / module.R_rate, adapter.deft_R["default"].grad) < 1e-5
 
 
-def reference_gradients(module: DeftModule, layer: nn.Module, x, direction):
-    """float64 autograd through the adapted weight, LAPACK's QR and the layer itself."""
+def reference_gradients(module: DeftModule, layer: nn.Module, x, direction, kept=1.0):
+    """float64 autograd through LAPACK's QR, the formula and the layer itself.
+
+    :param kept: what dropout multiplies the update's r values by
+    """
     P, R, g = (None if t is None else t.detach().double().requires_grad_() for t in (module.P, module.R, module.g))
     eP = P * module.P_rate
     if module.config.basis == "qr":
@@ -132,22 +140,27 @@ def reference_gradients(module: DeftModule, layer: nn.Module, x, direction):
     down = -(E - module.E0.double()).T @ W
     if R is not None:
         down = down + s * R * module.R_rate
-    weight = (W + module.multiplier * L @ down).view(layer.weight.shape)
     bias = None if layer.bias is None else layer.bias.double()
     x = x.detach().double().requires_grad_()
+    weight = layer.weight.double()
     if isinstance(layer, nn.Conv2d):
         y = nn.functional.conv2d(x, weight, bias, layer.stride, layer.padding)
+        z = nn.functional.conv2d(x, down.view(-1, *weight.shape[1:]), None, layer.stride, layer.padding)
+        y = y + module.multiplier * torch.einsum("mr,brhw->bmhw", L, z * kept)
     else:
-        y = nn.functional.linear(x, weight, bias)
+        y = nn.functional.linear(x, weight, bias) + module.multiplier * (x @ down.T * kept) @ L.T
     (y * direction.double()).sum().backward()
     return [t.grad for t in (P, R, g, x) if t is not None]
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-@pytest.mark.parametrize("form", list(FORMS))
-def test_gradients_equal_float64_autograd(kind, form):
+@pytest.mark.parametrize(
+    ("form", "batched"),
+    [(form, batched) for form in FORMS for batched in (False, True) if not batched or form != "relu"],
+)
+def test_gradients_equal_float64_autograd(kind, form, batched):
     layer = layer_of(kind)
-    module = module_on(layer, **FORMS[form])
+    module = module_on(layer, batched=batched, **FORMS[form])
     module.multiplier = 0.8
     x = input_of(layer).requires_grad_()
     y = layer(x)
@@ -161,16 +174,38 @@ def test_gradients_equal_float64_autograd(kind, form):
         assert (t.grad.double() - wanted).norm() < 1e-5 * size
 
 
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+@pytest.mark.parametrize("kind", ["linear", "conv 3x3"])
+@pytest.mark.parametrize("options", [{"neuron_dropout": 0.4}, {"rank_dropout": 0.4}], ids=str)
+def test_gradients_under_dropout_equal_float64_autograd(kind, options, batched):
+    layer = layer_of(kind)
+    module = module_on(layer, batched=batched, **options)
+    x = input_of(layer).requires_grad_()
+    y = layer(x)
+    direction = torch.randn_like(y)
+    with torch.random.fork_rng():  # the same numbers drawn, for what the r values are multiplied by
+        torch.manual_seed(5)
+        shape = (3, 4, *y.shape[2:]) if kind == "conv 3x3" else (3, 5, 4)
+        kept = module._dropout(torch.ones(shape), rank_dim=1 if kind == "conv 3x3" else -1).double()
+        torch.manual_seed(5)
+        y = layer(x)
+    (y * direction).sum().backward()
+    assert 0 < (kept == 0).float().mean() < 1
+    for t, wanted in zip((module.P, module.R, x), reference_gradients(module, layer, x, direction, kept), strict=True):
+        assert relative_error(t.grad.double(), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_gradients_are_as_good_as_a_loras(dtype, autocast):
+def test_half_precision_gradients_are_as_good_as_a_loras(dtype, autocast, batched):
     """Against the same float64 reference: below 2e-2, and at most 1.2 times the error of a LoRA in that precision."""
 
     def errors(as_lora: bool) -> float:
         torch.manual_seed(1)
         layer = nn.Linear(256, 320).requires_grad_(False)
         layer.weight.data = layer.weight.to(dtype).float()
-        module = module_on(layer, 16, 16)
+        module = module_on(layer, 16, 16, batched=batched)
         up, down = (t.detach() for t in module.lora_factors())
         up.requires_grad_(), down.requires_grad_()
         layer.to(dtype if not autocast else torch.float32)
@@ -198,10 +233,11 @@ def test_half_precision_gradients_are_as_good_as_a_loras(dtype, autocast):
     assert ours < 1.2 * lora
 
 
-def test_the_first_steps_survive_float16():
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+def test_the_first_steps_survive_float16(batched):
     """alpha 1 at rank 16 and a rate of 1e-5: down is of the size of float16's smallest numbers."""
     layer = nn.Linear(320, 320).requires_grad_(False)
-    module = module_on(layer, 16, 1, trained=False)
+    module = module_on(layer, 16, 1, trained=False, batched=batched)
     with torch.no_grad():
         module.R += 1e-5 * torch.randn_like(module.R).sign()
         up, down = module.lora_factors()
