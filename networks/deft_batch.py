@@ -7,6 +7,7 @@ history, and so may be run again at any time (gradient checkpointing).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,8 @@ class BatchedFactors:
         self.modules = list(modules)
         self.enabled = True
         # a leaf that every layer's graph ends in: backward() runs its node, autograd.grad() for P and R does not
-        self._probe = torch.zeros((), requires_grad=True)
-        self._probe_node = torch.autograd.graph.get_gradient_edge(self._probe).node
+        self.probe = torch.zeros((), requires_grad=True)
+        self._probe_node = torch.autograd.graph.get_gradient_edge(self.probe).node
         self._factors: Factors | None = None
         self._entered: set[DeftModule] = set()
         self._collected: dict[DeftModule, list[Tensor]] = {}
@@ -99,8 +100,10 @@ class BatchedFactors:
         if torch._C._current_graph_task_id() == -1:  # not run again by a backward pass
             if self._queued:  # that backward pass ended in an exception
                 self._queued, self._collected = False, {}
-            if module in self._entered and not self._still_valid(module):
-                self.drop()
+            if module in self._entered:  # a new pass
+                if not self._still_valid(module):
+                    self.drop()
+                self._entered = set()
         if self._factors is None:
             self._factors = self._compute(dtype)
         self._entered.add(module)
@@ -114,20 +117,16 @@ class BatchedFactors:
         return [tensor._version for module in self.modules for tensor in (*module.parameters(), module.E0)]
 
     def of(self, module: DeftModule) -> tuple[Tensor, Tensor]:
-        """A layer's up (m, r) and down (r, n) in the compute dtype, scaled by `module.gain`; after `enter`."""
+        """A layer's up (m, r) and down (r, n) without history, in the compute dtype, scaled by `module.gain`; after
+        `enter`. Their gradients go to `receive`."""
         factors = self._factors
         assert factors is not None
         if module not in factors.down:
             with torch.inference_mode(False), torch.no_grad():
                 change = factors.changes[module]
                 removed = change.mT @ module.weight_in(factors.dtype)
-                down = self._down([module], removed.unsqueeze(0), factors.dtype)
-            factors.down[module] = down[0]
-        up, down = factors.up[module], factors.down[module]
-        parameters = (module.P, module.R, module.g)
-        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
-            up, down = _Handover.apply(*parameters, self._probe, self, module, up, down)
-        return up, down
+                factors.down[module] = self._down([module], removed.unsqueeze(0), factors.dtype)[0]
+        return factors.up[module], factors.down[module]
 
     def _compute(self, dtype: torch.dtype) -> Factors:
         device = self.modules[0].P.device.type
@@ -195,16 +194,34 @@ class BatchedFactors:
         """Has the backward pass that is under way call `_finish` at its end."""
         if not self._queued:
             self._queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
-    def collect(self, module: DeftModule, dE: Tensor, d_down: Tensor) -> None:
-        """Takes a layer's gradients, to be passed on to P and R at the end of the backward pass."""
-        kept = self._collected.get(module)
-        if kept is None:
-            self._collected[module] = [dE, d_down]
-        else:
-            self._collected[module] = [old.float() + new for old, new in zip(kept, (dE, d_down), strict=True)]
-        self._queue()  # for a backward pass that does not begin at the root's output
+    def receive(self, module: DeftModule, d_up: Tensor, d_down: Tensor) -> tuple[Tensor | None, ...]:
+        """Takes a layer's gradients of the factors that `of` gave, within a backward pass.
+
+        :returns: the gradients of P, R and g: None each when they come at the pass's end, as they do in `backward()`
+        :raises DeftError: for second derivatives
+        """
+        if torch.is_grad_enabled():
+            raise DeftError("second derivatives (create_graph=True): set `batched = False` on the DEFT network first")
+        gain = module.gain(d_up.dtype)
+        if module.P.requires_grad:
+            d_up = _with_removal(module, d_up, d_down, gain)
+        if gain != 1:
+            d_down = d_down.float() * gain
+        if torch._C._will_engine_execute_node(self._probe_node):
+            kept = self._collected.get(module)
+            if kept is None:
+                self._collected[module] = [d_up, d_down]
+            else:
+                self._collected[module] = [kept[0].float() + d_up, kept[1].float() + d_down]
+            self._queue()  # for a backward pass that does not begin at the root's output
+            return None, None, None
+        outputs, gradients = chain({module: [d_up, d_down]})
+        parameters = [p for p in (module.P, module.R, module.g) if p is not None and p.requires_grad]
+        found = torch.autograd.grad(outputs, parameters, gradients, allow_unused=True)
+        of = dict(zip(parameters, found, strict=True))
+        return tuple(None if p is None else of.get(p) for p in (module.P, module.R, module.g))
 
     def _finish(self) -> None:
         self._queued = False
@@ -215,21 +232,26 @@ class BatchedFactors:
             if module.config.module_dropout > 0:  # skipped here, maybe not in another process, which waits for its sum
                 m, n = module.target.shape
                 collected[module] = [module.P.new_zeros(m, module.rank), module.P.new_zeros(module.rank, n)]
+        known = self._factors.up if self._factors is not None and self._factors.dtype == torch.float32 else {}
         self.drop()
-        torch.autograd.backward(*chain(collected))
+        torch.autograd.backward(*chain(collected, known))
 
 
-def chain(collected: Mapping[DeftModule, list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+def chain(
+    collected: Mapping[DeftModule, list[Tensor]], known: Mapping[DeftModule, Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """What P, R and g of all these modules become, with history, for modules of one shape at once; and its gradients.
 
     :param collected: the gradients of E (m, r), with -W d_down^T in it, and of down (r, n)
+    :param known: each module's Q (m, r) in float32, where it is still there
     """
     outputs, gradients = [], []
     modules = list(collected)
     with torch.enable_grad(), torch.autocast(modules[0].P.device.type, enabled=False):
         turning = [module for module in modules if module.P.requires_grad]
         for group in _grouped(turning, lambda m: m.P.shape):
-            outputs.append(deft_math.orthonormal_basis(torch.stack([m.P for m in group]), check=False))
+            Q = torch.stack([known[m] for m in group]) if known else None
+            outputs.append(deft_math.orthonormal_basis(torch.stack([m.P for m in group]), False, Q))
             gradients.append(torch.stack([collected[m][0] for m in group]).float())
         filled = [m for m in modules if m.R is not None and (m.R.requires_grad or m.g is not None)]
         for group in _grouped(filled, lambda m: (m.target.shape, m.rank, m.R_factor)):
@@ -246,43 +268,27 @@ def _injected(group: list[DeftModule]) -> Tensor:
     return R * torch.sigmoid(torch.stack(gates))[:, None, None] if gates else R
 
 
-class _Handover(torch.autograd.Function):
-    """up and down without history on their way into a layer, and the layer's gradients of them on their way back."""
+class Handover(torch.autograd.Function):
+    """up and down without history on their way into a layer's own operations, and their gradients on their way back.
+
+    Inputs: P, R, g, the probe, the batch, the module, up and down.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        P: Tensor,
-        R: Tensor | None,
-        g: Tensor | None,
-        probe: Tensor,
-        batch: BatchedFactors,
-        module: DeftModule,
-        up: Tensor,
-        down: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.batch, ctx.module = batch, module
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *_, ctx.batch, ctx.module, up, down = inputs
         return up, down
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise DeftError("second derivatives (create_graph=True): set `batched = False` on the DEFT network first")
-        batch, module = ctx.batch, ctx.module
-        d_up, d_down = grads
-        gain = module.gain(d_up.dtype)
-        with torch.autocast(d_up.device.type, enabled=False):
-            if module.P.requires_grad:
-                d_up = _with_removal(module, d_up, d_down, gain)
-            if gain != 1:
-                d_down = d_down.float() * gain
-        if torch._C._will_engine_execute_node(batch._probe_node):
-            batch.collect(module, d_up, d_down)
-            return (None,) * 8
-        outputs, gradients = chain({module: [d_up, d_down]})
-        wanted = [p for p, needed in zip((module.P, module.R, module.g), ctx.needs_input_grad, strict=False) if needed]
-        found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
-        return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), *(None,) * 5)
+        with without_autocast(grads[0]):
+            return *ctx.batch.receive(ctx.module, *grads), *[None] * 5
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A backward pass that is called within autocast would compute in its dtype."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _with_removal(module: DeftModule, d_up: Tensor, d_down: Tensor, gain: float) -> Tensor:

@@ -27,34 +27,36 @@ from torch import Tensor
 LEAST_INDEPENDENCE = 1e-2
 
 
-def orthonormal_basis(P: Tensor, check: bool = True) -> Tensor:
+def orthonormal_basis(P: Tensor, check: bool = True, known: Tensor | None = None) -> Tensor:
     """Q of the QR decomposition of P with a positive diagonal, differentiable, twice as well.
 
     :param P: (..., m, r) with r <= m, float32 or float64
     :param check: False, as always within a compiled graph, for a P that `cholesky_qr` has found good: a failure is not
         noticed then, and a GPU not waited for
+    :param known: Q, where it has been computed already and only its history is wanted
     :returns: (..., m, r), Q^T Q = I
     """
-    return _OrthonormalBasis.apply(P, check and not torch.compiler.is_compiling())
+    return _OrthonormalBasis.apply(P, check and not torch.compiler.is_compiling(), known)
 
 
 class _OrthonormalBasis(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, P: Tensor, check: bool) -> Tensor:
-        Q, independence = cholesky_qr(P)
-        if check and not bool(independence.all()):  # dependent columns: slower, and always there
-            Q = _positive_qr(P)[0]
+    def forward(ctx: Any, P: Tensor, check: bool, Q: Tensor | None) -> Tensor:
+        if Q is None:
+            Q, independence = cholesky_qr(P)
+            if check and not bool(independence.all()):  # dependent columns: slower, and always there
+                Q = _positive_qr(P)[0]
         ctx.save_for_backward(P, Q)
         return Q
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """QR's derivative for a gradient of Q alone (Walter and Lehmann, arXiv 1001.1654)."""
         P, Q = ctx.saved_tensors
         with torch.autocast(P.device.type, enabled=False):
             M = grads[0].mT @ Q
             inner = grads[0] - Q @ (M.tril() + M.tril(-1).mT)
-            return torch.linalg.solve_triangular(Q.mT @ P, inner.mT, upper=True).mT, None
+            return inner @ _inverse(Q.mT @ P, upper=True).mT, None, None
 
 
 def cholesky_qr(P: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,12 +69,17 @@ def cholesky_qr(P: Tensor) -> tuple[Tensor, Tensor]:
         it, 0 where Q is of no use
     """
     C, failed = torch.linalg.cholesky_ex(P.mT @ P)
-    Q = torch.linalg.solve_triangular(C, P.mT, upper=False).mT
+    Q = P @ _inverse(C).mT
     independence = (C.diagonal(dim1=-2, dim2=-1) / P.norm(dim=-2)).amin(-1)
     C, failed_again = torch.linalg.cholesky_ex(Q.mT @ Q)
-    Q = torch.linalg.solve_triangular(C, Q.mT, upper=False).mT
+    Q = Q @ _inverse(C).mT
     good = (failed == 0) & (failed_again == 0) & independence.isfinite()
     return Q, torch.where(good, independence, torch.zeros_like(independence))
+
+
+def _inverse(T: Tensor, upper: bool = False) -> Tensor:
+    """Of a triangular matrix (..., r, r); r is small, and a product with it faster than solving with many columns."""
+    return torch.linalg.solve_triangular(T, torch.eye(T.shape[-1], dtype=T.dtype, device=T.device), upper=upper)
 
 
 def independent_columns(P: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -175,7 +182,13 @@ def injection_rate(m: int, n: int) -> float:
 
 
 def leading_directions(W: Tensor, rank: int) -> Tensor:
-    """The `rank` leading left singular vectors of W (m, n), as (m, rank)."""
+    """The `rank` leading left singular vectors of W (m, n), as (m, rank).
+
+    Of a large W by torch's randomized SVD with eight power iterations, whose result is exact as far as the singular
+    values fall off; it draws from torch's random generator.
+    """
+    if min(W.shape) > max(512, 8 * rank):
+        return torch.svd_lowrank(W, q=rank + 16, niter=8)[0][:, :rank]
     if W.shape[0] <= W.shape[1]:
         return torch.linalg.eigh(W @ W.mT).eigenvectors[:, -rank:].flip(1)
     right = torch.linalg.eigh(W.mT @ W).eigenvectors[:, -rank:].flip(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from networks import deft_math
-from networks.deft_batch import BatchedFactors
+from networks.deft_batch import BatchedFactors, Handover, without_autocast
 from networks.deft_config import DeftConfig, DeftError
 from networks.deft_targets import Layer, Target
 
@@ -141,7 +141,10 @@ class DeftModule(nn.Module):
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """`base_weight` in the dtype that the layer computes in."""
-        return self.base_weight().to(dtype)
+        weight = self.org_module.weight
+        if weight.dtype == dtype and weight.dim() == 2 and self.target.rows is None:  # nothing to be done
+            return weight
+        return read_weight(self.org_module, self.target.rows, self.P.device).to(dtype)
 
     def gain(self, dtype: torch.dtype) -> float:
         """What a layer's update takes from up and gives to down when it computes in `dtype`."""
@@ -240,14 +243,18 @@ class DeftModule(nn.Module):
         batched = self.batch is not None and self.batch.enter(self, dtype)
         if self._skipped_by_dropout():
             return self.org_forward(x)
-        if batched and self.batch is not None:
-            up, down = self.batch.of(self)
+        batch = self.batch if batched else None
+        if batch is not None:
+            up, down = batch.of(self)
         else:
             up, down = self.lora_factors()
             gain = self.gain(dtype)
             up, down = (up / gain).to(dtype), (down * gain).to(dtype)
+        trained = () if batch is None else (self.P, self.R, self.g, batch.probe)
         if self._is_plain_linear():
-            return _AdaptedLinear.apply(x.to(dtype), up, down, self.org_module, self.multiplier)
+            return _AdaptedLinear.apply(x.to(dtype), up, down, self, self.multiplier, batch, *trained)
+        if batch is not None and torch.is_grad_enabled():
+            up, down = Handover.apply(*trained, batch, self, up, down)
         layer = self.org_module
         if isinstance(layer, nn.Conv2d):
             kernel = down.unflatten(1, layer.weight.shape[1:])
@@ -313,40 +320,53 @@ class _AdaptedLinear(torch.autograd.Function):
     """y = W x + b + multiplier * up (down x), the sum within the last product; x is kept for the backward pass, as a
     LoRA keeps it, and W read anew.
 
-    Inputs: x (..., n), up (m, r) and down (r, n) of one dtype, to which W and b are cast.
+    Inputs: x (..., n), up (m, r) and down (r, n) of one dtype, to which W and b are cast; the module; the multiplier;
+    and, where factors come from a batch, which then takes their gradients: the batch, P, R, g and its probe.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, layer: nn.Linear, multiplier: float) -> Tensor:
-        dtype = x.dtype
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        up: Tensor,
+        down: Tensor,
+        module: DeftModule,
+        multiplier: float,
+        batch: BatchedFactors | None,
+        *trained: Tensor | None,
+    ) -> Tensor:
+        dtype, layer = x.dtype, module.org_module
         flat = x.reshape(-1, x.shape[-1])
         z = flat @ down.mT
         if multiplier != 1:
             z *= multiplier
-        y = F.linear(x, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
-        y.view(-1, y.shape[-1]).addmm_(z, up.mT)
-        ctx.layer, ctx.multiplier = layer, multiplier
-        ctx.save_for_backward(x, z, up, down)
-        return y
+        y = F.linear(flat, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+        y.addmm_(z, up.mT)
+        ctx.module, ctx.multiplier, ctx.batch = module, multiplier, batch
+        ctx.shape = x.shape
+        ctx.save_for_backward(flat, z, up, down)
+        # no view, since a model may change what it gets in place
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, z, up, down = ctx.saved_tensors
-        flat, g = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, up.shape[0])
-        with torch.autocast(x.device.type, enabled=False):
+        module, batch, needed = ctx.module, ctx.batch, ctx.needs_input_grad
+        g = grads[0].reshape(-1, up.shape[0])
+        with without_autocast(x):
             gz = g @ up
             if ctx.multiplier != 1:
                 gz = gz * ctx.multiplier
             dx = d_up = d_down = None
-            if ctx.needs_input_grad[0]:
-                dx = torch.addmm(g @ ctx.layer.weight.to(g.dtype), gz, down).view(x.shape)
-            if ctx.needs_input_grad[1]:
+            if needed[0]:
+                dx = torch.addmm(g @ module.org_module.weight.to(g.dtype), gz, down).view(ctx.shape)
+            if any(needed[1:3]) or any(needed[6:]):
                 if torch.is_grad_enabled():  # second derivatives go through z
-                    z = flat @ down.mT * ctx.multiplier
-                d_up = g.mT @ z
-            if ctx.needs_input_grad[2]:
-                d_down = gz.mT @ flat
-            return dx, d_up, d_down, None, None
+                    z = x @ down.mT * ctx.multiplier
+                d_up, d_down = g.mT @ z, gz.mT @ x
+                if batch is not None:
+                    return dx, None, None, None, None, None, *batch.receive(module, d_up, d_down), None
+            return dx, d_up, d_down, *[None] * (len(needed) - 3)
 
 
 def _clear_optimizer_state(parameter: nn.Parameter, columns: Tensor) -> None:

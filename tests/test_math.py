@@ -168,6 +168,16 @@ def test_leading_directions_are_the_left_singular_vectors(shape):
     assert (deft_math.leading_directions(W, 5).T @ U).abs().diagonal().min() > 1 - 1e-4
 
 
+@pytest.mark.parametrize("shape", [(600, 700), (700, 600)])
+def test_leading_directions_of_a_large_weight(shape):
+    """Found without a full decomposition, where singular values fall off as slowly as k^-1/2."""
+    size = torch.arange(1, 601) ** -0.5
+    U, V = (torch.linalg.qr(torch.randn(side, 600))[0] for side in shape)
+    found = deft_math.leading_directions((U * size) @ V.T, 5)
+    assert (found.T @ found - torch.eye(5)).norm() < 1e-5
+    assert torch.linalg.svdvals(found.T @ U[:, :5]).min() > 0.999
+
+
 def test_balancing_keeps_small_factors_in_half_precision():
     up, down = torch.linalg.qr(torch.randn(300, 4))[0], torch.randn(4, 300) * 3e-6
     k = deft_math.balancing_exponent(up, down)

@@ -54,6 +54,20 @@ def test_activations_equal_the_adapted_weight(form, kind):
     assert relative_error(layer(x), merged(x)) < 1e-6
 
 
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+def test_inputs_and_outputs_as_models_handle_them(batched):
+    """A transposed input, a single vector, nothing at all; and an output that is changed in place."""
+    layer = layer_of("linear")
+    module = module_on(layer, batched=batched)
+    weight = adapted_weight(module)
+    for x in (torch.randn(2, 48, 5).mT, torch.randn(48), torch.randn(0, 48), torch.randn(1, 2, 3, 48)):
+        y = layer(x.requires_grad_())
+        wanted = nn.functional.linear(x, weight, layer.bias)
+        assert y.shape == wanted.shape
+        assert relative_error(y, wanted) < 1e-6 or not y.numel()
+        y.add_(1.0).sum().backward()
+
+
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize("basis", ["qr", "relu"])
 def test_identity_start(kind, basis):
