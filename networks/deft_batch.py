@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,18 +24,24 @@ if TYPE_CHECKING:
 FLOAT16_GAIN = 64.0
 
 
-@dataclass
-class Factors:
-    """Of one pass: each layer's up and down in the compute dtype, without history.
+class LayerFactors:
+    """One layer's factors for one pass.
 
-    `changes` are the layers' (E - E0), in the compute dtype, as long as `down` is formed layer by layer.
+    `up` (m, r) and `down` (r, n) are in the compute dtype, without history, and scaled by `gain`. Until `down` is
+    formed, `change` is (E - E0) in the compute dtype. `trained` holds P, R, g and the batch's probe, which the layer's
+    graph ends in.
     """
 
-    dtype: torch.dtype
-    up: dict[DeftModule, Tensor]
-    down: dict[DeftModule, Tensor]
-    changes: dict[DeftModule, Tensor]
-    versions: list[int]
+    __slots__ = ("change", "down", "entered", "gain", "is_trained", "trained", "turns", "up")
+
+    def __init__(self, module: DeftModule, up: Tensor, change: Tensor, gain: float, probe: Tensor) -> None:
+        self.up, self.gain = up, gain
+        self.change: Any = change  # a Tensor before
+        self.down: Any = None  # a Tensor from `enter` on
+        self.entered = False
+        self.trained = (module.P, module.R, module.g, probe)
+        self.turns = module.P.requires_grad
+        self.is_trained = any(p is not None and p.requires_grad for p in self.trained[:3])
 
 
 class BatchedFactors:
@@ -52,11 +57,15 @@ class BatchedFactors:
     def __init__(self, modules: Iterable[DeftModule], root: nn.Module):
         self.modules = list(modules)
         self.enabled = True
+        # modules that are alike on P's side, and on R's
+        self._P_groups = _grouped(self.modules, lambda m: (m.P.shape, m.float16_gain))
+        self._R_groups = _grouped(self.modules, lambda m: (m.target.shape, m.rank, m.R is None, m.R_factor))
         # a leaf that every layer's graph ends in: backward() runs its node, autograd.grad() for P and R does not
-        self.probe = torch.zeros((), requires_grad=True)
-        self._probe_node = torch.autograd.graph.get_gradient_edge(self.probe).node
-        self._factors: Factors | None = None
-        self._entered: set[DeftModule] = set()
+        self._probe = torch.zeros((), requires_grad=True)
+        self._probe_node = torch.autograd.graph.get_gradient_edge(self._probe).node
+        self._factors: dict[DeftModule, LayerFactors] | None = None
+        self._dtype = torch.float32
+        self._versions_then: list[int] = []
         self._collected: dict[DeftModule, list[Tensor]] = {}
         self._queued = False
         self._checked = False
@@ -73,99 +82,101 @@ class BatchedFactors:
     def drop(self) -> None:
         """Forgets the factors, whose parameters may have changed."""
         self._factors = None
-        self._entered = set()
 
     def start_step(self) -> None:
         """Forgets the factors; and looks after bases where passes do without this class, as compiled ones do."""
         self.drop()
         if not self._checked:
             with torch.no_grad():
-                self._bases(torch.float32)
+                self._bases()
         self._checked = False
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
-    def enter(self, module: DeftModule, dtype: torch.dtype) -> bool:
-        """Called when a layer's forward begins; whether its factors in `dtype` are to be had here.
+    def enter(self, module: DeftModule, dtype: torch.dtype) -> LayerFactors | None:
+        """A layer's factors in `dtype`, as its forward begins, or None where it has to form its own.
 
-        Not in a graph that is being compiled, where P or R is split over processes (DeepSpeed's stage 3, FSDP), or
-        within DistributedDataParallel's forward, which counts gradients as they come.
+        That is so in a graph that is being compiled, in another dtype than the other layers', where P is split over
+        processes (DeepSpeed's stage 3, FSDP), and within DistributedDataParallel's forward, which counts gradients as
+        they come.
         """
         if not self.enabled or torch.compiler.is_compiling():
-            return False
-        if type(module.P) is not nn.Parameter or hasattr(module.P, "ds_id"):
-            return False
-        if torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None:
-            return False
-        if torch._C._current_graph_task_id() == -1:  # not run again by a backward pass
+            return None
+        factors = self._factors
+        if torch._C._current_graph_task_id() == -1:  # else run again by a backward pass
             if self._queued:  # that backward pass ended in an exception
                 self._queued, self._collected = False, {}
-            if module in self._entered:  # a new pass
-                if not self._still_valid(module):
-                    self.drop()
-                self._entered = set()
-        if self._factors is None:
-            self._factors = self._compute(dtype)
-        self._entered.add(module)
-        return self._factors.dtype == dtype
+            if factors is not None and factors[module].entered:  # a new pass
+                factors = factors if self._still_valid(module) else None
+        if factors is None:
+            if not self._is_possible(module):
+                return None
+            factors = self._factors = self._compute(dtype)
+        if dtype != self._dtype:
+            return None
+        found = factors[module]
+        found.entered = True
+        if found.down is None:  # its weight was not at hand before (block swap)
+            with torch.inference_mode(False), torch.no_grad():
+                removed = found.change.mT @ module.weight_in(dtype)
+                found.down = self._down([module], removed.unsqueeze(0), dtype)[0]
+        return found
+
+    @staticmethod
+    def _is_possible(module: DeftModule) -> bool:
+        """Whether P is all here, and nobody counts gradients."""
+        whole = type(module.P) is nn.Parameter and not hasattr(module.P, "ds_id")
+        return whole and torch.nn.parallel.DistributedDataParallel._active_ddp_module is None
 
     def _still_valid(self, module: DeftModule) -> bool:
-        assert self._factors is not None
-        return not (module.training or torch.is_grad_enabled()) and self._factors.versions == self._versions()
+        """Whether the last pass's factors serve for another one, which then begins."""
+        if module.training or torch.is_grad_enabled() or self._versions_then != self._versions():
+            return False
+        for factors in (self._factors or {}).values():
+            factors.entered = False
+        return True
 
     def _versions(self) -> list[int]:
-        return [tensor._version for module in self.modules for tensor in (*module.parameters(), module.E0)]
+        tensors = ((m.P, m.R, m.g, m.E0) for m in self.modules)
+        return [0 if tensor is None else tensor._version for four in tensors for tensor in four]
 
-    def of(self, module: DeftModule) -> tuple[Tensor, Tensor]:
-        """A layer's up (m, r) and down (r, n) without history, in the compute dtype, scaled by `module.gain`; after
-        `enter`. Their gradients go to `receive`."""
-        factors = self._factors
-        assert factors is not None
-        if module not in factors.down:
-            with torch.inference_mode(False), torch.no_grad():
-                change = factors.changes[module]
-                removed = change.mT @ module.weight_in(factors.dtype)
-                factors.down[module] = self._down([module], removed.unsqueeze(0), factors.dtype)[0]
-        return factors.up[module], factors.down[module]
-
-    def _compute(self, dtype: torch.dtype) -> Factors:
+    def _compute(self, dtype: torch.dtype) -> dict[DeftModule, LayerFactors]:
         device = self.modules[0].P.device.type
+        self._dtype, self._versions_then = dtype, [] if torch.is_grad_enabled() else self._versions()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            up: dict[DeftModule, Tensor] = {}
-            changes: dict[DeftModule, Tensor] = {}
+            factors = {}
             small = FLOAT16_GAIN if dtype == torch.float16 else 1.0
-            for group, Q in self._bases(dtype):
+            for group, Q in zip(self._P_groups, self._bases(), strict=True):
                 gain = group[0].gain(dtype)
-                up.update(zip(group, (Q / gain if gain != 1 else Q).to(dtype).unbind(), strict=True))
                 change = (Q - torch.stack([m.E0 for m in group])) * small
-                changes.update(zip(group, change.to(dtype).unbind(), strict=True))
-            factors = Factors(dtype, up, {}, changes, self._versions())
+                ups, changes = (Q / gain if gain != 1 else Q).to(dtype).unbind(), change.to(dtype).unbind()
+                for module, up, changed in zip(group, ups, changes, strict=True):
+                    factors[module] = LayerFactors(module, up, changed, gain, self._probe)
             # a weight that is not at hand now (block swap) is read when its layer's turn has come, and so are all
             # others then: one that is at hand may be on its way out
-            if all(m.org_module.weight.device == m.P.device for m in self.modules):
-                for group in _grouped(self.modules, lambda m: (m.target.shape, m.rank, m.R is None, m.R_factor)):
-                    first = group[0]
-                    removed = changes[first].new_empty(len(group), first.rank, first.target.shape[1])
-                    for module, out in zip(group, removed, strict=True):
-                        torch.mm(changes[module].mT, module.weight_in(dtype), out=out)
-                    factors.down.update(zip(group, self._down(group, removed, dtype).unbind(), strict=True))
-                factors.changes = {}
+            if all(m.org_module.weight.device == m.E0.device for m in self.modules):
+                for group in self._R_groups:
+                    shape = (len(group), group[0].rank, group[0].target.shape[1])
+                    removed = torch.empty(shape, dtype=dtype, device=group[0].P.device)
+                    for module, out in zip(group, removed.unbind(), strict=True):
+                        torch.mm(factors[module].change.t(), module.weight_in(dtype), out=out)
+                    for module, down in zip(group, self._down(group, removed, dtype).unbind(), strict=True):
+                        factors[module].down, factors[module].change = down, None
             return factors
 
-    def _bases(self, dtype: torch.dtype) -> Iterator[tuple[list[DeftModule], Tensor]]:
-        """Modules of one shape of P, and their Q (modules, m, r), after bases that have degenerated were mended."""
-        groups = list(_grouped(self.modules, lambda m: (m.P.shape, m.gain(dtype))))
-        found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in groups]
+    def _bases(self) -> list[Tensor]:
+        """Q (modules, m, r) of each group of modules, after bases that have degenerated were mended."""
+        found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in self._P_groups]
         self._checked = True
         capturing = self.modules[0].P.is_cuda and torch.cuda.is_current_stream_capturing()
         independence = torch.cat([value for _, value in found])
         if not capturing and not bool((independence > deft_math.LEAST_INDEPENDENCE).all()):  # waits for the GPU
-            flat = [module for group in groups for module in group]
+            flat = [module for group in self._P_groups for module in group]
             for module, value in zip(flat, independence.tolist(), strict=True):
                 if value <= deft_math.LEAST_INDEPENDENCE:
                     module.mend_basis()
-            found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in groups]
-        return zip(groups, (Q for Q, _ in found), strict=True)
+            found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in self._P_groups]
+        return [Q for Q, _ in found]
 
     @staticmethod
     def _down(group: list[DeftModule], removed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,17 +207,23 @@ class BatchedFactors:
             self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
-    def receive(self, module: DeftModule, d_up: Tensor, d_down: Tensor) -> tuple[Tensor | None, ...]:
-        """Takes a layer's gradients of the factors that `of` gave, within a backward pass.
+    def receive(
+        self, module: DeftModule, factors: LayerFactors, d_up: Tensor, d_down: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Takes a layer's gradients of `factors`, within a backward pass. May write over d_up.
 
         :returns: the gradients of P, R and g: None each when they come at the pass's end, as they do in `backward()`
         :raises DeftError: for second derivatives
         """
         if torch.is_grad_enabled():
             raise DeftError("second derivatives (create_graph=True): set `batched = False` on the DEFT network first")
-        gain = module.gain(d_up.dtype)
-        if module.P.requires_grad:
-            d_up = _with_removal(module, d_up, d_down, gain)
+        gain = factors.gain
+        if factors.turns:  # W is read here, where block swap has it
+            W = module.weight_in(d_down.dtype)
+            if d_down.dtype == torch.float16:
+                d_up = d_up.float() / gain - (W @ (d_down / FLOAT16_GAIN).mT).float() * (FLOAT16_GAIN * gain)
+            else:
+                d_up.addmm_(W, d_down.mT, alpha=-1)
         if gain != 1:
             d_down = d_down.float() * gain
         if torch._C._will_engine_execute_node(self._probe_node):
@@ -215,9 +232,10 @@ class BatchedFactors:
                 self._collected[module] = [d_up, d_down]
             else:
                 self._collected[module] = [kept[0].float() + d_up, kept[1].float() + d_down]
-            self._queue()  # for a backward pass that does not begin at the root's output
+            if not self._queued:  # a backward pass that did not begin at the root's output
+                self._queue()
             return None, None, None
-        outputs, gradients = chain({module: [d_up, d_down]})
+        outputs, gradients = self._chain({module: [d_up, d_down]}, {})
         parameters = [p for p in (module.P, module.R, module.g) if p is not None and p.requires_grad]
         found = torch.autograd.grad(outputs, parameters, gradients, allow_unused=True)
         of = dict(zip(parameters, found, strict=True))
@@ -228,36 +246,43 @@ class BatchedFactors:
         collected, self._collected = self._collected, {}
         if not collected:
             return
-        for module in self._entered - collected.keys():
-            if module.config.module_dropout > 0:  # skipped here, maybe not in another process, which waits for its sum
-                m, n = module.target.shape
+        factors = self._factors or {}
+        for module, found in factors.items():
+            if found.entered and module not in collected and module.config.module_dropout > 0:
+                m, n = module.target.shape  # skipped here, maybe not in another process, which waits for its sum
                 collected[module] = [module.P.new_zeros(m, module.rank), module.P.new_zeros(module.rank, n)]
-        known = self._factors.up if self._factors is not None and self._factors.dtype == torch.float32 else {}
+        known = {m: found.up for m, found in factors.items()} if self._dtype == torch.float32 else {}
         self.drop()
-        torch.autograd.backward(*chain(collected, known))
+        torch.autograd.backward(*self._chain(collected, known))
+
+    def _chain(
+        self, collected: Mapping[DeftModule, list[Tensor]], known: Mapping[DeftModule, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What P, R and g of all these modules become, with history, for modules alike at once; and its gradients.
+
+        :param collected: the gradients of E (m, r), with -W d_down^T in it, and of down (r, n)
+        :param known: each module's Q (m, r) in float32, where it is still there
+        """
+        outputs, gradients = [], []
+        with torch.enable_grad(), torch.autocast(self.modules[0].P.device.type, enabled=False):
+            for modules in self._P_groups:
+                group = [m for m in modules if m in collected and m.P.requires_grad]
+                if group:
+                    Q = torch.stack([known[m] for m in group]) if known else None
+                    outputs.append(deft_math.orthonormal_basis(torch.stack([m.P for m in group]), False, Q))
+                    gradients.append(torch.stack([collected[m][0] for m in group]).float())
+            for modules in self._R_groups:
+                group = [m for m in modules if m in collected and _is_filled(m)]
+                if group:
+                    outputs.append(_injected(group))
+                    gradients.append(torch.stack([collected[m][1] for m in group]).float())
+        return outputs, gradients
 
 
-def chain(
-    collected: Mapping[DeftModule, list[Tensor]], known: Mapping[DeftModule, Tensor] | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What P, R and g of all these modules become, with history, for modules of one shape at once; and its gradients.
-
-    :param collected: the gradients of E (m, r), with -W d_down^T in it, and of down (r, n)
-    :param known: each module's Q (m, r) in float32, where it is still there
-    """
-    outputs, gradients = [], []
-    modules = list(collected)
-    with torch.enable_grad(), torch.autocast(modules[0].P.device.type, enabled=False):
-        turning = [module for module in modules if module.P.requires_grad]
-        for group in _grouped(turning, lambda m: m.P.shape):
-            Q = torch.stack([known[m] for m in group]) if known else None
-            outputs.append(deft_math.orthonormal_basis(torch.stack([m.P for m in group]), False, Q))
-            gradients.append(torch.stack([collected[m][0] for m in group]).float())
-        filled = [m for m in modules if m.R is not None and (m.R.requires_grad or m.g is not None)]
-        for group in _grouped(filled, lambda m: (m.target.shape, m.rank, m.R_factor)):
-            outputs.append(_injected(group))
-            gradients.append(torch.stack([collected[m][1] for m in group]).float())
-    return outputs, gradients
+def _is_filled(module: DeftModule) -> bool:
+    """Whether something is learnt to be put into the subspace."""
+    R, g = module.R, module.g
+    return R is not None and (R.requires_grad or (g is not None and g.requires_grad))
 
 
 def _injected(group: list[DeftModule]) -> Tensor:
@@ -271,18 +296,19 @@ def _injected(group: list[DeftModule]) -> Tensor:
 class Handover(torch.autograd.Function):
     """up and down without history on their way into a layer's own operations, and their gradients on their way back.
 
-    Inputs: P, R, g, the probe, the batch, the module, up and down.
+    Inputs: the layer's factors, its module, and P, R, g and the probe. Outputs: up and down.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        *_, ctx.batch, ctx.module, up, down = inputs
-        return up, down
+    def forward(ctx: Any, factors: LayerFactors, module: DeftModule, *trained: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.factors, ctx.module = factors, module
+        return factors.up.detach(), factors.down.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grads[0]):
-            return *ctx.batch.receive(ctx.module, *grads), *[None] * 5
+        d_up, d_down = grads
+        with without_autocast(d_up):
+            return None, None, *ctx.module.batch.receive(ctx.module, ctx.factors, d_up.clone(), d_down), None
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -291,19 +317,11 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-def _with_removal(module: DeftModule, d_up: Tensor, d_down: Tensor, gain: float) -> Tensor:
-    """The gradient of E: of up, which it is, and -W d_down^T; W is read here, where block swap has it."""
-    W = module.weight_in(d_down.dtype)
-    if d_down.dtype != torch.float16:
-        return torch.addmm(d_up, W, d_down.mT, alpha=-1)
-    return d_up.float() / gain - (W @ (d_down / FLOAT16_GAIN).mT).float() * (FLOAT16_GAIN * gain)
-
-
-def _grouped(modules: Iterable[DeftModule], key: Callable[[DeftModule], Hashable]) -> Iterator[list[DeftModule]]:
+def _grouped(modules: Iterable[DeftModule], key: Callable[[DeftModule], Hashable]) -> list[list[DeftModule]]:
     groups: dict[Hashable, list[DeftModule]] = {}
     for module in modules:
         groups.setdefault(key(module), []).append(module)
-    return iter(groups.values())
+    return list(groups.values())
 
 
 def _tensors_of(output: Any) -> Iterator[Tensor]:

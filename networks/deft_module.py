@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from networks import deft_math
-from networks.deft_batch import BatchedFactors, Handover, without_autocast
+from networks.deft_batch import BatchedFactors, Handover, LayerFactors, without_autocast
 from networks.deft_config import DeftConfig, DeftError
 from networks.deft_targets import Layer, Target
 
@@ -78,6 +78,7 @@ class DeftModule(nn.Module):
         self.org_forward: Callable[[Tensor], Tensor] = target.layer.forward  # replaced in apply_to
         self.multiplier = multiplier
         self.enabled = True
+        self._is_plain_linear = False
         self.batch: BatchedFactors | None = None  # which computes this layer's factors together with others'
         self.rank, self.scale, self.config = rank, scale, config
         m, n = target.shape
@@ -228,6 +229,8 @@ class DeftModule(nn.Module):
     def apply_to(self) -> None:
         """Puts this module's forward in the place of the layer's."""
         self.org_forward = self.org_module.forward
+        is_linear = getattr(self.org_forward, "__func__", None) is nn.Linear.forward
+        self._is_plain_linear = is_linear and self.target.rows is None  # does nothing but W x + b
         self.org_module.__dict__["forward"] = self.forward
 
     def restore(self) -> None:
@@ -238,24 +241,27 @@ class DeftModule(nn.Module):
         """The layer's own output plus multiplier * up(down(x)); at multiplier 0 the layer's own output itself."""
         if not self.enabled or self.multiplier == 0:
             return self.org_forward(x)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        batched = self.batch is not None and self.batch.enter(self, dtype)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        factors = None if self.batch is None else self.batch.enter(self, dtype)
         if self._skipped_by_dropout():
             return self.org_forward(x)
-        batch = self.batch if batched else None
-        if batch is not None:
-            up, down = batch.of(self)
+        if factors is not None:
+            up, down = factors.up, factors.down
         else:
             up, down = self.lora_factors()
             gain = self.gain(dtype)
             up, down = (up / gain).to(dtype), (down * gain).to(dtype)
-        trained = () if batch is None else (self.P, self.R, self.g, batch.probe)
-        if self._is_plain_linear():
-            return _AdaptedLinear.apply(x.to(dtype), up, down, self, self.multiplier, batch, *trained)
-        if batch is not None and torch.is_grad_enabled():
-            up, down = Handover.apply(*trained, batch, self, up, down)
-        layer = self.org_module
+        layer, in_graph = self.org_module, torch.is_grad_enabled()
+        if self._is_plain_linear and not self._has_inner_dropout and not torch.compiler.is_compiling():
+            x = x.to(dtype)
+            if not in_graph:
+                return adapted_linear(x, up, down, layer, self.multiplier)[0]
+            if factors is None:
+                return AdaptedLinear.apply(x, self, self.multiplier, None, up, down)
+            return AdaptedLinear.apply(x, self, self.multiplier, factors, None, None, *factors.trained)
+        if factors is not None and in_graph and factors.is_trained:
+            up, down = Handover.apply(factors, self, *factors.trained)
         if isinstance(layer, nn.Conv2d):
             kernel = down.unflatten(1, layer.weight.shape[1:])
             z = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
@@ -267,12 +273,10 @@ class DeftModule(nn.Module):
                 update = F.pad(update, (first, layer.weight.shape[0] - end))
         return self.org_forward(x) + update * self.multiplier
 
-    def _is_plain_linear(self) -> bool:
-        """Whether the layer does nothing but W x + b, and its update nothing between down and up."""
-        if getattr(self.org_forward, "__func__", None) is not nn.Linear.forward or self.target.rows is not None:
-            return False
-        dropout = self.training and (self.config.neuron_dropout > 0 or self.config.rank_dropout > 0)
-        return not dropout and not torch.compiler.is_compiling()
+    @property
+    def _has_inner_dropout(self) -> bool:
+        """Whether something happens between down and up."""
+        return self.training and (self.config.neuron_dropout > 0 or self.config.rank_dropout > 0)
 
     def _skipped_by_dropout(self) -> bool:
         p = self.config.module_dropout
@@ -316,57 +320,77 @@ class DeftModule(nn.Module):
             kept["_lora_restored"] = True
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """y = W x + b + multiplier * up (down x), the sum within the last product; x is kept for the backward pass, as a
-    LoRA keeps it, and W read anew.
+def adapted_linear(
+    x: Tensor, up: Tensor, down: Tensor, layer: Layer, multiplier: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = W x + b + multiplier * up (down x), the sum within the last product.
 
-    Inputs: x (..., n), up (m, r) and down (r, n) of one dtype, to which W and b are cast; the module; the multiplier;
-    and, where factors come from a batch, which then takes their gradients: the batch, P, R, g and its probe.
+    :param x: (..., n), of the dtype of up (m, r) and down (r, n), to which W and b are cast
+    :returns: y (..., m); x as a matrix (k, n); and multiplier * down x as one (k, r)
+    """
+    dtype, flat = x.dtype, x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    z = torch.mm(flat, down.t())
+    if multiplier != 1:
+        z *= multiplier
+    bias = layer.bias if layer.bias is None or layer.bias.dtype == dtype else layer.bias.to(dtype)
+    weight: Tensor = layer.weight if layer.weight.dtype == dtype else layer.weight.to(dtype)
+    y = F.linear(flat, weight, bias).addmm_(z, up.t())
+    if x.dim() != 2:  # no view, since a model may change what it gets in place
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return y, flat, z
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """`adapted_linear` with its derivative: x is kept for the backward pass, as a LoRA keeps it, and W read anew.
+
+    Inputs: x; the module; the multiplier; then either the module's factors for this pass, None, None, P, R, g and the
+    batch's probe; or None, up and down.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        up: Tensor,
-        down: Tensor,
         module: DeftModule,
         multiplier: float,
-        batch: BatchedFactors | None,
-        *trained: Tensor | None,
+        factors: LayerFactors | None,
+        up: Tensor,
+        down: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
-        dtype, layer = x.dtype, module.org_module
-        flat = x.reshape(-1, x.shape[-1])
-        z = flat @ down.mT
-        if multiplier != 1:
-            z *= multiplier
-        y = F.linear(flat, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
-        y.addmm_(z, up.mT)
-        ctx.module, ctx.multiplier, ctx.batch = module, multiplier, batch
-        ctx.shape = x.shape
-        ctx.save_for_backward(flat, z, up, down)
-        # no view, since a model may change what it gets in place
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        ctx.module, ctx.multiplier, ctx.factors, ctx.shape = module, multiplier, factors, x.shape
+        if factors is not None:
+            up, down = factors.up, factors.down
+        y, flat, z = adapted_linear(x, up, down, module.org_module, multiplier)
+        ctx.save_for_backward(flat, z, *(() if factors is not None else (up, down)))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, up, down = ctx.saved_tensors
-        module, batch, needed = ctx.module, ctx.batch, ctx.needs_input_grad
-        g = grads[0].reshape(-1, up.shape[0])
+        x, z, *own = ctx.saved_tensors
+        module, factors, multiplier = ctx.module, ctx.factors, ctx.multiplier
+        up, down = own if factors is None else (factors.up, factors.down)
+        g = grads[0]
+        if g.dim() != 2:
+            g = g.reshape(-1, g.shape[-1])
+        in_graph = torch.is_grad_enabled()
         with without_autocast(x):
-            gz = g @ up
-            if ctx.multiplier != 1:
-                gz = gz * ctx.multiplier
-            dx = d_up = d_down = None
-            if needed[0]:
-                dx = torch.addmm(g @ module.org_module.weight.to(g.dtype), gz, down).view(ctx.shape)
-            if any(needed[1:3]) or any(needed[6:]):
-                if torch.is_grad_enabled():  # second derivatives go through z
-                    z = x @ down.mT * ctx.multiplier
-                d_up, d_down = g.mT @ z, gz.mT @ x
-                if batch is not None:
-                    return dx, None, None, None, None, None, *batch.receive(module, d_up, d_down), None
-            return dx, d_up, d_down, *[None] * (len(needed) - 3)
+            gz = torch.mm(g, up)
+            if multiplier != 1:
+                gz = gz * multiplier
+            dx = None
+            if ctx.needs_input_grad[0]:
+                weight = module.org_module.weight
+                dx = torch.mm(g, weight if weight.dtype == g.dtype else weight.to(g.dtype))
+                dx = (torch.addmm(dx, gz, down) if in_graph else dx.addmm_(gz, down)).view(ctx.shape)
+            if factors is not None:
+                found: tuple[Tensor | None, ...] = (None, None, None)
+                if factors.is_trained:
+                    found = module.batch.receive(module, factors, torch.mm(g.t(), z), torch.mm(gz.t(), x))
+                return dx, None, None, None, None, None, *found, None
+            if in_graph:  # second derivatives go through z
+                z = x @ down.t() * multiplier
+            return dx, None, None, None, g.t() @ z, gz.t() @ x
 
 
 def _clear_optimizer_state(parameter: nn.Parameter, columns: Tensor) -> None:
