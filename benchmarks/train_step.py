@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from networks import deft  # noqa: E402
 
-ADAPTERS = ("none", "lora", "deft", "deft-alone", "peft-lora", "peft-deft", "sd-scripts")
+ADAPTERS = ("none", "lora", "deft", "deft-alone", "peft-lora", "peft-deft", "sd-scripts")  # deft-alone: layer by layer
 SDXL = {
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -99,6 +99,19 @@ def build(name: str, device: str, dtype: torch.dtype, resolution: int) -> tuple[
         return found
 
     return model, inputs
+
+
+def start_up(model: nn.Module, rank: int, device: str) -> dict[str, float]:
+    """Seconds to make a network of all layers, with each of the starts."""
+    seconds = {}
+    for init in ("identity", "svd"):
+        synchronize(device)
+        start = time.perf_counter()
+        network = deft.create_network(1.0, rank, rank, None, [], model, init=init)
+        network.to(device)
+        synchronize(device)
+        seconds[init] = time.perf_counter() - start
+    return seconds
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -374,6 +387,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of LoRA and DEFT, in turn")
     parser.add_argument("--other_steps", type=int, default=5, help="of all adapters, in turn, where there are others")
     parser.add_argument("--inference", action="store_true", help="time forward passes without gradients as well")
+    parser.add_argument("--start_up", action="store_true", help="time the making of a network, with init svd too")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/train_step-MODEL.json")
     args = parser.parse_args()
     if args.device == "cuda":
@@ -390,6 +404,9 @@ def main() -> None:
     output = args.output or Path(__file__).parent / "results" / f"train_step-{args.model}.json"
     output.parent.mkdir(exist_ok=True, parents=True)
     print(f"{args.model}: {result['layers']} layers, rank {args.rank}, {args.resolution} pixels, {result['device']}")
+    if args.start_up:
+        result["start_up_s"] = start_up(base, args.rank, args.device)
+        print("seconds to make the network:", {init: round(s, 1) for init, s in result["start_up_s"].items()})
     for ckpt in args.checkpointing:
         for batch in args.batch:
             with released():

@@ -481,9 +481,9 @@ class DeftNetwork(nn.Module):
         if self.config.save_format == "deft":
             tensors = deft_io.deft_tensors({m.lora_name: _as_deft_layer(m) for m in self.all_modules})
         else:
-            if self.train_t5xxl:
-                logger.warning(f"{file}: ComfyUI, Forge and sd-scripts read its T5 part; diffusers and InvokeAI do not")
             factors = self._file_factors()
+            for line in self.ranks.architecture.warnings(factors):
+                logger.warning(f"{file}: {line}")
             tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
             if self.config.basis == "qr":  # any scaling of up spans the same subspace
                 exponents = {}

@@ -43,6 +43,18 @@ class LayerFactors:
         self.turns = module.P.requires_grad
         self.is_trained = any(p is not None and p.requires_grad for p in self.trained[:3])
 
+    def form(self, module: DeftModule, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """up and down, which is formed now where it was not with the other layers'.
+
+        :param weight: W (m, n) in the compute dtype, if it is at hand
+        """
+        if self.down is None:
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(self.up):
+                weight = module.weight_in(self.up.dtype) if weight is None else weight
+                removed = torch.mm(self.change.t(), weight)
+                self.down, self.change = _down([module], removed.unsqueeze(0))[0], None
+        return self.up, self.down
+
 
 class BatchedFactors:
     """The factors and gradients of `modules`, which adapt layers of `root`; for basis qr.
@@ -116,10 +128,6 @@ class BatchedFactors:
             return None
         found = factors[module]
         found.entered = True
-        if found.down is None:  # its weight was not at hand before (block swap)
-            with torch.inference_mode(False), torch.no_grad():
-                removed = found.change.mT @ module.weight_in(dtype)
-                found.down = self._down([module], removed.unsqueeze(0), dtype)[0]
         return found
 
     @staticmethod
@@ -153,14 +161,15 @@ class BatchedFactors:
                 for module, up, changed in zip(group, ups, changes, strict=True):
                     factors[module] = LayerFactors(module, up, changed, gain, self._probe)
             # a weight that is not at hand now (block swap) is read when its layer's turn has come, and so are all
-            # others then: one that is at hand may be on its way out
-            if all(m.org_module.weight.device == m.E0.device for m in self.modules):
+            # others then: one that is at hand may be on its way out. One that has to be converted is so once, there
+            weights = [m.org_module.weight for m in self.modules]
+            if all(W.dtype == dtype and W.device == m.E0.device for W, m in zip(weights, self.modules, strict=True)):
                 for group in self._R_groups:
                     shape = (len(group), group[0].rank, group[0].target.shape[1])
                     removed = torch.empty(shape, dtype=dtype, device=group[0].P.device)
                     for module, out in zip(group, removed.unbind(), strict=True):
                         torch.mm(factors[module].change.t(), module.weight_in(dtype), out=out)
-                    for module, down in zip(group, self._down(group, removed, dtype).unbind(), strict=True):
+                    for module, down in zip(group, _down(group, removed).unbind(), strict=True):
                         factors[module].down, factors[module].change = down, None
             return factors
 
@@ -177,17 +186,6 @@ class BatchedFactors:
                     module.mend_basis()
             found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in self._P_groups]
         return [Q for Q, _ in found]
-
-    @staticmethod
-    def _down(group: list[DeftModule], removed: Tensor, dtype: torch.dtype) -> Tensor:
-        """down (modules, r, n) of modules alike: s R - (E - E0)^T W."""
-        first = group[0]
-        down = removed.float()
-        if dtype == torch.float16:
-            down = down / FLOAT16_GAIN
-        down = -down if first.R is None else _injected(group) - down
-        gain = first.gain(dtype)
-        return (down * gain if gain != 1 else down).to(dtype)
 
     # --- backward --------------------------------------------------------------------------------------------------
 
@@ -208,24 +206,18 @@ class BatchedFactors:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def receive(
-        self, module: DeftModule, factors: LayerFactors, d_up: Tensor, d_down: Tensor
+        self, module: DeftModule, factors: LayerFactors, d_up: Tensor, d_down: Tensor, weight: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Takes a layer's gradients of `factors`, within a backward pass. May write over d_up.
+        """Takes a layer's gradients of `factors`, within a backward pass. Writes over d_up.
 
+        :param weight: W (m, n) in the compute dtype, as it is at this moment
         :returns: the gradients of P, R and g: None each when they come at the pass's end, as they do in `backward()`
         :raises DeftError: for second derivatives
         """
         if torch.is_grad_enabled():
             raise DeftError("second derivatives (create_graph=True): set `batched = False` on the DEFT network first")
-        gain = factors.gain
-        if factors.turns:  # W is read here, where block swap has it
-            W = module.weight_in(d_down.dtype)
-            if d_down.dtype == torch.float16:
-                d_up = d_up.float() / gain - (W @ (d_down / FLOAT16_GAIN).mT).float() * (FLOAT16_GAIN * gain)
-            else:
-                d_up.addmm_(W, d_down.mT, alpha=-1)
-        if gain != 1:
-            d_down = d_down.float() * gain
+        if factors.turns:  # the gradient of E: up's, and what comes through -E^T W; in both parts scaled as up is
+            d_up.addmm_(weight, d_down.t(), alpha=-(factors.gain**2))
         if torch._C._will_engine_execute_node(self._probe_node):
             kept = self._collected.get(module)
             if kept is None:
@@ -260,7 +252,7 @@ class BatchedFactors:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What P, R and g of all these modules become, with history, for modules alike at once; and its gradients.
 
-        :param collected: the gradients of E (m, r), with -W d_down^T in it, and of down (r, n)
+        :param collected: the gradients of E (m, r), with -W d_down^T in it, and of down (r, n), scaled as the factors
         :param known: each module's Q (m, r) in float32, where it is still there
         """
         outputs, gradients = [], []
@@ -270,13 +262,24 @@ class BatchedFactors:
                 if group:
                     Q = torch.stack([known[m] for m in group]) if known else None
                     outputs.append(deft_math.orthonormal_basis(torch.stack([m.P for m in group]), False, Q))
-                    gradients.append(torch.stack([collected[m][0] for m in group]).float())
+                    gradients.append(torch.stack([collected[m][0] for m in group]).float() / group[0].gain(self._dtype))
             for modules in self._R_groups:
                 group = [m for m in modules if m in collected and _is_filled(m)]
                 if group:
                     outputs.append(_injected(group))
-                    gradients.append(torch.stack([collected[m][1] for m in group]).float())
+                    gradients.append(torch.stack([collected[m][1] for m in group]).float() * group[0].gain(self._dtype))
         return outputs, gradients
+
+
+def _down(group: list[DeftModule], removed: Tensor) -> Tensor:
+    """down (modules, r, n) of modules alike, s R - (E - E0)^T W, in the dtype of the last term, which is given."""
+    dtype, first = removed.dtype, group[0]
+    down = removed.float()
+    if dtype == torch.float16:
+        down = down / FLOAT16_GAIN
+    down = -down if first.R is None else _injected(group) - down
+    gain = first.gain(dtype)
+    return (down * gain if gain != 1 else down).to(dtype)
 
 
 def _is_filled(module: DeftModule) -> bool:
@@ -306,9 +309,10 @@ class Handover(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_up, d_down = grads
+        (d_up, d_down), module = grads, ctx.module
         with without_autocast(d_up):
-            return None, None, *ctx.module.batch.receive(ctx.module, ctx.factors, d_up.clone(), d_down), None
+            weight = module.weight_in(d_down.dtype)
+            return None, None, *module.batch.receive(module, ctx.factors, d_up.clone(), d_down, weight), None
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

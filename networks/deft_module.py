@@ -246,22 +246,24 @@ class DeftModule(nn.Module):
         factors = None if self.batch is None else self.batch.enter(self, dtype)
         if self._skipped_by_dropout():
             return self.org_forward(x)
-        if factors is not None:
-            up, down = factors.up, factors.down
-        else:
+        layer, in_graph = self.org_module, torch.is_grad_enabled()
+        if factors is None:
             up, down = self.lora_factors()
             gain = self.gain(dtype)
             up, down = (up / gain).to(dtype), (down * gain).to(dtype)
-        layer, in_graph = self.org_module, torch.is_grad_enabled()
         if self._is_plain_linear and not self._has_inner_dropout and not torch.compiler.is_compiling():
-            x = x.to(dtype)
+            x, weight = x.to(dtype), self.weight_in(dtype)
+            if factors is not None:
+                up, down = factors.form(self, weight)
             if not in_graph:
-                return adapted_linear(x, up, down, layer, self.multiplier)[0]
+                return adapted_linear(x, up, down, weight, layer.bias, self.multiplier)[0]
             if factors is None:
-                return AdaptedLinear.apply(x, self, self.multiplier, None, up, down)
-            return AdaptedLinear.apply(x, self, self.multiplier, factors, None, None, *factors.trained)
-        if factors is not None and in_graph and factors.is_trained:
-            up, down = Handover.apply(factors, self, *factors.trained)
+                return AdaptedLinear.apply(x, self, weight, self.multiplier, None, up, down)
+            return AdaptedLinear.apply(x, self, weight, self.multiplier, factors, None, None, *factors.trained)
+        if factors is not None:
+            up, down = factors.form(self, None)
+            if in_graph and factors.is_trained:
+                up, down = Handover.apply(factors, self, *factors.trained)
         if isinstance(layer, nn.Conv2d):
             kernel = down.unflatten(1, layer.weight.shape[1:])
             z = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
@@ -321,19 +323,19 @@ class DeftModule(nn.Module):
 
 
 def adapted_linear(
-    x: Tensor, up: Tensor, down: Tensor, layer: Layer, multiplier: float
+    x: Tensor, up: Tensor, down: Tensor, weight: Tensor, bias: Tensor | None, multiplier: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = W x + b + multiplier * up (down x), the sum within the last product.
 
-    :param x: (..., n), of the dtype of up (m, r) and down (r, n), to which W and b are cast
+    :param x: (..., n), of the dtype of W (m, n), up (m, r) and down (r, n)
     :returns: y (..., m); x as a matrix (k, n); and multiplier * down x as one (k, r)
     """
-    dtype, flat = x.dtype, x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     z = torch.mm(flat, down.t())
     if multiplier != 1:
         z *= multiplier
-    bias = layer.bias if layer.bias is None or layer.bias.dtype == dtype else layer.bias.to(dtype)
-    weight: Tensor = layer.weight if layer.weight.dtype == dtype else layer.weight.to(dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     y = F.linear(flat, weight, bias).addmm_(z, up.t())
     if x.dim() != 2:  # no view, since a model may change what it gets in place
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
@@ -343,8 +345,8 @@ def adapted_linear(
 class AdaptedLinear(torch.autograd.Function):
     """`adapted_linear` with its derivative: x is kept for the backward pass, as a LoRA keeps it, and W read anew.
 
-    Inputs: x; the module; the multiplier; then either the module's factors for this pass, None, None, P, R, g and the
-    batch's probe; or None, up and down.
+    Inputs: x; the module; W; the multiplier; then either the module's factors for this pass, None, None, P, R, g and
+    the batch's probe; or None, up and down.
     """
 
     @staticmethod
@@ -352,6 +354,7 @@ class AdaptedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         module: DeftModule,
+        weight: Tensor,
         multiplier: float,
         factors: LayerFactors | None,
         up: Tensor,
@@ -361,7 +364,7 @@ class AdaptedLinear(torch.autograd.Function):
         ctx.module, ctx.multiplier, ctx.factors, ctx.shape = module, multiplier, factors, x.shape
         if factors is not None:
             up, down = factors.up, factors.down
-        y, flat, z = adapted_linear(x, up, down, module.org_module, multiplier)
+        y, flat, z = adapted_linear(x, up, down, weight, module.org_module.bias, multiplier)
         ctx.save_for_backward(flat, z, *(() if factors is not None else (up, down)))
         return y
 
@@ -375,22 +378,23 @@ class AdaptedLinear(torch.autograd.Function):
             g = g.reshape(-1, g.shape[-1])
         in_graph = torch.is_grad_enabled()
         with without_autocast(x):
+            weight = module.weight_in(g.dtype)
             gz = torch.mm(g, up)
             if multiplier != 1:
                 gz = gz * multiplier
             dx = None
             if ctx.needs_input_grad[0]:
-                weight = module.org_module.weight
-                dx = torch.mm(g, weight if weight.dtype == g.dtype else weight.to(g.dtype))
+                dx = torch.mm(g, weight)
                 dx = (torch.addmm(dx, gz, down) if in_graph else dx.addmm_(gz, down)).view(ctx.shape)
             if factors is not None:
                 found: tuple[Tensor | None, ...] = (None, None, None)
                 if factors.is_trained:
-                    found = module.batch.receive(module, factors, torch.mm(g.t(), z), torch.mm(gz.t(), x))
-                return dx, None, None, None, None, None, *found, None
+                    d_up, d_down = torch.mm(g.t(), z), torch.mm(gz.t(), x)
+                    found = module.batch.receive(module, factors, d_up, d_down, weight)
+                return dx, None, None, None, None, None, None, *found, None
             if in_graph:  # second derivatives go through z
                 z = x @ down.t() * multiplier
-            return dx, None, None, None, g.t() @ z, gz.t() @ x
+            return dx, None, None, None, None, g.t() @ z, gz.t() @ x
 
 
 def _clear_optimizer_state(parameter: nn.Parameter, columns: Tensor) -> None:

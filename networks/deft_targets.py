@@ -77,6 +77,7 @@ class Architecture:
     :param fused: pattern of key names -> whether a fully connected layer stands behind queries, keys and values in the
         same weight; `split_qkv` adapts each for itself
     :param left_out: pattern of paths that are not adapted unless `include_patterns` says so
+    :param unread: pattern of key names -> what to say of a LoRA file with such layers, which not every client reads
     :param patterns_fit_paths: `network_reg_dims` and `network_reg_lrs` have to fit a layer's whole path, with dots,
         instead of being found in its key name
     """
@@ -91,6 +92,7 @@ class Architecture:
     train_blocks: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, bool] = field(default_factory=dict)
     left_out: str | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
     patterns_fit_paths: bool = False
 
     def options(self) -> set[str]:
@@ -102,6 +104,10 @@ class Architecture:
         names |= set(BLOCK_OPTIONS) if self.blocks else set()
         names |= {"exclude_patterns", "include_patterns"} if self.left_out else set()
         return names.union(*(part.optional_containers for part in self.denoisers))
+
+    def warnings(self, names: Collection[str]) -> list[str]:
+        """What to say of a LoRA file with these key names."""
+        return [line for pattern, line in self.unread.items() if any(re.search(pattern, name) for name in names)]
 
 
 BLOCK_OPTIONS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
@@ -187,6 +193,8 @@ _FLUX_RENAMES = (
     (r"^time_text_embed\.text_embedder\.linear_2$", "vector_in.out_layer"),
 )
 
+_FLUX_INPUTS = ("_img_in", "_time_in", "_vector_in", "_guidance_in", "_txt_in")
+
 ARCHITECTURES = (
     Architecture(
         "Stable Diffusion 1.x or 2.x",
@@ -243,13 +251,19 @@ ARCHITECTURES = (
             "single_dim": ("single_blocks", "linear"),
             "single_mod_dim": ("modulation",),
         },
-        outside=("in_dims", ("_img_in", "_time_in", "_vector_in", "_guidance_in", "_txt_in")),
+        outside=("in_dims", _FLUX_INPUTS),
         numbered={
             "train_double_block_indices": r"_double_blocks_(\d+)_",
             "train_single_block_indices": r"_single_blocks_(\d+)_",
         },
         train_blocks={"double": "_double_blocks_", "single": "_single_blocks_"},
         fused={r"_double_blocks_.*qkv$": False, r"_single_blocks_.*linear1$": True},
+        unread={
+            "^lora_te3_": "ComfyUI, Forge and sd-scripts read its T5 part; diffusers leaves it out, "
+            "InvokeAI and diffusers 0.32 refuse the whole file",
+            "|".join(_FLUX_INPUTS): "layers outside of the blocks (in_dims): "
+            "InvokeAI and diffusers 0.32 refuse the whole file",
+        },
     ),
     Architecture(
         "Stable Diffusion 3",
@@ -276,6 +290,7 @@ ARCHITECTURES = (
         ),
         numbered={"train_block_indices": r"_joint_blocks_(\d+)_"},
         fused={r"_joint_blocks_.*qkv$": False},
+        unread={"^lora_te3_": "ComfyUI, Forge and sd-scripts read its T5 part; diffusers and InvokeAI do not"},
     ),
     Architecture(
         "Lumina 2",

@@ -344,6 +344,20 @@ def test_encoders_that_are_not_there(tmp_path):
         assert again.load_weights(file).other_half == 6
 
 
+@pytest.mark.parametrize(("options", "said"), [
+    ({}, []), ({"in_dims": "4,4,4,4,4"}, ["in_dims"]), ({"train_t5xxl": "true"}, ["T5"]),
+    ({"train_t5xxl": "true", "in_dims": "4,4,4,4,4", "split_qkv": "true"}, ["T5", "in_dims"]),
+    ({"train_t5xxl": "true", "save_format": "deft"}, []),
+])  # fmt: skip
+def test_layers_that_not_every_client_reads_are_told(tmp_path, caplog, options, said):
+    net = network(Flux(), encoders=[_clip(), _t5()], **options)
+    caplog.clear()
+    net.save_weights(str(tmp_path / "x.safetensors"), torch.float32, None)
+    lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == len(said)
+    assert all(word in line and "InvokeAI" in line for word, line in zip(said, lines, strict=True))
+
+
 @pytest.mark.parametrize(("saved", "loaded"), [("false", "true"), ("true", "false")])
 def test_the_methods_own_matrices_are_not_split_or_joined(tmp_path, saved, loaded):
     """Silence would lose them."""
@@ -396,6 +410,14 @@ def _clip() -> nn.Module:
 
     return CLIPTextModel(CLIPTextConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40,
+    )).requires_grad_(False)  # fmt: skip
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(
+        d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, vocab_size=40, feed_forward_proj="gated-gelu",
     )).requires_grad_(False)  # fmt: skip
 
 

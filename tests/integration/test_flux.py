@@ -2,7 +2,7 @@
 
     SD_SCRIPTS_LARGE=/folder SD_SCRIPTS_DIR=... SD_SCRIPTS_PYTHON=... pytest tests/integration/test_flux.py -s
 
-About ten minutes and 20 GB of memory. The model is made once and kept in that folder.
+About a quarter of an hour and 20 GB of memory. The model is made once and kept in that folder.
 """
 
 from __future__ import annotations
@@ -87,3 +87,17 @@ def test_the_file_is_the_same_in_networks_lora_flux(world, trained):
     print("--- relative distance of the transformer's output from networks.lora_flux applied:", errors)
     assert errors.pop("base") > 1e-4
     assert max(errors.values()) < 1e-5
+
+
+def test_draws_what_networks_lora_flux_draws(world):
+    """flux_minimal_inference.py itself; about six minutes."""
+    done = call([PYTHON, str(SIDE), "generate", str(world)], SD_SCRIPTS or "")
+    assert done.returncode == 0, done.stdout[-3000:]
+    distances = json.loads((world / "generate.json").read_text())
+    print("--- largest of 255, and relative in the latents, from the network that was trained:", distances)
+    pixels, latents = distances.pop("none")
+    assert pixels > 8
+    assert latents > 1e-2
+    for way, (pixels, latents) in distances.items():
+        assert pixels <= 1, way
+        assert latents < 1e-5, way
