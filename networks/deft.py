@@ -82,7 +82,7 @@ def create_network_from_weights(
     kept = options_of_file(adapter.options)
     config = parse_options(sizes | kept | user_options(kwargs))
     if for_inference:  # as a plain LoRA: exact for every form, on any base model, and without dropout
-        config = replace(config, basis="qr", para=False, gate=False)
+        config = replace(config, basis="qr", para=False, gate=False, removal=1.0, freeze_basis=False)
         config = replace(config, neuron_dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
     return DeftNetwork(text_encoder, unet, multiplier, config, source=adapter), adapter.tensors
 
@@ -332,6 +332,7 @@ class DeftNetwork(nn.Module):
             if same_form and layer.rank == module.rank:
                 R = None if layer.R is None else layer.R * (layer.scale / module.scale)
                 module.set_matrices(layer.P, R, layer.E0)
+                module.spread_removal()
                 if module.g is not None and layer.gate is not None:
                     module.g.data.copy_(layer.gate)
                 return None
@@ -381,6 +382,8 @@ class DeftNetwork(nn.Module):
             for module in modules:
                 label, rate = self.ranks.rate_of(module.target, half_rate, denoiser)
                 for parameter in module.parameters():
+                    if parameter is module.P and self.config.freeze_basis:
+                        continue
                     parameter.requires_grad_(bool(rate))
                     is_plus = parameter is module.P and plus != 1
                     if rate:
@@ -485,7 +488,7 @@ class DeftNetwork(nn.Module):
             for line in self.ranks.architecture.warnings(factors):
                 logger.warning(f"{file}: {line}")
             tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
-            if self.config.basis == "qr":  # any scaling of up spans the same subspace
+            if self.config.basis in ("qr", "svd"):  # any scaling of up spans the same subspace
                 exponents = {}
             self._log_padding(
                 file, dtype, [(up.shape[1], up.shape[0] + down.shape[1]) for up, down, _ in factors.values()]
@@ -608,8 +611,12 @@ def _check_shape(adapter: AdapterFile, target: Target) -> None:
 
 
 def _as_deft_layer(module: DeftModule) -> DeftLayer:
-    config = module.config
-    return DeftLayer(config.basis, module.effective_P, module.effective_R, module.E0, module.scale, module.g)
+    """As a file has it, where all of E - E0 is taken out: what `removal` leaves goes into E0."""
+    removal, E0 = module.config.removal, module.E0
+    if removal != 1:
+        E = module.left_and_eraser()[1]
+        E0 = E - removal * (E - E0)
+    return DeftLayer(module.config.basis, module.effective_P, module.effective_R, E0, module.scale, module.g)
 
 
 def _file_factors(layer: DeftLayer, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class LayerFactors:
     graph ends in.
     """
 
-    __slots__ = ("change", "down", "entered", "gain", "is_trained", "trained", "turns", "up")
+    __slots__ = ("change", "down", "entered", "gain", "is_trained", "removes", "trained", "up")
 
     def __init__(self, module: DeftModule, up: Tensor, change: Tensor, gain: float, probe: Tensor) -> None:
         self.up, self.gain = up, gain
@@ -40,7 +40,7 @@ class LayerFactors:
         self.down: Any = None  # a Tensor from `enter` on
         self.entered = False
         self.trained = (module.P, module.R, module.g, probe)
-        self.turns = module.P.requires_grad
+        self.removes = module.P.requires_grad and module.config.removal > 0
         self.is_trained = any(p is not None and p.requires_grad for p in self.trained[:3])
 
     def form(self, module: DeftModule, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class LayerFactors:
         if self.down is None:
             with torch.inference_mode(False), torch.no_grad(), without_autocast(self.up):
                 weight = module.weight_in(self.up.dtype) if weight is None else weight
-                removed = torch.mm(self.change.t(), weight)
+                removed = torch.mm(self.change.t(), weight)  # also where all of it is 0: this is the rare case
                 self.down, self.change = _down([module], removed.unsqueeze(0))[0], None
         return self.up, self.down
 
@@ -69,6 +69,7 @@ class BatchedFactors:
     def __init__(self, modules: Iterable[DeftModule], root: nn.Module):
         self.modules = list(modules)
         self.enabled = True
+        self._removal = self.modules[0].config.removal
         # modules that are alike on P's side, and on R's
         self._P_groups = _grouped(self.modules, lambda m: (m.P.shape, m.float16_gain))
         self._R_groups = _grouped(self.modules, lambda m: (m.target.shape, m.rank, m.R is None, m.R_factor))
@@ -156,7 +157,7 @@ class BatchedFactors:
             small = FLOAT16_GAIN if dtype == torch.float16 else 1.0
             for group, Q in zip(self._P_groups, self._bases(), strict=True):
                 gain = group[0].gain(dtype)
-                change = (Q - torch.stack([m.E0 for m in group])) * small
+                change = (Q - torch.stack([m.E0 for m in group])) * (small * self._removal)
                 ups, changes = (Q / gain if gain != 1 else Q).to(dtype).unbind(), change.to(dtype).unbind()
                 for module, up, changed in zip(group, ups, changes, strict=True):
                     factors[module] = LayerFactors(module, up, changed, gain, self._probe)
@@ -166,8 +167,10 @@ class BatchedFactors:
             if all(W.dtype == dtype and W.device == m.E0.device for W, m in zip(weights, self.modules, strict=True)):
                 for group in self._R_groups:
                     shape = (len(group), group[0].rank, group[0].target.shape[1])
-                    removed = torch.empty(shape, dtype=dtype, device=group[0].P.device)
-                    for module, out in zip(group, removed.unbind(), strict=True):
+                    removed = torch.zeros(shape, dtype=dtype, device=group[0].P.device)
+                    for module, out in zip(
+                        group, removed.unbind() if self._removal else (), strict=bool(self._removal)
+                    ):
                         torch.mm(factors[module].change.t(), module.weight_in(dtype), out=out)
                     for module, down in zip(group, _down(group, removed).unbind(), strict=True):
                         factors[module].down, factors[module].change = down, None
@@ -216,8 +219,8 @@ class BatchedFactors:
         """
         if torch.is_grad_enabled():
             raise DeftError("second derivatives (create_graph=True): set `batched = False` on the DEFT network first")
-        if factors.turns:  # the gradient of E: up's, and what comes through -E^T W; in both parts scaled as up is
-            d_up.addmm_(weight, d_down.t(), alpha=-(factors.gain**2))
+        if factors.removes:  # the gradient of E: up's, and what comes through -E^T W; in both parts scaled as up is
+            d_up.addmm_(weight, d_down.t(), alpha=-self._removal * factors.gain**2)
         if torch._C._will_engine_execute_node(self._probe_node):
             kept = self._collected.get(module)
             if kept is None:

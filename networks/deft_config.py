@@ -22,10 +22,11 @@ def nearest(word: str, allowed: Any) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def _choice(*allowed: str) -> Callable[[str, Any], str]:
+def _choice(*allowed: str, **other_names: str) -> Callable[[str, Any], str]:
     def parse(key: str, value: Any) -> str:
-        if str(value).lower() in allowed:
-            return str(value).lower()
+        name = str(value).lower()
+        if other_names.get(name, name) in allowed:
+            return other_names.get(name, name)
         raise DeftError(f"{key}={value}: allowed are {', '.join(allowed)}{nearest(str(value).lower(), allowed)}")
 
     return parse
@@ -115,6 +116,7 @@ _rank_or_none = _number(int, "a whole number of at least 0 (0 means: not adapted
 _ranks = _numbers(int, "whole numbers of at least 0, separated by commas (0 means: not adapted)")
 _alphas = _numbers(float, "numbers of at least 0, separated by commas")
 _positive = _number(float, "a number above 0", lambda v: 0 < v < float("inf"))
+_share = _number(float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
 _probability = _number(float, "a number from 0 to below 1", lambda v: 0 <= v < 1)
 
 
@@ -141,10 +143,12 @@ class DeftConfig:
     conv_alpha: float = _option(1.0, _alpha)
 
     # the method
-    basis: str = _option("qr", _choice("qr", "relu"), of_file=True)
+    basis: str = _option("qr", _choice("qr", "svd", "relu", "none", "tsvd", lrmf="tsvd", eigen="none"), of_file=True)
     para: bool = _option(False, parse_bool, of_file=True)
     gate: bool = _option(False, parse_bool, of_file=True)
-    init: str | None = _option(None, _choice("identity", "paper", "svd"))
+    removal: float = _option(1.0, _share, of_file=True)  # how much of what leaves with a turning basis is taken out
+    freeze_basis: bool = _option(False, parse_bool, of_file=True)
+    init: str | None = _option(None, _choice("identity", "paper", "svd", "minor"))
     init_scale: float = _option(1.0, _positive, of_file=True)
     ratio: float = _option(1.0, _positive, of_file=True)  # P's rate over R's
     split_qkv: bool = _option(False, parse_bool, of_file=True)
@@ -210,12 +214,20 @@ class DeftConfig:
     ggpo_sigma: None = _option(None, _ggpo)
 
     def __post_init__(self) -> None:
-        if self.para and self.basis != "qr":
-            raise DeftError(f"para=true needs basis=qr, not basis={self.basis}")
+        if self.para and self.basis in ("relu", "svd"):
+            raise DeftError(f"para=true needs basis=qr, none or tsvd, not basis={self.basis}")
+        if self.basis == "tsvd" and not self.para:
+            raise DeftError("basis=tsvd (lrmf) only removes: add para=true, or choose basis=qr")
+        if self.para and self.removal != 1:
+            raise DeftError(f"removal={self.removal:g}: with para=true nothing is learnt but the removal; leave it out")
+        if self.para and self.freeze_basis:
+            raise DeftError("freeze_basis=true: with para=true nothing else is trained; choose one")
         if self.para and self.gate:
             raise DeftError("gate=true scales R, and para=true has no R: choose one")
         if self.para and self.init in ("identity", "paper"):
-            raise DeftError(f"init={self.init}: para=true removes from the first step; leave init out or use init=svd")
+            raise DeftError(
+                f"init={self.init}: para=true removes from the first step; leave init out or use svd or minor"
+            )
 
     @property
     def scale(self) -> float:

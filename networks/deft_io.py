@@ -1,7 +1,8 @@
 """Adapter files: reading LoRA and DEFT files, writing them whole or not at all, hashes and metadata.
 
 Names in a LoRA file are `<layer>.lora_up.weight`, `<layer>.lora_down.weight`, `<layer>.alpha`; in a DEFT file
-(`save_format=deft`) `<layer>.deft_P` (`.deft_P_relu` under that basis), `.deft_R`, `.deft_E0`, `.deft_g` and `.alpha`,
+(`save_format=deft`) `<layer>.deft_P` (`.deft_P_relu` and the like under other bases than
+qr), `.deft_R`, `.deft_E0`, `.deft_g` and `.alpha`,
 the formula's own matrices with s = alpha / rank.
 """
 
@@ -186,9 +187,9 @@ def _parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | No
         if parts["alpha"].numel() != 1:
             raise ValueError(f"alpha has {parts['alpha'].numel()} values")
         alpha = parts.pop("alpha").item()
-    basis = "relu" if "deft_P_relu" in parts else "qr"
-    if basis == "relu" or "deft_P" in parts:
-        P, E0 = parts.pop("deft_P_relu" if basis == "relu" else "deft_P"), parts.pop("deft_E0")
+    bases = {"deft_P": "qr", "deft_P_svd": "svd", "deft_P_relu": "relu", "deft_P_none": "none", "deft_P_tsvd": "tsvd"}
+    for P_name in bases.keys() & parts.keys():
+        basis, P, E0 = bases[P_name], parts.pop(P_name), parts.pop("deft_E0")
         R, gate = parts.pop("deft_R", None), parts.pop("deft_g", None)
         _refuse_rest(parts)
         if P.dim() != 2 or E0.shape != P.shape or (R is not None and (R.dim() != 2 or R.shape[0] != P.shape[1])):

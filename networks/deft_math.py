@@ -5,13 +5,17 @@ is what is put there. With a left factor L and an eraser E, both m x r,
 
     basis qr    L = E = Q, the orthonormal basis of span(P)     W' = (I - Q Q^T) W + s Q R
     basis relu  L = P, E = relu(P), the unconstrained form      W' = (I - P relu(P)^T) W + s P R
+    basis svd   L = E = U, the left singular vectors of P       W' = (I - U U^T) W + s U R
+    basis none  L = E = P                                       W' = (I - P P^T) W + s P R
+    basis tsvd  L = P, E = P (P^T P)^(-1/2), only removal       W' = (I - U S U^T) W,  P = U S V^T
 
 every form is W' - W = L (s R - E^T W): a LoRA with up = L and down = s R - E^T W. R is kept as the deviation from the
 start, whose eraser E0 is fixed:
 
     down = s R - (E - E0)^T W
 
-The paper's own R is R + E0^T W / s. PaRa, W' = (I - Q Q^T) W, has neither R nor E0.
+The paper's own R is R + E0^T W / s. PaRa, W' = (I - Q Q^T) W, has neither R nor E0. `removal`, where it is below 1,
+is a factor on the last term: that much of what leaves with a turning E is taken out.
 """
 
 from __future__ import annotations
@@ -109,15 +113,61 @@ def _positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def left_and_eraser(P: Tensor, basis: str) -> tuple[Tensor, Tensor]:
-    """The left factor L and the eraser E, each (m, r), of basis `qr` or `relu`."""
+    """The left factor L and the eraser E, each (m, r)."""
     if basis == "qr":
         Q = orthonormal_basis(P)
         return Q, Q
-    return P, torch.relu(P)
+    if basis == "svd":
+        U = left_singular_vectors(P)
+        return U, U
+    if basis == "tsvd":
+        return P, polar_factor(P)
+    return P, P if basis == "none" else torch.relu(P)
+
+
+def left_singular_vectors(P: Tensor) -> Tensor:
+    """U of the SVD P = U S V^T, with those signs that bring it nearest to the Q of P's QR decomposition.
+
+    The subspace is Q's. Its derivative grows without bound as two singular values meet.
+
+    :param P: (m, r) with r <= m, of different singular values
+    """
+    Q = orthonormal_basis(P)
+    T = Q.mT @ P
+    exact = T if T.device.type == "mps" else T.double()  # which that device does not have
+    U = torch.linalg.svd(exact)[0].to(P.dtype)
+    return Q @ (U * torch.where(U.diagonal() < 0, -1.0, 1.0).to(U.dtype))
+
+
+def spread_columns(Q: Tensor) -> Tensor:
+    """A matrix (m, r) whose left singular vectors are the columns of Q, at distances that suit `basis=svd`."""
+    return Q * torch.linspace(1.25, 0.75, Q.shape[1], dtype=Q.dtype, device=Q.device)
+
+
+def polar_factor(P: Tensor) -> Tensor:
+    """P (P^T P)^(-1/2), so that P times its transpose is (P P^T)^(1/2) = U S U^T for the SVD P = U S V^T.
+
+    By the coupled Newton iteration of Denman and Beavers (Linear and Multilinear Algebra 4, 1976), whose derivative has
+    no difference of singular values in a denominator, as an SVD's has.
+
+    :param P: (m, r) with r <= m and independent columns
+    """
+    G = P.mT @ P
+    size = torch.linalg.matrix_norm(G)
+    Y, Z = G / size, torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    for _ in range(12):
+        Y, Z = (Y + torch.linalg.inv(Z)) / 2, (Z + torch.linalg.inv(Y)) / 2
+    return P @ Z / size.sqrt()
 
 
 def lora_factors(
-    P: Tensor, R: Tensor | None, E0: Tensor, scale: Tensor | float, basis: str, read_weight: Callable[[], Tensor]
+    P: Tensor,
+    R: Tensor | None,
+    E0: Tensor,
+    scale: Tensor | float,
+    basis: str,
+    read_weight: Callable[[], Tensor],
+    removal: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The adapter as a LoRA of scale 1: up (m, r) and down (r, n), differentiable in P, R and scale.
 
@@ -125,12 +175,15 @@ def lora_factors(
     :param R: (r, n), or None for PaRa
     :param E0: (m, r), the eraser at the start; zeros for the paper's start and for PaRa
     :param scale: s
-    :param basis: `qr` or `relu`
+    :param basis: `qr`, `svd`, `relu`, `none` or `tsvd`
     :param read_weight: returns W (m, n) in any dtype; called in the forward and again in the backward pass, so that no
         converted copy of W is kept in between and W may be moved about (block swap)
+    :param removal: from 0 to 1; at 0, W is not read
     """
     L, E = left_and_eraser(P, basis)
-    removed = _TransposedTimesWeight.apply(E - E0, read_weight)
+    if removal == 0 and R is not None:
+        return L, scale * R
+    removed = _TransposedTimesWeight.apply(removal * (E - E0), read_weight)
     return L, -removed if R is None else scale * R - removed
 
 
@@ -195,6 +248,21 @@ def leading_directions(W: Tensor, rank: int) -> Tensor:
     return _positive_qr(W @ right)[0]
 
 
+def minor_directions(W: Tensor, rank: int) -> Tensor:
+    """The left singular vectors of W (m, n) of its `rank` smallest singular values, as (m, rank).
+
+    Where m is at least n + rank, these are 0, and the vectors are random ones orthogonal to all columns of W.
+    """
+    m, n = W.shape
+    if m - n >= rank:
+        columns = torch.linalg.qr(W)[0]
+        noise = torch.randn(m, rank, dtype=W.dtype, device=W.device)
+        for _ in range(2):
+            noise = orthonormal_basis(noise - columns @ (columns.mT @ noise))
+        return noise
+    return torch.linalg.eigh(W @ W.mT).eigenvectors[:, :rank]
+
+
 def strip_padding(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Drops the indices whose column of up (m, r) and row of down (r, n) are both zero."""
     used = (up != 0).any(0) | (down != 0).any(1)
@@ -214,7 +282,10 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str, see
     m, k = up.shape
     generator = torch.Generator()
     generator.manual_seed(seed)
-    if basis == "relu":  # a zero column of up still learns through its row of down, so only missing ones are filled
+    if basis not in (
+        "qr",
+        "svd",
+    ):  # a zero column of up still learns through its row of down, so only missing ones are filled
         P = torch.cat([up, 0.02 * torch.randn(m, rank - k, generator=generator).to(up)], dim=1)
         return P, torch.nn.functional.pad(down / scale, (0, 0, 0, rank - k))
     Q, T = _positive_qr(up)
@@ -229,7 +300,7 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str, see
         for _ in range(2):  # twice is enough to be orthogonal to the rest
             noise = orthonormal_basis(noise - Q @ (Q.mT @ noise))
         Q, R = torch.cat([Q, noise], dim=1), torch.nn.functional.pad(R, (0, 0, 0, missing))
-    return Q, R
+    return Q if basis == "qr" else spread_columns(Q), R
 
 
 def _well_conditioned(T: Tensor) -> bool:

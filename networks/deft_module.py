@@ -85,7 +85,10 @@ class DeftModule(nn.Module):
         self.P_size = deft_math.direction_size(m, n, scale, config.ratio)
         self.P_rate = 1.0
         self.R_rate = deft_math.injection_rate(m, n)
-        if config.basis == "relu":  # P's own size counts here: the paper's 0.02, turned at the same rate as under qr
+        if config.basis not in (
+            "qr",
+            "svd",
+        ):  # P's own size counts here: the paper's 0.02, turned at the same rate as under qr
             self.P_rate = 0.02 * m**0.5 / self.P_size
             self.R_rate /= 0.02 * m**0.5
         self.R_factor = scale * self.R_rate
@@ -94,9 +97,12 @@ class DeftModule(nn.Module):
 
         self.register_buffer("E0", torch.zeros(m, rank))
         P = torch.randn(m, rank) / m**0.5
-        if config.init == "svd":
-            P = deft_math.leading_directions(read_weight(target.layer, target.rows).float(), rank).cpu()
-        self.P = nn.Parameter(P * self.P_size)
+        if config.init in ("svd", "minor"):
+            directions = deft_math.leading_directions if config.init == "svd" else deft_math.minor_directions
+            P = directions(read_weight(target.layer, target.rows).float(), rank).cpu()
+        if config.basis == "svd":
+            P = deft_math.spread_columns(deft_math.orthonormal_basis(P))
+        self.P = nn.Parameter(P * self.P_size, requires_grad=not config.freeze_basis)
         self.R: nn.Parameter | None = None if config.para else nn.Parameter(torch.zeros(rank, n))
         self.g: nn.Parameter | None = None
         if config.gate:
@@ -161,6 +167,7 @@ class DeftModule(nn.Module):
                 self.effective_scale,
                 self.config.basis,
                 self.base_weight,
+                self.config.removal,
             )
 
     def load_lora(self, up: Tensor, down: Tensor) -> None:
@@ -175,13 +182,13 @@ class DeftModule(nn.Module):
         P, R = deft_math.from_lora(up.cpu().double(), down.cpu().double(), self.rank, scale, self.config.basis, seed)
         P, R = P.to(self.E0), R.to(self.E0)
         if self.config.para:
-            removal = -P.mT @ self.base_weight().float()
+            removal = -deft_math.left_and_eraser(P, self.config.basis)[1].mT @ self.base_weight().float()
             if bool((R * self.scale - removal).norm() > 0.05 * removal.norm()):
                 raise DeftError(
                     f"{self.lora_name}: the file is no PaRa of this base model and rank; use the base it was made "
                     f"on with --dim_from_weights, or para=false to go on as DEFT"
                 )
-        self.set_matrices(P * self.P_size if self.config.basis == "qr" else P, R, None)
+        self.set_matrices(P * self.P_size if self.config.basis in ("qr", "svd") else P, R, None)
 
     @torch.no_grad()
     def set_matrices(self, P: Tensor, R: Tensor | None, E0: Tensor | None) -> None:
@@ -195,6 +202,13 @@ class DeftModule(nn.Module):
             return
         self.R.copy_(R / self.R_rate)
         self.E0.copy_(self.left_and_eraser()[1] if E0 is None else E0)
+
+    @torch.no_grad()
+    def spread_removal(self) -> None:
+        """After matrices of a file, where all of E - E0 is taken out: E0 such that `removal` of it is that much."""
+        if self.config.removal != 1:
+            E = self.left_and_eraser()[1]
+            self.E0.copy_(E - (E - self.E0) / self.config.removal if self.config.removal else E)
 
     @torch.no_grad()
     def scale_delta(self, rho: float) -> None:

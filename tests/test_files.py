@@ -21,7 +21,9 @@ from tests.conftest import deltas, largest_error, network_of, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {None: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-FORMS = [{}, {"basis": "relu"}, {"para": "true"}, {"gate": "true"}, {"init": "paper"}, {"conv_dim": "2"}]
+FORMS = [{}, {"basis": "relu"}, {"para": "true"}, {"gate": "true"}, {"init": "paper"}, {"conv_dim": "2"},
+         {"basis": "svd"}, {"basis": "none"}, {"para": "true", "basis": "tsvd"}, {"removal": "0.3"},
+         {"freeze_basis": "true"}]  # fmt: skip
 
 
 def save(network, tmp_path, name="a.safetensors", dtype=None, metadata=None) -> str:

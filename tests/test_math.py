@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from networks import deft_math
+from networks.deft_config import parse_options
 from tests.conftest import relative_error
 
 M, N, RANK, SCALE = 40, 56, 6, 0.7
@@ -16,9 +17,19 @@ def lapack_basis(P):
     return Q * torch.sign(T.diagonal())
 
 
+def signed_singular_vectors(P):
+    U = torch.linalg.svd(P, full_matrices=False)[0]
+    return U * torch.sign((lapack_basis(P).T @ U).diagonal())
+
+
 def paper(P, R, W, basis, scale):
     """W' of the paper; R None is PaRa."""
-    L, E = (lapack_basis(P),) * 2 if basis == "qr" else (P, P.clamp(min=0))
+    L, E = {
+        "qr": (lapack_basis(P),) * 2,
+        "svd": (signed_singular_vectors(P),) * 2,
+        "relu": (P, P.clamp(min=0)),
+        "none": (P, P),
+    }[basis]
     kept = (torch.eye(len(W), dtype=W.dtype) - L @ E.T) @ W
     return kept if R is None else kept + scale * L @ R
 
@@ -27,7 +38,7 @@ def random_case(dtype=torch.float64):
     return (torch.randn(s, dtype=dtype) for s in ((M, RANK), (RANK, N), (M, N)))
 
 
-@pytest.mark.parametrize("basis", ["qr", "relu"])
+@pytest.mark.parametrize("basis", ["qr", "svd", "relu", "none"])
 @pytest.mark.parametrize("start", ["identity", "zero"])
 def test_deviation_form_is_the_papers_formula(basis, start):
     P, R, W = random_case()
@@ -43,7 +54,26 @@ def test_para_is_the_papers_formula():
     assert relative_error(W + up @ down, paper(P, None, W, "qr", SCALE)) < 1e-13
 
 
-@pytest.mark.parametrize("basis", ["qr", "relu"])
+@pytest.mark.parametrize("method", ["qr", "tsvd", "lrmf", "eigen"])
+def test_removal_only_forms_are_the_authors(method):
+    """Written out from deft/genpara.py of github.com/MAXNORM8650/DEFT (commit 79bbdfa1): W' x = W x - M W x."""
+    P, _, W = random_case()
+    U, S, _ = torch.linalg.svd(P, full_matrices=False)
+    if method == "qr":
+        M = lapack_basis(P) @ lapack_basis(P).T
+    elif method == "tsvd":
+        M = U @ torch.diag(S) @ U.T
+    elif method == "lrmf":
+        M = (U * S.sqrt()) @ (U * S.sqrt()).T
+    else:
+        values, vectors = torch.linalg.eigh(P @ P.T)
+        M = vectors[:, -RANK:] @ torch.diag(values[-RANK:]) @ vectors[:, -RANK:].T
+    basis = parse_options({"basis": method, "para": True}).basis
+    up, down = deft_math.lora_factors(P, None, torch.zeros_like(P), SCALE, basis, lambda: W)
+    assert relative_error(W + up @ down, W - M @ W) < 1e-12
+
+
+@pytest.mark.parametrize("basis", ["qr", "svd", "relu", "none"])
 def test_gradients_are_those_of_the_papers_formula(basis):
     P, R, W = random_case()
     target, s = torch.randn_like(W), torch.tensor(SCALE, dtype=torch.float64)
@@ -166,6 +196,16 @@ def test_leading_directions_are_the_left_singular_vectors(shape):
     W = torch.randn(shape)
     U = torch.linalg.svd(W)[0][:, :5]
     assert (deft_math.leading_directions(W, 5).T @ U).abs().diagonal().min() > 1 - 1e-4
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (50, 44)])
+def test_minor_directions_are_the_last_left_singular_vectors(shape):
+    W = torch.randn(shape)
+    U = torch.linalg.svd(W)[0][:, -5:]
+    found = deft_math.minor_directions(W, 5)
+    assert (found.T @ found - torch.eye(5)).norm() < 1e-5
+    smallest = torch.linalg.svdvals(W)[-5:].norm() if shape[0] <= shape[1] else 1.1 * (U.T @ W).norm()
+    assert (found.T @ W).norm() < smallest + 1e-4
 
 
 @pytest.mark.parametrize("shape", [(600, 700), (700, 600)])

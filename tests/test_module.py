@@ -17,10 +17,18 @@ FORMS = {
     "qr": {},
     "relu": {"basis": "relu"},
     "para": {"para": True},
+    "svd": {"basis": "svd"},
+    "none": {"basis": "none"},
+    "PaRa by tsvd": {"para": True, "basis": "tsvd"},
+    "PaRa by eigen": {"para": True, "basis": "none"},
     "gate": {"gate": True},
+    "half removed": {"removal": 0.5},
+    "none removed": {"removal": 0.0},
     "paper start": {"init": "paper"},
     "svd start": {"init": "svd"},
+    "minor start": {"init": "minor"},
 }
+BATCHED = [form for form, options in FORMS.items() if options.get("basis", "qr") == "qr"]
 
 
 def module_on(
@@ -137,6 +145,11 @@ def test_equals_pefts_deft(method, para, start):
         assert relative_error(sign * module.R.grad / module.R_rate, adapter.deft_R["default"].grad) < 1e-5
 
 
+def lapack(P: torch.Tensor) -> torch.Tensor:
+    Q, T = torch.linalg.qr(P)
+    return Q * torch.sign(T.diagonal().detach())
+
+
 def reference_gradients(module: DeftModule, layer: nn.Module, x, direction, kept=1.0):
     """float64 autograd through LAPACK's QR, the formula and the layer itself.
 
@@ -145,13 +158,18 @@ def reference_gradients(module: DeftModule, layer: nn.Module, x, direction, kept
     P, R, g = (None if t is None else t.detach().double().requires_grad_() for t in (module.P, module.R, module.g))
     eP = P * module.P_rate
     if module.config.basis == "qr":
-        Q, T = torch.linalg.qr(eP)
-        L = E = Q * torch.sign(T.diagonal().detach())
+        L = E = lapack(eP)
+    elif module.config.basis == "svd":
+        U = torch.linalg.svd(eP, full_matrices=False)[0]
+        L = E = U * torch.sign((lapack(eP).T @ U).diagonal().detach())
+    elif module.config.basis == "tsvd":
+        U, _, Vh = torch.linalg.svd(eP, full_matrices=False)
+        L, E = eP, U @ Vh
     else:
-        L, E = eP, eP.clamp(min=0)
+        L, E = eP, eP if module.config.basis == "none" else eP.clamp(min=0)
     s = module.scale * (1 if g is None else torch.sigmoid(g))
     W = layer.weight.double().flatten(1)
-    down = -(E - module.E0.double()).T @ W
+    down = -module.config.removal * (E - module.E0.double()).T @ W
     if R is not None:
         down = down + s * R * module.R_rate
     bias = None if layer.bias is None else layer.bias.double()
@@ -170,7 +188,7 @@ def reference_gradients(module: DeftModule, layer: nn.Module, x, direction, kept
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize(
     ("form", "batched"),
-    [(form, batched) for form in FORMS for batched in (False, True) if not batched or form != "relu"],
+    [*((form, False) for form in FORMS), *((form, True) for form in BATCHED)],
 )
 def test_gradients_equal_float64_autograd(kind, form, batched):
     layer = layer_of(kind)
@@ -282,6 +300,18 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         assert relative_error(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+def test_a_frozen_basis_stays_and_the_rest_learns(batched):
+    layer = layer_of("linear")
+    module = module_on(layer, batched=batched, freeze_basis=True, init="paper")
+    P, before = module.P.clone(), layer(input_of(layer))
+    layer(input_of(layer)).square().sum().backward()
+    assert module.P.grad is None
+    torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1).step()
+    assert torch.equal(module.P, P)
+    assert relative_error(layer(input_of(layer)), before) > 1e-2
+
+
 def test_second_derivatives():
     layer = layer_of("linear")
     module = module_on(layer)
@@ -374,7 +404,7 @@ def test_module_dropout_skips_the_layer_at_its_rate():
     assert not any(torch.equal(layer(x), base) for _ in range(50))
 
 
-@pytest.mark.parametrize("form", ["qr", "relu", "gate"])
+@pytest.mark.parametrize("form", ["qr", "svd", "relu", "none", "gate", "half removed", "none removed"])
 @pytest.mark.parametrize("rank", [4, 7])
 def test_reading_a_lora_is_exact(form, rank):
     layer = layer_of("conv 3x3")
@@ -395,7 +425,7 @@ def test_para_reads_only_paras_of_its_own_base():
         module.load_lora(torch.randn_like(up), torch.randn_like(down))
 
 
-@pytest.mark.parametrize("form", ["qr", "relu", "gate", "paper start"])
+@pytest.mark.parametrize("form", ["qr", "relu", "none", "gate", "paper start", "half removed", "none removed"])
 def test_scale_delta(form):
     module = module_on(layer_of("linear"), **FORMS[form])
     before = torch.matmul(*module.lora_factors()).detach()
@@ -436,7 +466,7 @@ def test_meta_weight_is_refused_by_name():
     ("options", "message"),
     [
         ({"bassis": "qr"}, "unknown network_args key 'bassis' .did you mean 'basis'"),
-        ({"basis": "rq"}, "basis=rq: allowed are qr, relu"),
+        ({"basis": "rq"}, "basis=rq: allowed are qr, svd, relu, none, tsvd"),
         ({"conv_dim": "4.5"}, "conv_dim=4.5: must be a whole number"),
         ({"dim": 0}, "network_dim=0: must be a whole number of at least 1"),
         ({"dim": -3}, "network_dim=-3: must be"),
@@ -445,6 +475,10 @@ def test_meta_weight_is_refused_by_name():
         ({"para": "maybe"}, "para=maybe: must be true or false"),
         ({"para": "true", "init": "identity"}, "init=identity: para=true removes"),
         ({"para": "true", "basis": "relu"}, "para=true needs basis=qr"),
+        ({"basis": "lrmf"}, "basis=tsvd .lrmf. only removes: add para=true"),
+        ({"para": "true", "removal": "0.5"}, "removal=0.5: with para=true"),
+        ({"para": "true", "freeze_basis": "true"}, "freeze_basis=true: with para=true"),
+        ({"removal": "1.5"}, "removal=1.5: must be a number from 0 to 1"),
         ({"para": "yes", "gate": "yes"}, "gate=true scales R"),
         ({"init": "zero"}, "init=zero: allowed are identity, paper, svd"),
     ],
