@@ -36,8 +36,8 @@ class LayerFactors:
 
     def __init__(self, module: DeftModule, up: Tensor, change: Tensor, gain: float, probe: Tensor) -> None:
         self.up, self.gain = up, gain
-        self.change: Any = change  # a Tensor before
-        self.down: Any = None  # a Tensor from `enter` on
+        self.change: Any = change  # a Tensor, and None when `down` is there
+        self.down: Any = None
         self.entered = False
         self.trained = (module.P, module.R, module.g, probe)
         self.removes = module.P.requires_grad and module.config.removal > 0
@@ -51,7 +51,7 @@ class LayerFactors:
         if self.down is None:
             with torch.inference_mode(False), torch.no_grad(), without_autocast(self.up):
                 weight = module.weight_in(self.up.dtype) if weight is None else weight
-                removed = torch.mm(self.change.t(), weight)  # also where all of it is 0: this is the rare case
+                removed = torch.mm(self.change.t(), weight)
                 self.down, self.change = _down([module], removed.unsqueeze(0))[0], None
         return self.up, self.down
 
@@ -73,9 +73,7 @@ class BatchedFactors:
         # modules that are alike on P's side, and on R's
         self._P_groups = _grouped(self.modules, lambda m: (m.P.shape, m.float16_gain))
         self._R_groups = _grouped(self.modules, lambda m: (m.target.shape, m.rank, m.R is None, m.R_factor))
-        # a leaf that every layer's graph ends in: backward() runs its node, autograd.grad() for P and R does not
-        self._probe = torch.zeros((), requires_grad=True)
-        self._probe_node = torch.autograd.graph.get_gradient_edge(self._probe).node
+        self._make_probe()
         self._factors: dict[DeftModule, LayerFactors] | None = None
         self._dtype = torch.float32
         self._versions_then: list[int] = []
@@ -85,6 +83,19 @@ class BatchedFactors:
         for module in self.modules:
             module.batch = self
         self._hook = root.register_forward_hook(self._watch_output)
+
+    def _make_probe(self) -> None:
+        """A leaf that every layer's graph ends in: backward() runs its node, autograd.grad() for P and R does not."""
+        self._probe = torch.zeros((), requires_grad=True)
+        self._probe_node: Any = torch.autograd.graph.get_gradient_edge(self._probe).node
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of an adapted model, between passes."""
+        return self.__dict__ | {"_probe": None, "_probe_node": None, "_factors": None, "_collected": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_probe()
 
     def remove(self) -> None:
         """Leaves the model and the modules as they were."""

@@ -181,6 +181,21 @@ def test_weights_that_are_there_only_in_their_layers_turn():
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(*results, strict=True) if b.any())
 
 
+def test_a_copy_of_an_adapted_model_is_its_own():
+    model, x = Flux(), torch.randn(2, 5, 4)
+    net = network(model).train()
+    model(x).sum().backward()
+    twin = copy.deepcopy(model)
+    net.zero_grad()
+    twin(x).square().sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+    copied = twin.single_blocks[0].linear1.forward.__self__
+    original = next(m for m in net.all_modules if m.lora_name == copied.lora_name)
+    model(x).square().sum().backward()
+    assert copied.P is not original.P
+    assert torch.equal(copied.P.grad, original.P.grad)
+
+
 def optimizers() -> dict:
     found = {
         "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),

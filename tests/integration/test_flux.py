@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_sd_scripts import PYTHON, SD_SCRIPTS, SIDE, call, delta_norms, metadata, tensors
+from tests.integration.test_sd_scripts import (
+    PYTHON,
+    SD_SCRIPTS,
+    SIDE,
+    STATES,
+    call,
+    check_resuming,
+    delta_norms,
+    metadata,
+    tensors,
+)
 from tests.integration.test_sd_scripts import train as train_with
 
 LARGE = os.environ.get("SD_SCRIPTS_LARGE")
@@ -43,7 +53,7 @@ def world() -> Path:
 
 @pytest.fixture(scope="session")
 def trained(world) -> str:
-    return train(world, "base")
+    return train(world, "base", *STATES)
 
 
 def test_trains_and_saves(world, trained):
@@ -101,3 +111,7 @@ def test_draws_what_networks_lora_flux_draws(world):
     for way, (pixels, latents) in distances.items():
         assert pixels <= 1, way
         assert latents < 1e-5, way
+
+
+def test_resumes(world, trained):
+    check_resuming(world, train)

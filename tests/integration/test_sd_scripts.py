@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,9 +90,12 @@ def delta_norms(found: dict[str, torch.Tensor]) -> list[float]:
     return [float((found[k].flatten(1) @ found[k.replace("lora_up", "lora_down")].flatten(1)).norm()) for k in ups]
 
 
+STATES = ("--save_state", "--save_every_n_steps", "1")
+
+
 @pytest.fixture(scope="session")
 def trained(world) -> str:
-    return train(world, "base", "--save_state", "--save_every_n_steps", "1")
+    return train(world, "base", *STATES)
 
 
 def test_names_are_those_of_networks_lora(tmp_path):
@@ -140,7 +144,8 @@ def test_trains_and_saves(world, trained):
     assert json.loads(known["deft_options"])["alpha"] == 2.0
 
 
-def test_resumes(world, trained):
+def check_resuming(world: Path, train: Callable[..., str]) -> None:
+    """Resumes the run "base", which saved states, from its first step."""
     output = train(world, "resumed", "--resume", str(world / "out" / "base-step00000001-state"))
     assert "load train state" in output
     states = [
@@ -150,6 +155,10 @@ def test_resumes(world, trained):
     assert {key.rsplit(".")[-1] for key in states[0]} == {"P", "R", "E0"}
     moved = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
     assert {key.rsplit(".")[-1] for key in moved} == {"P", "R"}
+
+
+def test_resumes(world, trained):
+    check_resuming(world, train)
 
 
 @pytest.mark.parametrize("options", [(), ("--dim_from_weights",)], ids=["network_weights", "dim_from_weights"])

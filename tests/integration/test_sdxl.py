@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_sd_scripts import PYTHON, SD_SCRIPTS, SIDE, call, delta_norms, draw, metadata, tensors
+from tests.integration.test_sd_scripts import (
+    PYTHON,
+    SD_SCRIPTS,
+    SIDE,
+    STATES,
+    call,
+    check_resuming,
+    delta_norms,
+    draw,
+    metadata,
+    tensors,
+)
 from tests.integration.test_sd_scripts import train as train_with
 
 LARGE = os.environ.get("SD_SCRIPTS_LARGE")
@@ -36,7 +47,7 @@ def world() -> Path:
 
 @pytest.fixture(scope="session")
 def trained(world) -> str:
-    return train(world, "base", "--text_encoder_lr", "1e-3", "5e-4")
+    return train(world, "base", "--text_encoder_lr", "1e-3", "5e-4", *STATES)
 
 
 def test_trains_and_saves(world, trained):
@@ -75,3 +86,7 @@ def test_blocks_and_convolutions(world):
 def test_draws_what_networks_lora_draws(world, trained):
     images = draw("sdxl_gen_img.py", world, [("networks.lora",), ("networks.deft",)], "--steps", "4")
     assert float((images[("networks.deft",)] - images[("networks.lora",)]).abs().max()) < 2
+
+
+def test_resumes(world, trained):
+    check_resuming(world, train)
