@@ -41,9 +41,12 @@ def make_model(folder: Path, pixels: int = 64) -> None:
 
     torch.manual_seed(0)
     tokenizer = clip_tokenizer(folder / "tokenizers" / "openai_clip-vit-large-patch14")
+    text_encoder = CLIPTextModel(CLIPTextConfig(**config("text_encoder")))
+    # gen_img.py divides by the mean of the embeddings, which a fresh LayerNorm leaves at 0 but for rounding
+    torch.nn.init.constant_(text_encoder.text_model.final_layer_norm.bias, 0.1)
     StableDiffusionPipeline(
         vae=AutoencoderKL.from_config(config("vae")).half(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**config("text_encoder"))).half(),
+        text_encoder=text_encoder.half(),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_config(config("unet")).half(),
         scheduler=PNDMScheduler.from_config(config("scheduler")),

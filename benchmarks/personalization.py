@@ -1,0 +1,307 @@
+"""Which adapter learns a new thing and forgets least? On the shipped model: `python benchmarks/personalization.py`.
+
+    python benchmarks/personalization.py                              # a GPU: ten concepts, three seeds
+    python benchmarks/personalization.py --reduced --jobs 2           # a CPU with two cores
+    python benchmarks/personalization.py --adapters lora --deft "ratio=0.1" "basis=relu dim=4"
+
+Every adapter is trained for the same steps on the same pictures and noise, with as many parameters as a LoRA of rank 8
+(or as near as its sizes allow), at every rate of one grid on tuning concepts. The rate with the highest likeness whose
+old-world accuracy has fallen by at most 0.05 is its best; it and its neighbours in the grid are trained on the test
+concepts. All adapters are merged into the weights before they are measured. Each finished run is written to the
+results at once; runs that are there are not repeated. Tables and plots: `personalization_plot.py`, also by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import personalization_adapters as table  # noqa: E402
+import personalization_measure as measuring  # noqa: E402
+import personalization_plot as plot  # noqa: E402
+import personalization_train as training  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+DROP = 0.05  # of old-world accuracy that a best rate may cost
+RATES = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
+FULL = {"adapters": list(table.ADAPTERS), "rates": list(RATES), "concepts": 10, "tuning": 2, "seeds": 3,
+        "steps": 250, "pictures": 12, "neighbours": 1, "sampling": 25}  # fmt: skip
+REDUCED = FULL | {"adapters": ["lora", "deft", "dora"], "rates": [2.5e-3, 5e-3], "concepts": 2, "tuning": 0,
+                  "seeds": 1, "steps": 100, "pictures": 4}  # fmt: skip
+QUICK = REDUCED | {"adapters": ["lora", "deft"], "rates": [2.5e-3], "steps": 2, "pictures": 1,
+                   "sampling": 2}  # fmt: skip
+FIXED = ("steps", "pictures", "sampling")  # results of other numbers do not belong into one file
+
+Job = dict[str, Any]  # adapter, size, rate, seed, concepts (one or two)
+Finished = tuple[dict[str, dict], dict[str, Tensor], str]  # runs and pictures by key, and why there are none
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def key_of(adapter: str, rate: float, concepts: Sequence[int], seed: int) -> str:
+    """A run's name in the results."""
+    return f"{adapter}|{rate:g}|{'+'.join(map(str, concepts))}|{seed}"
+
+
+def keys_of(job: Job) -> list[str]:
+    """A job's runs: each concept, and two composed."""
+    groups = [[c] for c in job["concepts"]] + ([job["concepts"]] if len(job["concepts"]) == 2 else [])
+    return [key_of(job["adapter"], job["rate"], group, job["seed"]) for group in groups]
+
+
+_bench: measuring.Bench | None = None  # a process's own model and judge
+
+
+def work(task: tuple[list[Job], argparse.Namespace]) -> Finished:
+    """`work_on`, where a failure costs one chunk and not the whole bench."""
+    try:
+        return *work_on(*task), ""
+    except Exception:
+        job = task[0][0]
+        return {}, {}, f"{job['adapter']} at {job['rate']:g} failed\n{traceback.format_exc()}"
+
+
+def work_on(jobs: list[Job], args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, Tensor]]:
+    """Trains and measures jobs of one adapter at one rate side by side; runs and their pictures, by key."""
+    global _bench
+    device = args.device
+    if device == "cuda":
+        identity = multiprocessing.current_process()._identity
+        device = f"cuda:{(identity[0] if identity else 0) % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    if _bench is None:
+        _bench = measuring.Bench(device, args.pictures, args.sampling)
+    start = time.time()
+    runs = [(job, which) for job in jobs for which in range(len(job["concepts"]))]
+    sets = [training.data_set(_bench.model, job["concepts"][i], measuring.WORDS[i], job["seed"], args.steps)
+            for job, i in runs]  # fmt: skip
+    trained = training.train(jobs[0]["adapter"], jobs[0]["size"], jobs[0]["rate"], _bench.unet, sets)
+    seconds = (time.time() - start) / len(runs)
+    found: dict[str, dict] = {}
+    pictures: dict[str, Tensor] = {}
+    for job in jobs:
+        mine = [outcome for (owner, _), outcome in zip(runs, trained, strict=True) if owner is job]
+        for which, (concept, outcome) in enumerate(zip(job["concepts"], mine, strict=True)):
+            start = time.time()
+            key = key_of(job["adapter"], job["rate"], [concept], job["seed"])
+            found[key], pictures[key] = _bench.measure(outcome, concept, measuring.WORDS[which], job["seed"])
+            found[key] |= {"training_seconds": seconds, "measuring_seconds": time.time() - start}
+            found[key] |= {name: job[name] for name in ("adapter", "rate", "seed", "size")} | {"concept": concept}
+        if len(mine) == 2:
+            key = key_of(job["adapter"], job["rate"], job["concepts"], job["seed"])
+            found[key] = _bench.compose(mine, job["concepts"], job["seed"])
+            found[key] |= {name: job[name] for name in ("adapter", "rate", "seed", "concepts")}
+    return found, pictures
+
+
+def chunks(jobs: list[Job], lanes: int) -> Iterator[list[Job]]:
+    """Jobs of one adapter and rate, at most so many trainings at once."""
+    group: list[Job] = []
+    for job in sorted(jobs, key=lambda job: (job["adapter"], job["rate"])):
+        same = group and all(job[name] == group[0][name] for name in ("adapter", "rate"))
+        if group and (not same or sum(len(j["concepts"]) for j in [*group, job]) > lanes):
+            yield group
+            group = []
+        group.append(job)
+    if group:
+        yield group
+
+
+class Results:
+    """The file: written whole after every chunk. Pictures lie beside the repository's files, in output/."""
+
+    def __init__(self, path: Path, pictures: Path, args: argparse.Namespace):
+        self.path, self.pictures = path, pictures
+        self.failed = False
+        settings = {name: getattr(args, name) for name in FIXED}
+        self.data: dict[str, Any] = {"settings": settings, "adapters": {}, "runs": {}}
+        if path.is_file():
+            self.data = json.loads(path.read_text(encoding="utf-8"))
+            if self.data["settings"] != settings:
+                sys.exit(f"error: {path} is of {self.data['settings']}, not {settings}: give another --output")
+        device = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {platform.processor() or 'one core'}"
+        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__}
+        machine = {"device": device, "python": platform.python_version(), **versions}
+        if machine not in self.data.setdefault("machines", []):
+            self.data["machines"].append(machine)
+
+    def add(self, runs: dict[str, dict], pictures: dict[str, Tensor]) -> None:
+        """Takes over finished runs."""
+        self.data["runs"] |= runs
+        self.save()
+        if pictures:
+            kept = load_file(self.pictures) if self.pictures.is_file() else {}
+            self.pictures.parent.mkdir(parents=True, exist_ok=True)
+            save_file(kept | pictures, self.pictures)
+
+    def save(self) -> None:
+        """Whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+def run_all(jobs: list[Job], results: Results, args: argparse.Namespace) -> None:
+    """All jobs of which a run is missing."""
+    missing = [job for job in jobs if not results.data["runs"].keys() >= set(keys_of(job))]
+    tasks = [(group, args) for group in chunks(missing, args.lanes)]
+    if not tasks:
+        return
+    start, total = time.time(), sum(len(job["concepts"]) for job in missing)
+    print(f"{total} trainings in {len(tasks)} chunks", flush=True)
+    done = 0
+
+    def finished(outcome: Finished) -> None:
+        nonlocal done
+        results.add(*outcome[:2])
+        if outcome[2]:
+            results.failed = True
+            print(outcome[2], file=sys.stderr, flush=True)
+        done += sum("likeness" in run for run in outcome[0].values())
+        for key, run in outcome[0].items():
+            if "likeness" in run:
+                shown = ("likeness_share", "follow", "old", "drift")
+                print(f"[{time.time() - start:5.0f} s {done}/{total}] {key}: "
+                      + ", ".join(f"{name} {run[name]:.3f}" for name in shown), flush=True)  # fmt: skip
+
+    if args.jobs == 1:
+        for task in tasks:
+            finished(work(task))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        for outcome in pool.imap_unordered(work, tasks):
+            finished(outcome)
+
+
+def jobs_of(adapters: dict[str, dict], rates: dict[str, list[float]], concepts: list[int], seeds: int) -> list[Job]:
+    """Every adapter at its rates on all concepts, two by two, from every seed; and the base model."""
+    pairs = [concepts[i : i + 2] for i in range(0, len(concepts), 2)]
+    grid = [("none", 0, 0.0)] + [(name, a["size"], rate) for name, a in adapters.items() for rate in rates[name]]
+    return [
+        {"adapter": name, "size": size, "rate": rate, "seed": seed, "concepts": pair}
+        for name, size, rate in grid
+        for seed in range(seeds)
+        for pair in pairs
+    ]
+
+
+# --- the bench -------------------------------------------------------------------------------------------------------
+
+
+def best_rates(runs: dict[str, dict], adapters: Sequence[str], concepts: Sequence[int]) -> dict[str, float]:
+    """The rate of highest likeness among those that cost at most DROP of old-world accuracy; else the cheapest."""
+    chosen = {}
+    base = plot.mean_of(runs, "none", 0.0, concepts, "old")
+    for name in adapters:
+        rates = sorted({run["rate"] for run in runs.values() if run["adapter"] == name and "concept" in run})
+        found = [(rate, plot.mean_of(runs, name, rate, concepts, "old")) for rate in rates]
+        found = [(rate, old) for rate, old in found if old == old]
+        cheap = [rate for rate, old in found if old >= base - DROP]
+        if cheap:
+            chosen[name] = max(cheap, key=lambda rate: plot.mean_of(runs, name, rate, concepts, "likeness_share"))
+        elif found:
+            chosen[name] = max(found, key=lambda pair: pair[1])[0]
+    return chosen
+
+
+def neighbours(rates: Sequence[float], best: float, number: int) -> list[float]:
+    """The best rate and as many beside it on either side."""
+    grid = sorted({*rates, best})
+    i = grid.index(best)
+    return grid[max(0, i - number) : i + number + 1]
+
+
+def bench(args: argparse.Namespace, results: Results) -> None:
+    """Both stages."""
+    labels = args.adapters + [f"deft {spec}" for spec in args.deft]
+    known = results.data["adapters"]
+    for name in labels:
+        if name not in known:
+            known[name] = table.matched(name)
+            print(f"{name}: size {known[name]['size']}, {known[name]['parameters']:,} parameters", flush=True)
+    adapters = {name: known[name] for name in labels}
+    tuning, test = measuring.concept_seeds(args.tuning, args.concepts)
+    rates = dict.fromkeys(labels, sorted(args.rates))
+    if tuning:
+        run_all(jobs_of(adapters, rates, tuning, 1), results, args)
+        best = best_rates(results.data["runs"], labels, tuning)
+        labels = [name for name in labels if name in best]
+        adapters = {name: known[name] for name in labels}
+        rates = {name: neighbours(args.rates, best[name], args.neighbours) for name in labels}
+        for name in labels:
+            at_edge = len(args.rates) > 1 and best[name] in (min(args.rates), max(args.rates))
+            print(f"{name}: best rate {best[name]:g}{', at the edge of the grid' if at_edge else ''}", flush=True)
+    run_all(jobs_of(adapters, rates, test, args.seeds), results, args)
+    best = best if tuning else best_rates(results.data["runs"], labels, test)
+    results.data["best"] = results.data.get("best", {}) | best
+    results.data["concepts"] = {"tuning": tuning, "test": test}
+    results.save()
+
+
+def arguments() -> argparse.Namespace:
+    """From the command line, with the numbers of the chosen form where nothing is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--reduced", action="store_true", help="under ten minutes on two CPU cores, with --jobs 2")
+    form.add_argument("--quick", action="store_true", help="two steps of everything: the code path only")
+    parser.add_argument("--adapters", nargs="*", choices=list(table.ADAPTERS))
+    parser.add_argument("--deft", nargs="*", default=[], metavar="'KEY=VALUE ...'", help="variants: network_args")
+    parser.add_argument("--rates", nargs="+", type=float)
+    for name, meaning in (("concepts", "to test on"), ("tuning", "concepts to choose rates on; 0: the tested"),
+                          ("seeds", "trainings of each"), ("steps", "of a training"),
+                          ("pictures", "of each kind of prompt"), ("sampling", "steps of a picture"),
+                          ("neighbours", "rates beside the best that are tested too")):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, help=meaning)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=4 if torch.cuda.is_available() else 1, help="processes")
+    parser.add_argument("--lanes", type=int, default=0, help="trainings side by side in a process (GPU: 10, CPU: 2)")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--pictures_file", type=Path, help="for the contact sheet")
+    parser.add_argument("--figures", type=Path, help="folder of the plot and the contact sheet (full form: docs)")
+    args = parser.parse_args()
+    name = "quick" if args.quick else "reduced" if args.reduced else "full"
+    for option, value in {"quick": QUICK, "reduced": REDUCED, "full": FULL}[name].items():
+        if getattr(args, option) is None:
+            setattr(args, option, value)
+    suffix, temporary = "" if name == "full" else f"-{name}", ROOT / "output" / "personalization"
+    args.lanes = args.lanes or (10 if args.device == "cuda" else 2)
+    args.output = args.output or (temporary if args.quick else RESULTS) / f"personalization{suffix}.json"
+    args.pictures_file = args.pictures_file or temporary / f"pictures{suffix}.safetensors"
+    args.figures = args.figures or (ROOT / "docs" if name == "full" else temporary)
+    return args
+
+
+def main() -> int:
+    """Runs what is missing, then prints the tables and draws the figures; 1 when a run has failed."""
+    args = arguments()
+    results = Results(args.output, args.pictures_file, args)
+    bench(args, results)
+    plot.report(results.data, args.figures, args.pictures_file)
+    return int(results.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

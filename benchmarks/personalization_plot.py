@@ -1,0 +1,292 @@
+"""Tables, plots and contact sheet of `personalization.py`: `python benchmarks/personalization_plot.py [RESULTS]`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = {
+    "likeness": "likeness_share", "prompt followed": "follow", "old world": "old", "old pairs": "old_pair",
+    "drift": "drift", "two files": "compose", "both at once": "compose_both", "mixed up": "compose_mixed",
+}  # fmt: skip
+PARTS = ("background", "count", "known", "relation", "style", "edit_likeness", "old_colour", "old_shape",
+         "old_background")  # fmt: skip
+AT_LIKENESS = {"old world": "old", "old pairs": "old_pair", "prompt followed": "follow", "drift": "drift"}
+PLOTS = {"old": "old-world accuracy", "follow": "prompt following with the concept", "drift": "drift"}
+LEVELS = (0.5, 0.7)  # likenesses to compare at, beside that at LoRA's best rate
+SAMPLES = 1000  # of the bootstrap
+
+Run = dict[str, Any]
+Unit = tuple[int, int]  # concept and seed
+
+
+def select(runs: Mapping[str, Run], adapter: str, rate: float | None, concepts: Sequence[int]) -> list[Run]:
+    """An adapter's runs on these concepts, at one rate or all; those of two composed concepts too."""
+    wanted = set(concepts)
+    return [
+        run
+        for run in runs.values()
+        if run["adapter"] == adapter
+        and (rate is None or run["rate"] == rate)
+        and wanted.issuperset(run.get("concepts") or [run["concept"]])
+    ]
+
+
+def mean_of(runs: Mapping[str, Run], adapter: str, rate: float, concepts: Sequence[int], name: str) -> float:
+    """The mean of a figure; NaN where there is none."""
+    return _mean([run[name] for run in select(runs, adapter, rate, concepts) if name in run])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def with_interval(values: Sequence[float]) -> str:
+    """Mean and half the width of its 95% interval (normal approximation)."""
+    if not values:
+        return "–"
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    mean = _mean(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.3f} ± {1.96 * spread / math.sqrt(len(values)):.3f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+def curves(data: Mapping[str, Any], adapter: str, name: str) -> dict[Unit, list[tuple[float, float]]]:
+    """For each concept and seed (likeness, figure) at the rates that all of them have, in rising order."""
+    found: dict[Unit, dict[float, tuple[float, float]]] = {}
+    for run in select(data["runs"], adapter, None, data["concepts"]["test"]):
+        if name in run and "concept" in run:
+            by_rate = found.setdefault((run["concept"], run["seed"]), {})
+            by_rate[run["rate"]] = run["likeness_share"], run[name]
+    if not found:
+        return {}
+    rates = sorted(set.intersection(*(set(by_rate) for by_rate in found.values())))
+    return {unit: [by_rate[rate] for rate in rates] for unit, by_rate in found.items()}
+
+
+def at(points: Sequence[tuple[float, float]], likeness: float) -> float:
+    """The figure where a curve of rising rates first reaches a likeness; at the nearest point where it never does."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= likeness <= x1 and x1 > x0:
+            return y0 + (y1 - y0) * (likeness - x0) / (x1 - x0)
+    return min(points, key=lambda point: abs(point[0] - likeness))[1]
+
+
+def reaches(points: Sequence[tuple[float, float]], likeness: float) -> bool:
+    """Whether the likeness is within the curve."""
+    return bool(points) and min(x for x, _ in points) <= likeness <= max(x for x, _ in points)
+
+
+def mean_curve(found: Mapping[Unit, list[tuple[float, float]]], units: Sequence[Unit]) -> list[tuple[float, float]]:
+    """The mean over units, rate by rate."""
+    return [
+        (_mean([x for x, _ in column]), _mean([y for _, y in column]))
+        for column in zip(*(found[unit] for unit in units), strict=True)
+    ]
+
+
+def at_equal_likeness(
+    data: Mapping[str, Any], adapter: str, name: str, reference: str, level: float | None = None
+) -> str:
+    """A figure where the adapter's mean curve has a likeness, and how much that differs from the reference's there,
+    with its 95% interval by a bootstrap over concepts.
+
+    :param level: the likeness; None for the reference's at its best rate
+    """
+    theirs, ours = curves(data, reference, name), curves(data, adapter, name)
+    best = {
+        (run["concept"], run["seed"]): run["likeness_share"]
+        for run in select(data["runs"], reference, data["best"].get(reference), data["concepts"]["test"])
+        if "concept" in run
+    }
+    units = sorted(theirs.keys() & ours.keys() & best.keys())
+    if not units:
+        return "–"
+
+    def both(chosen: Sequence[Unit]) -> tuple[float, float]:
+        likeness = _mean([best[unit] for unit in chosen]) if level is None else level
+        return at(mean_curve(ours, chosen), likeness), at(mean_curve(theirs, chosen), likeness)
+
+    likeness = _mean([best[unit] for unit in units]) if level is None else level
+    if not reaches(mean_curve(theirs, units), likeness):
+        return f"{reference} has no such likeness"
+    if not reaches(mean_curve(ours, units), likeness):
+        low = max(x for x, _ in mean_curve(ours, units)) < likeness
+        return "not reached" if low else "always beyond"
+    mine, other = both(units)
+    if adapter == reference:
+        return f"{mine:.3f}"
+    clusters: dict[int, list[Unit]] = {}
+    for unit in units:
+        clusters.setdefault(unit[0], []).append(unit)
+    rng, differences = random.Random(0), []
+    for _ in range(SAMPLES if len(clusters) > 1 else 0):
+        chosen = [unit for c in rng.choices(list(clusters), k=len(clusters)) for unit in clusters[c]]
+        first, second = both(chosen)
+        differences.append(first - second)
+    differences.sort()
+    interval = f" ({mine - other:+.3f}"
+    if differences:
+        interval += f" [{differences[int(0.025 * SAMPLES)]:+.3f}, {differences[int(0.975 * SAMPLES) - 1]:+.3f}]"
+    return f"{mine:.3f}{interval})"
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def tables(data: Mapping[str, Any]) -> str:
+    """Everything in Markdown."""
+    runs, test, best = data["runs"], data["concepts"]["test"], data["best"]
+    names = [name for name in data["adapters"] if name in best]
+    parts = []
+
+    def values(adapter: str, rate: float, name: str) -> list[float]:
+        return [run[name] for run in select(runs, adapter, rate, test) if name in run]
+
+    def row(adapter: str, rate: float, columns: Sequence[str]) -> list[str]:
+        return [with_interval(values(adapter, rate, name)) for name in columns]
+
+    units = len(values("none", 0.0, "likeness"))
+    chosen = "the tuning concepts" if data["concepts"]["tuning"] else "the tested concepts themselves"
+    parts.append(f"At each adapter's best rate, chosen on {chosen}: mean over {units} of concept x seed, 95% interval. "
+                 "Likeness, and that of two files in one model, as a share of a render's.")  # fmt: skip
+    head = ["adapter", "size", "parameters", "rate", *COLUMNS]
+    rows = [["base model", "", "", "", *row("none", 0.0, list(COLUMNS.values()))]]
+    for name in names:
+        size, count = (str(data["adapters"][name][key]) for key in ("size", "parameters"))
+        rows.append([name, size, f"{int(count):,}", f"{best[name]:g}", *row(name, best[name], list(COLUMNS.values()))])
+    parts.append(table(head, rows))
+    parts.append("What the means are made of:")
+    rows = [[name, *row(name, rate, PARTS)] for name, rate in [("none", 0.0), *((n, best[n]) for n in names)]]
+    parts.append(table(["adapter", *PARTS], rows))
+    if "lora" in best:
+        parts.append("At LoRA's likeness, interpolated along each adapter's rates; behind it the difference from LoRA "
+                     "and its 95% interval (bootstrap over concepts):")  # fmt: skip
+        for level in (None, *LEVELS):
+            if level is not None:
+                parts.append(f"The same at a likeness of {level:g}:")
+            rows = [
+                [n, *(at_equal_likeness(data, n, key, "lora", level) for key in AT_LIKENESS.values())] for n in names
+            ]
+            parts.append(table(["adapter", *AT_LIKENESS], rows))
+    parts.append("All rates tested:")
+    rows = []
+    for name in names:
+        for rate in sorted({run["rate"] for run in select(runs, name, None, test)}):
+            figures = [with_interval(values(name, rate, key)) for key in list(COLUMNS.values())[:5]]
+            rows.append([name, f"{rate:g}{' (best)' if rate == best[name] else ''}", *figures])
+    parts.append(table(["adapter", "rate", *list(COLUMNS)[:5]], rows))
+    notes = sorted({f"{run['adapter']}: {note}" for run in runs.values() for note in run.get("notes", [])})
+    notes += sorted({f"{run['adapter']} at {run['rate']:g}: diverged" for run in runs.values() if "diverged" in run})
+    worst = max((run.get("merge_error", 0.0) for run in runs.values()), default=0.0)
+    notes.append(f"merged models' predictions differ from the trained adapters' by at most {worst:.1e}")
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
+
+
+def report(data: Mapping[str, Any], folder: Path, pictures: Path) -> None:
+    """Prints the tables; draws the plot (where matplotlib is) and the contact sheet."""
+    print("\n" + tables(data))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        draw_plot(data, folder / "personalization.png")
+    except ImportError:
+        print("no plot: matplotlib is missing")
+    if pictures.is_file():
+        draw_sheet(data, pictures, folder / "personalization_sheet.png")
+
+
+def draw_plot(data: Mapping[str, Any], file: Path) -> None:
+    """Likeness against old-world accuracy, prompt following and drift: a curve an adapter, a point a rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs, test = data["runs"], data["concepts"]["test"]
+    figure, axes = pyplot.subplots(1, len(PLOTS), figsize=(15, 5))
+    for axis, (name, title) in zip(axes, PLOTS.items(), strict=True):
+        for i, adapter in enumerate(n for n in data["adapters"] if n in data["best"]):
+            found = curves(data, adapter, name)
+            if not found:
+                continue
+            points = mean_curve(found, sorted(found))
+            style = {"color": pyplot.get_cmap("tab20")(i % 20), "linewidth": 2.5 if adapter == "lora" else 1.2}
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=adapter, **style)
+            x, y = (mean_of(runs, adapter, data["best"][adapter], test, key) for key in ("likeness_share", name))
+            axis.plot([x], [y], marker="o", markersize=9, color=style["color"])
+        base = mean_of(runs, "none", 0.0, test, name)
+        axis.axhline(base, color="black", linewidth=0.8, linestyle=":")
+        if name == "drift":
+            axis.set_yscale("symlog", linthresh=1e-2)
+        axis.set_xlabel("likeness, of a render's")
+        axis.set_title(title + (" (dotted: base model)" if name != "drift" else " (lower is better)"), fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"large points: each adapter's best rate; {len(test)} concepts", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    print(f"plot: {file}")
+
+
+def draw_sheet(data: Mapping[str, Any], pictures: Path, file: Path) -> None:
+    """Rows: the training pictures, the base model, adapters at their best rates; for each of two concepts."""
+    import torch
+    from personalization_measure import SHEET, WORDS
+    from personalization_train import training_pictures
+    from PIL import Image, ImageDraw
+    from safetensors.torch import load_file
+
+    kept, size, left, gap = load_file(pictures), 96, 150, 4
+    shown = data["concepts"]["test"][:2]
+    rows: list[tuple[str, list[Any]]] = []
+    for which, concept in enumerate(shown):
+        rows.append((f"trained on, {WORDS[which]}", list(training_pictures(concept, "")[0])))
+        for name, rate in [("none", 0.0), *data["best"].items()]:
+            found = kept.get(f"{name}|{rate:g}|{concept}|0")
+            if found is not None:
+                rows.append(("base model" if name == "none" else f"{name}\n{rate:g}", list(found / 127.5 - 1)))
+    width = left + len(SHEET) * (size + gap)
+    sheet = Image.new("RGB", (width, 34 + len(rows) * (size + gap)), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for column, text in enumerate(SHEET):
+        words = text.format("sks").replace(" background", "\nbackground").replace(" left", "\nleft")
+        canvas.text((left + column * (size + gap), 2), words.replace("sketch of", "sketch of\n"), fill="black")
+    for i, (label, cells) in enumerate(rows):
+        canvas.text((4, 34 + i * (size + gap) + size // 3), label.replace(" ", "\n", 1), fill="black")
+        for column, pixels in enumerate(cells[: len(SHEET)]):
+            bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            place = left + column * (size + gap), 34 + i * (size + gap)
+            sheet.paste(Image.fromarray(bytes_).resize((size, size), Image.Resampling.NEAREST), place)
+    sheet.save(file)
+    print(f"contact sheet: {file}")
+
+
+def main() -> None:
+    """From a results file alone."""
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "personalization.json"
+    suffix = file.stem.removeprefix("personalization")
+    pictures = ROOT / "output" / "personalization" / f"pictures{suffix}.safetensors"
+    folder = pictures.parent if suffix else ROOT / "docs"
+    report(json.loads(file.read_text(encoding="utf-8")), folder, pictures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The bench of `benchmarks/personalization.py`: its code path, its loss, and that a rerun repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from library import sd  # noqa: E402
+from library.noise import diffusion_loss  # noqa: E402
+from library.world import measure  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ("likeness", "likeness_share", "background", "count", "known", "relation", "style", "follow",
+           "old", "old_pair", "drift", "parameters")  # fmt: skip
+
+
+def _run(folder: Path, *options: str) -> str:
+    command = [sys.executable, "benchmarks/personalization.py", "--quick", "--output", str(folder / "results.json")]
+    command += ["--pictures_file", str(folder / "pictures.safetensors"), "--figures", str(folder), "--jobs", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--device", "cpu", *options], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return done.stdout.decode()
+
+
+def test_quick_writes_what_is_promised_and_repeats_nothing(tmp_path):
+    printed = _run(tmp_path, "--deft", "ratio=0.5")
+    data = json.loads((tmp_path / "results.json").read_text())
+    names = ("lora", "deft", "deft ratio=0.5")
+    concepts = data["concepts"]["test"]
+    assert len(concepts) == 2
+    assert {data["adapters"][name]["parameters"] for name in names} == {data["adapters"]["lora"]["parameters"]}
+    for name, rate in [("none", 0), *((name, 0.0025) for name in names)]:
+        for concept in concepts:
+            run = data["runs"][f"{name}|{rate:g}|{concept}|0"]
+            assert all(isinstance(run[figure], (int, float)) for figure in FIGURES)
+            assert run["merge_error"] < 1e-5
+            assert (run["drift"] > 0) == (name != "none")
+        pair = data["runs"][f"{name}|{rate:g}|{concepts[0]}+{concepts[1]}|0"]
+        assert {"compose", "compose_both", "compose_mixed"} <= pair.keys()
+    assert data["best"].keys() == set(names)
+    assert data["machines"][0].keys() >= {"device", "torch", "diffusers", "peft"}
+    assert "| deft ratio=0.5 |" in printed
+    assert (tmp_path / "personalization_sheet.png").is_file()
+    assert "trainings in" not in _run(tmp_path, "--deft", "ratio=0.5"), "all runs are there"
+
+
+def test_loss_is_the_trainers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import personalization_train as training
+
+    model = sd.load(str(measure.MODEL))
+    data = training.data_set(model, concept=100, word="sks", seed=0, steps=3)
+    loss = training.Loss(model.unet, data.text, None, lambda: None)
+    noise, timesteps = data.target[1], data.timesteps[1]
+    clean = model.noise_scheduler()
+    alphas = clean.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    latents = (data.noisy[1] - (1 - alphas).sqrt() * noise) / alphas.sqrt()
+    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: timesteps)
+    with torch.no_grad():
+        expected = diffusion_loss(lambda noisy, at: model.predict(noisy, at, data.text), latents, clean, training.GAMMA)
+        found = loss(data.noisy[1], timesteps, noise, data.weights[1])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
