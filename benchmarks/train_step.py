@@ -6,7 +6,8 @@
 All adapters are alive in one process, on the same base weights; their steps are taken in turn, and ratios are of steps
 that followed one another. A step is: forward, backward, clipping, fused AdamW; bfloat16 base, float32 adapters and
 autocast, as sd-scripts trains with --mixed_precision bf16. Peak memory is of whole steps with one adapter alone. Prints
-tables and writes them as JSON under benchmarks/results/. sd-scripts' own LoRA takes part with SD_SCRIPTS_DIR set.
+tables and writes them as JSON under benchmarks/results/. sd-scripts' own LoRA takes part with SD_SCRIPTS_DIR set, in
+a Python that has its requirements.
 """
 
 from __future__ import annotations
