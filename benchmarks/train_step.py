@@ -356,7 +356,7 @@ def measure(base, inputs, batch: int, ckpt: bool, args: argparse.Namespace) -> d
         for name, seconds in drawn.items():
             rows[name]["inference_ms"] = 1e3 * statistics.median(seconds)
             rows[name]["inference_of_none"] = ratio_of(seconds, drawn["none"]) if "none" in drawn else None
-    return {"batch": batch, "checkpointing": ckpt, "rows": rows}
+    return {"batch": batch, "checkpointing": ckpt, "steps": args.steps, "rows": rows}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -397,7 +397,7 @@ def main() -> None:
     base, inputs = build(args.model, args.device, dtype, args.resolution)
     result = {
         "model": args.model, "layers": len(layers_of(base, args.rank)), "rank": args.rank,
-        "resolution": args.resolution, "steps": args.steps, "torch": torch.__version__,
+        "resolution": args.resolution, "torch": torch.__version__,
         "diffusers": diffusers.__version__, "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "cpu",
         "configurations": [],

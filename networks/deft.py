@@ -488,7 +488,7 @@ class DeftNetwork(nn.Module):
             for line in self.ranks.architecture.warnings(factors):
                 logger.warning(f"{file}: {line}")
             tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
-            if self.config.basis in ("qr", "svd"):  # any scaling of up spans the same subspace
+            if self.config.basis in deft_math.ORTHONORMAL:  # any scaling of up spans the same subspace
                 exponents = {}
             self._log_padding(
                 file, dtype, [(up.shape[1], up.shape[0] + down.shape[1]) for up, down, _ in factors.values()]

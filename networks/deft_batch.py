@@ -161,6 +161,7 @@ class BatchedFactors:
         return [0 if tensor is None else tensor._version for four in tensors for tensor in four]
 
     def _compute(self, dtype: torch.dtype) -> dict[DeftModule, LayerFactors]:
+        """All modules' factors, from their parameters as they are now."""
         device = self.modules[0].P.device.type
         self._dtype, self._versions_then = dtype, [] if torch.is_grad_enabled() else self._versions()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
@@ -179,10 +180,9 @@ class BatchedFactors:
                 for group in self._R_groups:
                     shape = (len(group), group[0].rank, group[0].target.shape[1])
                     removed = torch.zeros(shape, dtype=dtype, device=group[0].P.device)
-                    for module, out in zip(
-                        group, removed.unbind() if self._removal else (), strict=bool(self._removal)
-                    ):
-                        torch.mm(factors[module].change.t(), module.weight_in(dtype), out=out)
+                    if self._removal:
+                        for module, out in zip(group, removed.unbind(), strict=True):
+                            torch.mm(factors[module].change.t(), module.weight_in(dtype), out=out)
                     for module, down in zip(group, _down(group, removed).unbind(), strict=True):
                         factors[module].down, factors[module].change = down, None
             return factors

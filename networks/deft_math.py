@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ORTHONORMAL = ("qr", "svd")  # bases under which only the span of P counts, and not its size
+
 # of a column's norm: where less is independent of the columns before it, Cholesky's result and the gradients degenerate
 LEAST_INDEPENDENCE = 1e-2
 
@@ -282,10 +284,7 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str, see
     m, k = up.shape
     generator = torch.Generator()
     generator.manual_seed(seed)
-    if basis not in (
-        "qr",
-        "svd",
-    ):  # a zero column of up still learns through its row of down, so only missing ones are filled
+    if basis not in ORTHONORMAL:  # a zero column of up still learns through its row of down: only missing are filled
         P = torch.cat([up, 0.02 * torch.randn(m, rank - k, generator=generator).to(up)], dim=1)
         return P, torch.nn.functional.pad(down / scale, (0, 0, 0, rank - k))
     Q, T = _positive_qr(up)

@@ -85,10 +85,7 @@ class DeftModule(nn.Module):
         self.P_size = deft_math.direction_size(m, n, scale, config.ratio)
         self.P_rate = 1.0
         self.R_rate = deft_math.injection_rate(m, n)
-        if config.basis not in (
-            "qr",
-            "svd",
-        ):  # P's own size counts here: the paper's 0.02, turned at the same rate as under qr
+        if config.basis not in deft_math.ORTHONORMAL:  # P's size counts: the paper's 0.02, turned as fast as under qr
             self.P_rate = 0.02 * m**0.5 / self.P_size
             self.R_rate /= 0.02 * m**0.5
         self.R_factor = scale * self.R_rate
@@ -188,7 +185,7 @@ class DeftModule(nn.Module):
                     f"{self.lora_name}: the file is no PaRa of this base model and rank; use the base it was made "
                     f"on with --dim_from_weights, or para=false to go on as DEFT"
                 )
-        self.set_matrices(P * self.P_size if self.config.basis in ("qr", "svd") else P, R, None)
+        self.set_matrices(P * self.P_size if self.config.basis in deft_math.ORTHONORMAL else P, R, None)
 
     @torch.no_grad()
     def set_matrices(self, P: Tensor, R: Tensor | None, E0: Tensor | None) -> None:

@@ -37,10 +37,10 @@ class Checkpointed(Flux):
         x = self.img_in(x)
         for block in self.single_blocks:
             x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return (super_attention(self, x),)
+        return (attention(self, x),)
 
 
-def super_attention(model: Flux, x):
+def attention(model: Flux, x):
     """A double block's attention on what the single blocks made, outside of any checkpoint."""
     q, k, v = model.double_blocks[0].img_attn.qkv(x).chunk(3, -1)
     return model.double_blocks[0].img_attn.proj(torch.softmax(q @ k.mT, -1) @ v)
@@ -340,7 +340,7 @@ torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 torch.manual_seed(0)
 model = Flux()
-net = network(model, module_dropout="0.0").train()
+net = network(model).train()
 wrapped = DistributedDataParallel(Wrapped(model, net), find_unused_parameters=True)
 batches = torch.randn(2, 2, 5, 4)
 wrapped(batches[rank]).square().sum().backward()
