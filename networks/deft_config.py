@@ -120,6 +120,7 @@ _share = _number(float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
 _probability = _number(float, "a number from 0 to below 1", lambda v: 0 <= v < 1)
 
 
+_bases = _choice("qr", "svd", "relu", "none", "tsvd", "nmf", lrmf="tsvd", eigen="none")
 _at_least_0 = _number(float, "a number of at least 0", lambda v: 0 <= v < float("inf"))
 _ggpo = _refused("GGPO shakes a LoRA's weights by the sizes of its two matrices, and DEFT has others; leave it out")
 
@@ -143,7 +144,7 @@ class DeftConfig:
     conv_alpha: float = _option(1.0, _alpha)
 
     # the method
-    basis: str = _option("qr", _choice("qr", "svd", "relu", "none", "tsvd", lrmf="tsvd", eigen="none"), of_file=True)
+    basis: str = _option("qr", _bases, of_file=True)
     para: bool = _option(False, parse_bool, of_file=True)
     gate: bool = _option(False, parse_bool, of_file=True)
     removal: float = _option(1.0, _share, of_file=True)  # how much of what leaves with a turning basis is taken out
@@ -215,9 +216,12 @@ class DeftConfig:
 
     def __post_init__(self) -> None:
         if self.para and self.basis in ("relu", "svd"):
-            raise DeftError(f"para=true needs basis=qr, none or tsvd, not basis={self.basis}")
-        if self.basis == "tsvd" and not self.para:
-            raise DeftError("basis=tsvd (lrmf) only removes: add para=true, or choose basis=qr")
+            raise DeftError(f"para=true needs basis=qr, none, tsvd or nmf, not basis={self.basis}")
+        if self.basis in ("tsvd", "nmf") and not self.para:
+            name = "tsvd (lrmf)" if self.basis == "tsvd" else "nmf"
+            raise DeftError(f"basis={name} only removes: add para=true, or choose basis=qr")
+        if self.basis == "nmf" and self.init is not None:
+            raise DeftError(f"init={self.init}: basis=nmf starts with random positive matrices; leave init out")
         if self.para and self.removal != 1:
             raise DeftError(f"removal={self.removal:g}: with para=true nothing is learnt but the removal; leave it out")
         if self.para and self.freeze_basis:

@@ -50,7 +50,10 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class DeftLayer:
-    """One layer of a DEFT file: the formula's P (m, r), R (r, n) or None, E0 (m, r), s and the gate or None."""
+    """One layer of a DEFT file: the formula's P (m, r), R (r, n) or None, E0 (m, r), s and the gate or None.
+
+    P is (m, 2r) for `nmf`.
+    """
 
     basis: str
     P: Tensor
@@ -61,7 +64,7 @@ class DeftLayer:
 
     @property
     def rank(self) -> int:
-        return self.P.shape[1]
+        return self.E0.shape[1]
 
 
 @dataclass(frozen=True)
@@ -187,14 +190,16 @@ def _parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | No
         if parts["alpha"].numel() != 1:
             raise ValueError(f"alpha has {parts['alpha'].numel()} values")
         alpha = parts.pop("alpha").item()
-    bases = {"deft_P": "qr", "deft_P_svd": "svd", "deft_P_relu": "relu", "deft_P_none": "none", "deft_P_tsvd": "tsvd"}
+    bases = {"deft_P": "qr"} | {f"deft_P_{basis}": basis for basis in ("svd", "relu", "none", "tsvd", "nmf")}
     for P_name in bases.keys() & parts.keys():
         basis, P, E0 = bases[P_name], parts.pop(P_name), parts.pop("deft_E0")
         R, gate = parts.pop("deft_R", None), parts.pop("deft_g", None)
         _refuse_rest(parts)
-        if P.dim() != 2 or E0.shape != P.shape or (R is not None and (R.dim() != 2 or R.shape[0] != P.shape[1])):
-            raise ValueError("the shapes of P, R and E0 do not fit")
-        return DeftLayer(basis, P, R, E0, 1.0 if alpha is None else alpha / P.shape[1], gate)
+        if E0.dim() != 2 or P.shape != (len(E0), E0.shape[1] * (2 if basis == "nmf" else 1)):
+            raise ValueError("the shapes of P and E0 do not fit")
+        if R is not None and (R.dim() != 2 or R.shape[0] != E0.shape[1]):
+            raise ValueError("the shapes of P and R do not fit")
+        return DeftLayer(basis, P, R, E0, 1.0 if alpha is None else alpha / E0.shape[1], gate)
     up, down = parts.pop("lora_up.weight"), parts.pop("lora_down.weight")
     _refuse_rest(parts)
     if min(up.dim(), down.dim()) < 2 or up.shape[1] != down.shape[0] or up.shape[2:].numel() != 1:

@@ -8,6 +8,7 @@ is what is put there. With a left factor L and an eraser E, both m x r,
     basis svd   L = E = U, the left singular vectors of P       W' = (I - U U^T) W + s U R
     basis none  L = E = P                                       W' = (I - P P^T) W + s P R
     basis tsvd  L = P, E = P (P^T P)^(-1/2), only removal       W' = (I - U S U^T) W,  P = U S V^T
+    basis nmf   L, E = the halves of relu(P), only removal      W' = (I - L E^T) W,  P is m x 2r
 
 every form is W' - W = L (s R - E^T W): a LoRA with up = L and down = s R - E^T W. R is kept as the deviation from the
 start, whose eraser E0 is fixed:
@@ -115,7 +116,7 @@ def _positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def left_and_eraser(P: Tensor, basis: str) -> tuple[Tensor, Tensor]:
-    """The left factor L and the eraser E, each (m, r)."""
+    """The left factor L and the eraser E, each (m, r), of P (m, r), or (m, 2r) for `nmf`."""
     if basis == "qr":
         Q = orthonormal_basis(P)
         return Q, Q
@@ -124,6 +125,9 @@ def left_and_eraser(P: Tensor, basis: str) -> tuple[Tensor, Tensor]:
         return U, U
     if basis == "tsvd":
         return P, polar_factor(P)
+    if basis == "nmf":
+        L, E = torch.relu(P).chunk(2, dim=1)
+        return L, E
     return P, P if basis == "none" else torch.relu(P)
 
 
@@ -173,11 +177,11 @@ def lora_factors(
 ) -> tuple[Tensor, Tensor]:
     """The adapter as a LoRA of scale 1: up (m, r) and down (r, n), differentiable in P, R and scale.
 
-    :param P: (m, r)
+    :param P: (m, r), or (m, 2r) for `nmf`
     :param R: (r, n), or None for PaRa
     :param E0: (m, r), the eraser at the start; zeros for the paper's start and for PaRa
     :param scale: s
-    :param basis: `qr`, `svd`, `relu`, `none` or `tsvd`
+    :param basis: `qr`, `svd`, `relu`, `none`, `tsvd` or `nmf`
     :param read_weight: returns W (m, n) in any dtype; called in the forward and again in the backward pass, so that no
         converted copy of W is kept in between and W may be moved about (block swap)
     :param removal: from 0 to 1; at 0, W is not read

@@ -97,6 +97,8 @@ class DeftModule(nn.Module):
         if config.init in ("svd", "minor"):
             directions = deft_math.leading_directions if config.init == "svd" else deft_math.minor_directions
             P = directions(read_weight(target.layer, target.rows).float(), rank).cpu()
+        if config.basis == "nmf":  # the two positive matrices side by side
+            P = torch.randn(m, 2 * rank).abs() / m**0.5
         if config.basis == "svd":
             P = deft_math.spread_columns(deft_math.orthonormal_basis(P))
         self.P = nn.Parameter(P * self.P_size, requires_grad=not config.freeze_basis)
@@ -119,7 +121,7 @@ class DeftModule(nn.Module):
 
     @property
     def effective_P(self) -> Tensor:
-        """P of the formula, (m, r)."""
+        """P of the formula, (m, r), or (m, 2r) for `nmf`."""
         return self.P * self.P_rate
 
     @property
@@ -172,6 +174,11 @@ class DeftModule(nn.Module):
 
         :raises DeftError: under PaRa, for an adapter that is not the removal of a subspace of this base weight
         """
+        if self.config.basis == "nmf":
+            raise DeftError(
+                f"{self.lora_name}: basis=nmf is not continued from a plain LoRA, which does not hold both matrices; "
+                f"go on from a file of save_format=deft, or with para=false basis=qr"
+            )
         with torch.no_grad():
             scale = float(self.effective_scale)
         # in float64, which not every device has, so that reading and writing again and again does not drift

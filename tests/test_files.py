@@ -313,7 +313,10 @@ def test_modules_without_counterpart_are_an_error_other_halves_are_not(model, tm
     assert "72 of the file belong to a half that is not trained" in str(half.load_weights(file))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+NMF = {"para": "true", "basis": "nmf"}
+
+
+@pytest.mark.parametrize("form", [*FORMS, NMF], ids=str)
 def test_deft_format_round_trip_and_in_another_basis(model, tmp_path, form):
     network = network_of(model, save_format="deft", **form)
     wanted = {k: v.clone() for k, v in network.state_dict().items()}
@@ -355,7 +358,7 @@ def test_deft_format_follows_the_base_a_lora_does_not(model, tmp_path, form):
     assert relative_error(module.org_module.weight.double() - W, 0.5 * wanted) < 1e-4
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", [*FORMS, NMF], ids=str)
 def test_generators_apply_any_file_to_any_base_as_a_lora(model, tmp_path, form):
     network = network_of(model, **form)
     file = save(network, tmp_path)
@@ -368,6 +371,16 @@ def test_generators_apply_any_file_to_any_base_as_a_lora(model, tmp_path, form):
     again.apply_to(model.text_encoder, model.unet)
     again.load_state_dict(tensors)
     assert largest_error(deltas(again), deltas_of_lora(load_file(file))) < 1e-6
+
+
+def test_nmf_goes_on_from_its_own_format_alone(model, tmp_path):
+    network = network_of(model, **NMF)
+    file = save(network, tmp_path)
+    network.remove()
+    with pytest.raises(DeftError, match="basis=nmf is not continued from a plain LoRA"):
+        loaded_from(file, model)
+    as_deft = loaded_from(file, model, para="false", basis="qr")
+    assert largest_error(deltas(as_deft), deltas_of_lora(load_file(file))) < 1e-6
 
 
 def test_scale_of_the_training_survives_continuing_twice(model, tmp_path):

@@ -54,7 +54,7 @@ def test_para_is_the_papers_formula():
     assert relative_error(W + up @ down, paper(P, None, W, "qr", SCALE)) < 1e-13
 
 
-@pytest.mark.parametrize("method", ["qr", "tsvd", "lrmf", "eigen"])
+@pytest.mark.parametrize("method", ["qr", "tsvd", "lrmf", "eigen", "nmf"])
 def test_removal_only_forms_are_the_authors(method):
     """Written out from deft/genpara.py of github.com/MAXNORM8650/DEFT (commit 79bbdfa1): W' x = W x - M W x."""
     P, _, W = random_case()
@@ -63,13 +63,16 @@ def test_removal_only_forms_are_the_authors(method):
         M = lapack_basis(P) @ lapack_basis(P).T
     elif method == "tsvd":
         M = U @ torch.diag(S) @ U.T
+    elif method == "nmf":
+        P = torch.randn(len(W), 2 * RANK, dtype=W.dtype)  # the authors' H^T and their own W
+        M = (torch.relu(P[:, RANK:]) @ torch.relu(P[:, :RANK].T)).T  # their x W^T M', transposed
     elif method == "lrmf":
         M = (U * S.sqrt()) @ (U * S.sqrt()).T
     else:
         values, vectors = torch.linalg.eigh(P @ P.T)
         M = vectors[:, -RANK:] @ torch.diag(values[-RANK:]) @ vectors[:, -RANK:].T
     basis = parse_options({"basis": method, "para": True}).basis
-    up, down = deft_math.lora_factors(P, None, torch.zeros_like(P), SCALE, basis, lambda: W)
+    up, down = deft_math.lora_factors(P, None, torch.zeros(len(W), RANK).double(), SCALE, basis, lambda: W)
     assert relative_error(W + up @ down, W - M @ W) < 1e-12
 
 

@@ -21,6 +21,7 @@ FORMS = {
     "none": {"basis": "none"},
     "PaRa by tsvd": {"para": True, "basis": "tsvd"},
     "PaRa by eigen": {"para": True, "basis": "none"},
+    "PaRa by nmf": {"para": True, "basis": "nmf"},
     "gate": {"gate": True},
     "half removed": {"removal": 0.5},
     "none removed": {"removal": 0.0},
@@ -165,6 +166,8 @@ def reference_gradients(module: DeftModule, layer: nn.Module, x, direction, kept
     elif module.config.basis == "tsvd":
         U, _, Vh = torch.linalg.svd(eP, full_matrices=False)
         L, E = eP, U @ Vh
+    elif module.config.basis == "nmf":
+        L, E = eP.clamp(min=0).split(module.rank, dim=1)
     else:
         L, E = eP, eP if module.config.basis == "none" else eP.clamp(min=0)
     s = module.scale * (1 if g is None else torch.sigmoid(g))
@@ -466,7 +469,7 @@ def test_meta_weight_is_refused_by_name():
     ("options", "message"),
     [
         ({"bassis": "qr"}, "unknown network_args key 'bassis' .did you mean 'basis'"),
-        ({"basis": "rq"}, "basis=rq: allowed are qr, svd, relu, none, tsvd"),
+        ({"basis": "rq"}, "basis=rq: allowed are qr, svd, relu, none, tsvd, nmf"),
         ({"conv_dim": "4.5"}, "conv_dim=4.5: must be a whole number"),
         ({"dim": 0}, "network_dim=0: must be a whole number of at least 1"),
         ({"dim": -3}, "network_dim=-3: must be"),
@@ -476,6 +479,8 @@ def test_meta_weight_is_refused_by_name():
         ({"para": "true", "init": "identity"}, "init=identity: para=true removes"),
         ({"para": "true", "basis": "relu"}, "para=true needs basis=qr"),
         ({"basis": "lrmf"}, "basis=tsvd .lrmf. only removes: add para=true"),
+        ({"basis": "nmf"}, "basis=nmf only removes: add para=true"),
+        ({"para": "true", "basis": "nmf", "init": "svd"}, "init=svd: basis=nmf starts with random"),
         ({"para": "true", "removal": "0.5"}, "removal=0.5: with para=true"),
         ({"para": "true", "freeze_basis": "true"}, "freeze_basis=true: with para=true"),
         ({"removal": "1.5"}, "removal=1.5: must be a number from 0 to 1"),
