@@ -41,16 +41,16 @@ import personalization_train as training  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 DROP = 0.05  # of old-world accuracy that a best rate may cost
-RATES = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
+RATES = (1e-4, 3e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 FULL = {"adapters": list(table.ADAPTERS), "rates": list(RATES), "concepts": 10, "tuning": 2, "seeds": 3,
-        "steps": 250, "pictures": 12, "neighbours": 1, "sampling": 25}  # fmt: skip
+        "steps": 250, "pictures": 12, "tuning_pictures": 6, "neighbours": 1, "sampling": 25}  # fmt: skip
 REDUCED = FULL | {"adapters": ["lora", "deft", "dora"], "rates": [2.5e-3, 5e-3], "concepts": 2, "tuning": 0,
                   "seeds": 1, "steps": 100, "pictures": 4}  # fmt: skip
 QUICK = REDUCED | {"adapters": ["lora", "deft"], "rates": [2.5e-3], "steps": 2, "pictures": 1,
                    "sampling": 2}  # fmt: skip
-FIXED = ("steps", "pictures", "sampling")  # results of other numbers do not belong into one file
+FIXED = ("steps", "pictures", "tuning_pictures", "sampling")  # results of other numbers do not belong into one file
 
-Job = dict[str, Any]  # adapter, size, rate, seed, concepts (one or two)
+Job = dict[str, Any]  # adapter, size, rate, seed, concepts, pictures
 Finished = tuple[dict[str, dict], dict[str, Tensor], str]  # runs and pictures by key, and why there are none
 
 
@@ -62,70 +62,76 @@ def key_of(adapter: str, rate: float, concepts: Sequence[int], seed: int) -> str
     return f"{adapter}|{rate:g}|{'+'.join(map(str, concepts))}|{seed}"
 
 
+def pairs_of(concepts: Sequence[int]) -> list[list[int]]:
+    """Those that are composed."""
+    return [list(concepts[i : i + 2]) for i in range(0, len(concepts) - 1, 2)]
+
+
 def keys_of(job: Job) -> list[str]:
-    """A job's runs: each concept, and two composed."""
-    groups = [[c] for c in job["concepts"]] + ([job["concepts"]] if len(job["concepts"]) == 2 else [])
+    """A job's runs: each concept, and two by two composed."""
+    groups = [[c] for c in job["concepts"]] + pairs_of(job["concepts"])
     return [key_of(job["adapter"], job["rate"], group, job["seed"]) for group in groups]
 
 
 _bench: measuring.Bench | None = None  # a process's own model and judge
+_queue: Any = None  # to the main process
 
 
-def work(task: tuple[list[Job], argparse.Namespace]) -> Finished:
-    """`work_on`, where a failure costs one chunk and not the whole bench."""
-    try:
-        return *work_on(*task), ""
-    except Exception:
-        job = task[0][0]
-        return {}, {}, f"{job['adapter']} at {job['rate']:g} failed\n{traceback.format_exc()}"
-
-
-def work_on(jobs: list[Job], args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, Tensor]]:
-    """Trains and measures jobs of one adapter at one rate side by side; runs and their pictures, by key."""
-    global _bench
-    device = args.device
-    if device == "cuda":
+def begin_worker(queue: Any, args: argparse.Namespace) -> None:
+    """In each process: its device."""
+    global _queue
+    _queue = queue
+    if args.device == "cuda":
         identity = multiprocessing.current_process()._identity
-        device = f"cuda:{(identity[0] if identity else 0) % torch.cuda.device_count()}"
-        torch.cuda.set_device(device)
+        torch.cuda.set_device((identity[0] if identity else 0) % torch.cuda.device_count())
     else:
         torch.set_num_threads(1)
+
+
+def work(jobs: list[Job], args: argparse.Namespace) -> None:
+    """Jobs of one adapter on the same concepts, each reported when it is done; a failure costs these and no others."""
+    done = 0
+    try:
+        for outcome in work_on(jobs, args):
+            _queue.put((*outcome, ""))
+            done += 1
+    except Exception:
+        for job in jobs[done:]:
+            why = f"{job['adapter']} at {job['rate']:g} failed\n{traceback.format_exc()}" if job is jobs[done] else ""
+            _queue.put(({}, {}, why))
+
+
+def work_on(jobs: list[Job], args: argparse.Namespace) -> Iterator[tuple[dict[str, dict], dict[str, Tensor]]]:
+    """Trains a job's concepts side by side and measures them; runs and the first seed's pictures, by key."""
+    global _bench
     if _bench is None:
-        _bench = measuring.Bench(device, args.pictures, args.sampling)
-    start = time.time()
-    runs = [(job, which) for job in jobs for which in range(len(job["concepts"]))]
-    sets = [training.data_set(_bench.model, job["concepts"][i], measuring.WORDS[i], job["seed"], args.steps)
-            for job, i in runs]  # fmt: skip
-    trained = training.train(jobs[0]["adapter"], jobs[0]["size"], jobs[0]["rate"], _bench.unet, sets)
-    seconds = (time.time() - start) / len(runs)
-    found: dict[str, dict] = {}
-    pictures: dict[str, Tensor] = {}
+        _bench = measuring.Bench(args.device, args.sampling)
+    group = training.Group(jobs[0]["adapter"], jobs[0]["size"], _bench.unet)
+    concepts = jobs[0]["concepts"]
+    words = [measuring.WORDS[i % 2] for i in range(len(concepts))]
     for job in jobs:
-        mine = [outcome for (owner, _), outcome in zip(runs, trained, strict=True) if owner is job]
-        for which, (concept, outcome) in enumerate(zip(job["concepts"], mine, strict=True)):
+        start = time.time()
+        sets = [training.data_set(_bench.model, concept, word, job["seed"], args.steps)
+                for concept, word in zip(concepts, words, strict=True)]  # fmt: skip
+        trained = group.train(job["rate"], sets)
+        seconds = (time.time() - start) / len(concepts)
+        found: dict[str, dict] = {}
+        pictures: dict[str, Tensor] = {}
+        same = {name: job[name] for name in ("adapter", "rate", "seed")}
+        for concept, word, outcome in zip(concepts, words, trained, strict=True):
             start = time.time()
             key = key_of(job["adapter"], job["rate"], [concept], job["seed"])
-            found[key], pictures[key] = _bench.measure(outcome, concept, measuring.WORDS[which], job["seed"])
+            found[key], pictures[key] = _bench.measure(outcome, concept, word, job["seed"], job["pictures"])
             found[key] |= {"training_seconds": seconds, "measuring_seconds": time.time() - start}
-            found[key] |= {name: job[name] for name in ("adapter", "rate", "seed", "size")} | {"concept": concept}
-        if len(mine) == 2:
-            key = key_of(job["adapter"], job["rate"], job["concepts"], job["seed"])
-            found[key] = _bench.compose(mine, job["concepts"], job["seed"])
-            found[key] |= {name: job[name] for name in ("adapter", "rate", "seed", "concepts")}
-    return found, pictures
-
-
-def chunks(jobs: list[Job], lanes: int) -> Iterator[list[Job]]:
-    """Jobs of one adapter and rate, at most so many trainings at once."""
-    group: list[Job] = []
-    for job in sorted(jobs, key=lambda job: (job["adapter"], job["rate"])):
-        same = group and all(job[name] == group[0][name] for name in ("adapter", "rate"))
-        if group and (not same or sum(len(j["concepts"]) for j in [*group, job]) > lanes):
-            yield group
-            group = []
-        group.append(job)
-    if group:
-        yield group
+            found[key] |= same | {"size": job["size"], "concept": concept}
+        for i, pair in enumerate(pairs_of(concepts)):
+            key = key_of(job["adapter"], job["rate"], pair, job["seed"])
+            found[key] = (
+                _bench.compose(trained[2 * i : 2 * i + 2], pair, job["seed"], job["pictures"])
+                | same
+                | {"concepts": pair}
+            )
+        yield found, pictures if job["seed"] == 0 else {}
 
 
 class Results:
@@ -163,14 +169,15 @@ class Results:
         partial.replace(self.path)
 
 
-def run_all(jobs: list[Job], results: Results, args: argparse.Namespace) -> None:
-    """All jobs of which a run is missing."""
-    missing = [job for job in jobs if not results.data["runs"].keys() >= set(keys_of(job))]
-    tasks = [(group, args) for group in chunks(missing, args.lanes)]
-    if not tasks:
+def run_all(series: list[list[Job]], results: Results, args: argparse.Namespace) -> None:
+    """All jobs of which a run is missing; each series in one process."""
+    known = results.data["runs"].keys()
+    tasks = [[job for job in jobs if not known >= set(keys_of(job))] for jobs in series]
+    tasks = [jobs for jobs in tasks if jobs]
+    start, total = time.time(), sum(len(job["concepts"]) for jobs in tasks for job in jobs)
+    if not total:
         return
-    start, total = time.time(), sum(len(job["concepts"]) for job in missing)
-    print(f"{total} trainings in {len(tasks)} chunks", flush=True)
+    print(f"{total} trainings in {len(tasks)} series", flush=True)
     done = 0
 
     def finished(outcome: Finished) -> None:
@@ -186,25 +193,41 @@ def run_all(jobs: list[Job], results: Results, args: argparse.Namespace) -> None
                 print(f"[{time.time() - start:5.0f} s {done}/{total}] {key}: "
                       + ", ".join(f"{name} {run[name]:.3f}" for name in shown), flush=True)  # fmt: skip
 
-    if args.jobs == 1:
-        for task in tasks:
-            finished(work(task))
-        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for outcome in pool.imap_unordered(work, tasks):
-            finished(outcome)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with context.Pool(args.jobs, begin_worker, (queue, args)) as pool:
+        for jobs in tasks:
+            pool.apply_async(work, (jobs, args))
+        for _ in range(sum(map(len, tasks))):
+            finished(queue.get())
 
 
-def jobs_of(adapters: dict[str, dict], rates: dict[str, list[float]], concepts: list[int], seeds: int) -> list[Job]:
-    """Every adapter at its rates on all concepts, two by two, from every seed; and the base model."""
-    pairs = [concepts[i : i + 2] for i in range(0, len(concepts), 2)]
-    grid = [("none", 0, 0.0)] + [(name, a["size"], rate) for name, a in adapters.items() for rate in rates[name]]
+def series_of(
+    adapters: dict[str, dict],
+    rates: dict[str, list[float]],
+    concepts: list[int],
+    args: argparse.Namespace,
+    seeds: int,
+    pictures: int,
+) -> list[list[Job]]:
+    """Every adapter at its rates on all concepts, so many side by side, from every seed; and the base model."""
+    grid = [("none", 0, [0.0])] + [(name, a["size"], rates[name]) for name, a in adapters.items() if rates[name]]
     return [
-        {"adapter": name, "size": size, "rate": rate, "seed": seed, "concepts": pair}
-        for name, size, rate in grid
-        for seed in range(seeds)
-        for pair in pairs
+        [
+            {
+                "adapter": name,
+                "size": size,
+                "rate": rate,
+                "seed": seed,
+                "pictures": pictures,
+                "concepts": concepts[i : i + args.lanes],
+            }
+            for rate in rates
+            for seed in range(seeds)
+        ]
+        for name, size, rates in grid
+        for i in range(0, len(concepts), args.lanes)
     ]
 
 
@@ -228,10 +251,10 @@ def best_rates(runs: dict[str, dict], adapters: Sequence[str], concepts: Sequenc
 
 
 def neighbours(rates: Sequence[float], best: float, number: int) -> list[float]:
-    """The best rate and as many beside it on either side."""
+    """As many rates of the grid on either side of the best."""
     grid = sorted({*rates, best})
     i = grid.index(best)
-    return grid[max(0, i - number) : i + number + 1]
+    return grid[max(0, i - number) : i] + grid[i + 1 : i + number + 1]
 
 
 def bench(args: argparse.Namespace, results: Results) -> None:
@@ -246,15 +269,18 @@ def bench(args: argparse.Namespace, results: Results) -> None:
     tuning, test = measuring.concept_seeds(args.tuning, args.concepts)
     rates = dict.fromkeys(labels, sorted(args.rates))
     if tuning:
-        run_all(jobs_of(adapters, rates, tuning, 1), results, args)
+        run_all(series_of(adapters, rates, tuning, args, 1, args.tuning_pictures), results, args)
         best = best_rates(results.data["runs"], labels, tuning)
         labels = [name for name in labels if name in best]
         adapters = {name: known[name] for name in labels}
-        rates = {name: neighbours(args.rates, best[name], args.neighbours) for name in labels}
+        rates = {name: [best[name]] for name in labels}
+        beside = {name: neighbours(args.rates, best[name], args.neighbours) for name in labels}
         for name in labels:
             at_edge = len(args.rates) > 1 and best[name] in (min(args.rates), max(args.rates))
             print(f"{name}: best rate {best[name]:g}{', at the edge of the grid' if at_edge else ''}", flush=True)
-    run_all(jobs_of(adapters, rates, test, args.seeds), results, args)
+    run_all(series_of(adapters, rates, test, args, args.seeds, args.pictures), results, args)
+    if tuning:  # best rates first, in case that time is short
+        run_all(series_of(adapters, beside, test, args, args.seeds, args.pictures), results, args)
     best = best if tuning else best_rates(results.data["runs"], labels, test)
     results.data["best"] = results.data.get("best", {}) | best
     results.data["concepts"] = {"tuning": tuning, "test": test}
@@ -272,11 +298,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", type=float)
     for name, meaning in (("concepts", "to test on"), ("tuning", "concepts to choose rates on; 0: the tested"),
                           ("seeds", "trainings of each"), ("steps", "of a training"),
-                          ("pictures", "of each kind of prompt"), ("sampling", "steps of a picture"),
+                          ("pictures", "of each kind of prompt"),
+                          ("tuning_pictures", "the same while rates are chosen"), ("sampling", "steps of a picture"),
                           ("neighbours", "rates beside the best that are tested too")):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, help=meaning)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--jobs", type=int, default=4 if torch.cuda.is_available() else 1, help="processes")
+    parser.add_argument("--jobs", type=int, help="processes (by default one a GPU: several on one slow each other)")
     parser.add_argument("--lanes", type=int, default=0, help="trainings side by side in a process (GPU: 10, CPU: 2)")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--pictures_file", type=Path, help="for the contact sheet")
@@ -287,6 +314,7 @@ def arguments() -> argparse.Namespace:
         if getattr(args, option) is None:
             setattr(args, option, value)
     suffix, temporary = "" if name == "full" else f"-{name}", ROOT / "output" / "personalization"
+    args.jobs = args.jobs or (torch.cuda.device_count() if args.device == "cuda" else 1)
     args.lanes = args.lanes or (10 if args.device == "cuda" else 2)
     args.output = args.output or (temporary if args.quick else RESULTS) / f"personalization{suffix}.json"
     args.pictures_file = args.pictures_file or temporary / f"pictures{suffix}.safetensors"

@@ -92,7 +92,7 @@ def with_peft(
     size: int,
     rate: float,
 ) -> Adapter:
-    """One of peft's adapters on those layers that it adapts. Its deltas are taken once: the layers stay merged."""
+    """One of peft's adapters on those layers that it adapts."""
     names = [name for name, layer in targets_of(unet).items() if adapts(layer)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -105,9 +105,12 @@ def with_peft(
         for name, layer in unet.named_modules():
             if isinstance(layer, BaseTunerLayer):
                 inner: Any = layer.get_base_layer()
-                before = inner.weight.clone()
+                weight = inner.weight.data
+                inner.weight.data = weight.clone()  # for merging, whose rounding would stay
                 layer.merge()
-                found[f"{name}.weight"] = inner.weight - before
+                found[f"{name}.weight"] = inner.weight.detach() - weight
+                layer.unmerge()
+                inner.weight.data = weight
         return found
 
     return Adapter(unet, groups, deltas)

@@ -125,13 +125,12 @@ def _beside(word: str, ground: str, on: dict[str, Any], rng: random.Random) -> A
 class Bench:
     """The base model, a pipeline whose U-Net takes adapters' deltas, and the judge; one a process.
 
-    :param number: of pictures of each kind of prompt
     :param sampling: steps of a picture
     """
 
-    def __init__(self, device: str, number: int, sampling: int = measure.STEPS):
+    def __init__(self, device: str, sampling: int = measure.STEPS):
         measure.STEPS = sampling
-        self.device, self.number = torch.device(device), number
+        self.device = torch.device(device)
         self.model = sd.load(str(measure.MODEL))
         for part in (self.model.unet, self.model.text_encoder, self.model.pipeline.vae):
             part.to(self.device)
@@ -168,12 +167,10 @@ class Bench:
     @torch.no_grad()
     def merge(self, *deltas: dict[str, Tensor]) -> None:
         """The base weights and what these adapters add to them."""
-        base = self.unet.state_dict()
-        for name, weight in self.merged.state_dict().items():
-            weight.copy_(base[name])
-            for found in deltas:
-                if name in found:
-                    weight += found[name]
+        weights = self.merged.state_dict()
+        torch._foreach_copy_(list(weights.values()), list(self.unet.state_dict().values()))
+        for found in filter(None, deltas):
+            torch._foreach_add_([weights[name] for name in found], list(found.values()))
 
     def eye(self, concept: int) -> Eye:
         """The judge's for a concept."""
@@ -187,17 +184,21 @@ class Bench:
         pixels = measure.draw(self.pipeline, prompts, range(first, first + len(prompts)), size)
         return judge.read(self.judge, pixels), pixels
 
-    def measure(self, outcome: training.Outcome, concept: int, word: str, seed: int) -> tuple[dict[str, Any], Tensor]:
-        """All figures of one adapter, and the contact sheet's pictures as bytes (prompts, 3, 64, 64)."""
+    def measure(
+        self, outcome: training.Outcome, concept: int, word: str, seed: int, number: int
+    ) -> tuple[dict[str, Any], Tensor]:
+        """All figures of one adapter, and the contact sheet's pictures as bytes (prompts, 3, 64, 64).
+
+        :param number: of pictures of each kind of prompt
+        """
         rng = random.Random(f"prompts {concept} {seed}")
-        eye, number = self.eye(concept), self.number
+        eye = self.eye(concept)
         alone = measure.concept_prompts(word, 8 * max(1, round(number / 4)))
         asked = following(word, number, rng)
         kinds = [("single", 2 * number), ("pair", number)]
         known = [scenes.draw_scene(rng, kind) for kind, count in kinds for _ in range(count)]
         captions = [scenes.caption(scene, rng, background=True) for scene in known]
         figures: dict[str, Any] = {"parameters": outcome.parameters, "loss": outcome.loss, "of_renders": eye.of_renders}
-        figures["notes"] = outcome.notes
         if not outcome.finite:
             names = (*FOLLOWED, "likeness", "likeness_share", "edit_likeness", "follow", "old", "old_pair")
             sheet = torch.zeros(len(SHEET), 3, draw.SIZE, draw.SIZE, dtype=torch.uint8)
@@ -253,13 +254,15 @@ class Bench:
         merged = self.merged(*inputs, return_dict=False)[0]
         return float((merged - trained).norm() / trained.norm())
 
-    def compose(self, outcomes: Sequence[training.Outcome], pair: Sequence[int], seed: int) -> dict[str, Any]:
+    def compose(
+        self, outcomes: Sequence[training.Outcome], pair: Sequence[int], seed: int, number: int
+    ) -> dict[str, Any]:
         """Both adapters at once: likeness of each word's pictures to its concept (`compose`, as a share of renders')
         and to the other one (`compose_mixed`), and of pictures of both to each (`compose_both`)."""
         if not all(outcome.finite for outcome in outcomes):
             return {"compose": 0.0, "compose_mixed": 0.0, "compose_both": 0.0, "diverged": True}
         self.merge(*(outcome.deltas for outcome in outcomes))
-        eyes, number = [self.eye(concept) for concept in pair], self.number
+        eyes = [self.eye(concept) for concept in pair]
         alone = [measure.concept_prompts(word, number) for word in WORDS]
         orders = [" left of ".join(WORDS), " above ".join(reversed(WORDS)), " and ".join(WORDS)]
         both = [f"{orders[i % 3]} on a {BACKGROUNDS[i % len(BACKGROUNDS)]} background" for i in range(number)]

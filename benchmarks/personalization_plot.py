@@ -20,7 +20,6 @@ PARTS = ("background", "count", "known", "relation", "style", "edit_likeness", "
          "old_background")  # fmt: skip
 AT_LIKENESS = {"old world": "old", "old pairs": "old_pair", "prompt followed": "follow", "drift": "drift"}
 PLOTS = {"old": "old-world accuracy", "follow": "prompt following with the concept", "drift": "drift"}
-LEVELS = (0.5, 0.7)  # likenesses to compare at, beside that at LoRA's best rate
 SAMPLES = 1000  # of the bootstrap
 
 Run = dict[str, Any]
@@ -69,12 +68,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def curves(data: Mapping[str, Any], adapter: str, name: str) -> dict[Unit, list[tuple[float, float]]]:
-    """For each concept and seed (likeness, figure) at the rates that all of them have, in rising order."""
+    """For each concept and seed (likeness, figure) at the rates that all of them have, in rising order, from the base
+    model on, which is rate 0."""
     found: dict[Unit, dict[float, tuple[float, float]]] = {}
-    for run in select(data["runs"], adapter, None, data["concepts"]["test"]):
+    test = data["concepts"]["test"]
+    for run in select(data["runs"], adapter, None, test) + select(data["runs"], "none", None, test):
         if name in run and "concept" in run:
             by_rate = found.setdefault((run["concept"], run["seed"]), {})
             by_rate[run["rate"]] = run["likeness_share"], run[name]
+    if not found:
+        return {}
+    found = {unit: by_rate for unit, by_rate in found.items() if len(by_rate) > 1}
     if not found:
         return {}
     rates = sorted(set.intersection(*(set(by_rate) for by_rate in found.values())))
@@ -102,44 +106,35 @@ def mean_curve(found: Mapping[Unit, list[tuple[float, float]]], units: Sequence[
     ]
 
 
-def at_equal_likeness(
-    data: Mapping[str, Any], adapter: str, name: str, reference: str, level: float | None = None
-) -> str:
-    """A figure where the adapter's mean curve has a likeness, and how much that differs from the reference's there,
-    with its 95% interval by a bootstrap over concepts.
-
-    :param level: the likeness; None for the reference's at its best rate
-    """
-    theirs, ours = curves(data, reference, name), curves(data, adapter, name)
+def difference_at_equal_likeness(data: Mapping[str, Any], adapter: str, name: str, reference: str) -> str:
+    """A figure at the adapter's best rate, and how much it differs from the reference's at the same likeness, which is
+    interpolated along its rates; with its 95% interval by a bootstrap over concepts."""
+    theirs = curves(data, reference, name)
     best = {
-        (run["concept"], run["seed"]): run["likeness_share"]
-        for run in select(data["runs"], reference, data["best"].get(reference), data["concepts"]["test"])
+        (run["concept"], run["seed"]): (run["likeness_share"], run[name])
+        for run in select(data["runs"], adapter, data["best"].get(adapter), data["concepts"]["test"])
         if "concept" in run
     }
-    units = sorted(theirs.keys() & ours.keys() & best.keys())
+    units = sorted(theirs.keys() & best.keys())
     if not units:
         return "–"
 
     def both(chosen: Sequence[Unit]) -> tuple[float, float]:
-        likeness = _mean([best[unit] for unit in chosen]) if level is None else level
-        return at(mean_curve(ours, chosen), likeness), at(mean_curve(theirs, chosen), likeness)
+        likeness = _mean([best[unit][0] for unit in chosen])
+        return _mean([best[unit][1] for unit in chosen]), at(mean_curve(theirs, chosen), likeness)
 
-    likeness = _mean([best[unit] for unit in units]) if level is None else level
-    if not reaches(mean_curve(theirs, units), likeness):
-        return f"{reference} has no such likeness"
-    if not reaches(mean_curve(ours, units), likeness):
-        low = max(x for x, _ in mean_curve(ours, units)) < likeness
-        return "not reached" if low else "always beyond"
     mine, other = both(units)
     if adapter == reference:
         return f"{mine:.3f}"
+    likeness, points = _mean([best[unit][0] for unit in units]), mean_curve(theirs, units)
+    if not reaches(points, likeness):
+        return f"{mine:.3f} ({reference} has no such likeness)"
     clusters: dict[int, list[Unit]] = {}
     for unit in units:
         clusters.setdefault(unit[0], []).append(unit)
     rng, differences = random.Random(0), []
     for _ in range(SAMPLES if len(clusters) > 1 else 0):
-        chosen = [unit for c in rng.choices(list(clusters), k=len(clusters)) for unit in clusters[c]]
-        first, second = both(chosen)
+        first, second = both([unit for c in rng.choices(list(clusters), k=len(clusters)) for unit in clusters[c]])
         differences.append(first - second)
     differences.sort()
     interval = f" ({mine - other:+.3f}"
@@ -155,6 +150,7 @@ def tables(data: Mapping[str, Any]) -> str:
     """Everything in Markdown."""
     runs, test, best = data["runs"], data["concepts"]["test"], data["best"]
     names = [name for name in data["adapters"] if name in best]
+    tested = [name for name in names if select(runs, name, best[name], test)]
     parts = []
 
     def values(adapter: str, rate: float, name: str) -> list[float]:
@@ -169,32 +165,41 @@ def tables(data: Mapping[str, Any]) -> str:
                  "Likeness, and that of two files in one model, as a share of a render's.")  # fmt: skip
     head = ["adapter", "size", "parameters", "rate", *COLUMNS]
     rows = [["base model", "", "", "", *row("none", 0.0, list(COLUMNS.values()))]]
-    for name in names:
+    for name in tested:
         size, count = (str(data["adapters"][name][key]) for key in ("size", "parameters"))
         rows.append([name, size, f"{int(count):,}", f"{best[name]:g}", *row(name, best[name], list(COLUMNS.values()))])
     parts.append(table(head, rows))
+    if data["concepts"]["tuning"]:
+        tuned = data["concepts"]["tuning"]
+        parts.append(f"The choice of rates, on {len(tuned)} concepts, one seed: likeness, old world, drift.")
+        rates = sorted({run["rate"] for name in data["adapters"] for run in select(runs, name, None, tuned)})
+        cells = [
+            [", ".join(f"{mean_of(runs, name, rate, tuned, key):.2f}" for key in ("likeness_share", "old", "drift"))
+             if select(runs, name, rate, tuned) else "" for rate in rates]
+            for name in names
+        ]  # fmt: skip
+        parts.append(table(["adapter", *(f"{rate:g}" for rate in rates)],
+                           [[name, *row] for name, row in zip(names, cells, strict=True)]))  # fmt: skip
     parts.append("What the means are made of:")
-    rows = [[name, *row(name, rate, PARTS)] for name, rate in [("none", 0.0), *((n, best[n]) for n in names)]]
+    rows = [[name, *row(name, rate, PARTS)] for name, rate in [("none", 0.0), *((n, best[n]) for n in tested)]]
     parts.append(table(["adapter", *PARTS], rows))
     if "lora" in best:
-        parts.append("At LoRA's likeness, interpolated along each adapter's rates; behind it the difference from LoRA "
-                     "and its 95% interval (bootstrap over concepts):")  # fmt: skip
-        for level in (None, *LEVELS):
-            if level is not None:
-                parts.append(f"The same at a likeness of {level:g}:")
-            rows = [
-                [n, *(at_equal_likeness(data, n, key, "lora", level) for key in AT_LIKENESS.values())] for n in names
-            ]
-            parts.append(table(["adapter", *AT_LIKENESS], rows))
+        parts.append("Beside LoRA at the same likeness, interpolated along LoRA's rates and the base model: in "
+                     "brackets the difference from LoRA and its 95% interval (bootstrap over concepts):")  # fmt: skip
+        rows = [
+            [n, f"{_mean(values(n, best[n], 'likeness_share')):.3f}",
+             *(difference_at_equal_likeness(data, n, key, "lora") for key in AT_LIKENESS.values())]
+            for n in tested
+        ]  # fmt: skip
+        parts.append(table(["adapter", "likeness", *AT_LIKENESS], rows))
     parts.append("All rates tested:")
     rows = []
-    for name in names:
+    for name in tested:
         for rate in sorted({run["rate"] for run in select(runs, name, None, test)}):
             figures = [with_interval(values(name, rate, key)) for key in list(COLUMNS.values())[:5]]
             rows.append([name, f"{rate:g}{' (best)' if rate == best[name] else ''}", *figures])
     parts.append(table(["adapter", "rate", *list(COLUMNS)[:5]], rows))
-    notes = sorted({f"{run['adapter']}: {note}" for run in runs.values() for note in run.get("notes", [])})
-    notes += sorted({f"{run['adapter']} at {run['rate']:g}: diverged" for run in runs.values() if "diverged" in run})
+    notes = sorted({f"{run['adapter']} at {run['rate']:g}: diverged" for run in runs.values() if "diverged" in run})
     worst = max((run.get("merge_error", 0.0) for run in runs.values()), default=0.0)
     notes.append(f"merged models' predictions differ from the trained adapters' by at most {worst:.1e}")
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
@@ -222,7 +227,8 @@ def draw_plot(data: Mapping[str, Any], file: Path) -> None:
     runs, test = data["runs"], data["concepts"]["test"]
     figure, axes = pyplot.subplots(1, len(PLOTS), figsize=(15, 5))
     for axis, (name, title) in zip(axes, PLOTS.items(), strict=True):
-        for i, adapter in enumerate(n for n in data["adapters"] if n in data["best"]):
+        shown = [n for n in data["adapters"] if n in data["best"] and select(runs, n, data["best"][n], test)]
+        for i, adapter in enumerate(shown):
             found = curves(data, adapter, name)
             if not found:
                 continue
@@ -235,6 +241,7 @@ def draw_plot(data: Mapping[str, Any], file: Path) -> None:
         axis.axhline(base, color="black", linewidth=0.8, linestyle=":")
         if name == "drift":
             axis.set_yscale("symlog", linthresh=1e-2)
+            axis.set_ylim(bottom=0)
         axis.set_xlabel("likeness, of a render's")
         axis.set_title(title + (" (dotted: base model)" if name != "drift" else " (lower is better)"), fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)

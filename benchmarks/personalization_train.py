@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 
 from library import sd
 from library.world import concepts, draw
-from library.world.backward import backward_of
 from library.world.scenes import BACKGROUNDS
 
 WARM_UP = 10
@@ -93,7 +90,6 @@ class Outcome:
     deltas: dict[str, Tensor]
     parameters: int
     loss: float
-    notes: list[str] = field(default_factory=list)
     example: tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None = None  # inputs, and the trained model's prediction
 
     @property
@@ -102,105 +98,172 @@ class Outcome:
         return math.isfinite(self.loss) and all(bool(d.isfinite().all()) for d in self.deltas.values())
 
 
-def gradients_of(loss: Loss, example: tuple[Tensor, ...], parameters: list[nn.Parameter]) -> tuple[Callable, str]:
-    """`backward_of`, on a GPU checked against plain steps with other weights than those recorded, else plain steps."""
-
-    def plain(*inputs: Tensor) -> Tensor:
-        loss.zero_grad()
-        value = loss(*inputs)
-        value.backward()
-        return value.detach()
-
-    if example[0].device.type != "cuda":
-        return plain, ""
-    kept = [p.detach().clone() for p in parameters]
-    try:
-        graph = backward_of(loss, example)
-        recorded = [p.grad for p in parameters]
-        with torch.no_grad():
-            for p in parameters:
-                p.add_(torch.randn_like(p) * (float(p.std()) if p.numel() > 1 and bool(p.any()) else 0.01), alpha=0.01)
-        graph(*example)
-        found = [None if p.grad is None else p.grad.clone() for p in parameters]
-        plain(*example)
-        expected = [p.grad for p in parameters]
-        missing = sum(a is None and b is not None for a, b in zip(found, expected, strict=True))
-        pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
-        off = math.fsum(float((a - b).square().sum()) for a, b in pairs)
-        size = math.fsum(float(b.square().sum()) for _, b in pairs)
-        right = missing == 0 and off <= 1e-4 * size
-        note = "" if right else f"eager: the graph's gradients are off ({off:.1e} of {size:.1e}, {missing} missing)"
-    except (RuntimeError, TypeError, AssertionError) as error:
-        note = f"eager: no CUDA graph ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
-        torch.cuda.synchronize()
-    finally:
-        with torch.no_grad():
-            for p, before in zip(parameters, kept, strict=True):
-                p.copy_(before)
-    if note:
-        return plain, note
-    for p, gradient in zip(parameters, recorded, strict=True):
-        p.grad = gradient
-    return graph, ""
-
-
-@dataclass
 class Lane:
-    """One training. `step` leaves gradients; what is None is not trained."""
+    """One training, which can be started anew: from another seed, at another rate, on as many pictures.
 
-    adapter: Adapter
-    data: DataSet
-    note: str = ""
-    step: Callable[..., Tensor] | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
-    stream: torch.cuda.Stream | None = None
-    losses: list[Tensor] = field(default_factory=list)
+    On a GPU a step is recorded once as a CUDA graph and replayed: the model would wait for the launches of its kernels.
+    So rates, data and the step's number are tensors that the recorded step reads.
 
-    def train_step(self, i: int) -> None:
-        """Gradients, clipping, AdamW."""
-        assert self.step is not None
-        assert self.optimizer is not None
-        assert self.schedule is not None
-        with torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
-            self.losses.append(self.step(*(t[i] for t in _inputs(self.data))).clone())
-            torch.nn.utils.clip_grad_norm_(self.adapter.parameters, CLIP)
-            self.optimizer.step()
-            self.schedule.step()
+    :param adapter: on a U-Net of its own
+    :param data: its shapes stay; without parameters nothing is trained
+    """
+
+    def __init__(self, adapter: Adapter, data: DataSet):
+        self.adapter, self.data = adapter, data
+        steps, device = len(data.noisy), data.noisy.device
+        self.on_gpu = device.type == "cuda"
+        self.loss = Loss(adapter.unet, data.text, adapter.extra, adapter.begin)
+        self.at = torch.zeros(1, dtype=torch.long, device=device)  # the step's number
+        self.losses = torch.zeros(steps, device=device)
+        self.factors = torch.tensor([_factor(i, steps) for i in range(steps)], device=device)
+        self.rates = [torch.tensor(float(group["lr"]), device=device) for group in adapter.groups]
+        if adapter.groups:
+            groups = [{"params": g["params"], "lr": r.clone()} for g, r in zip(adapter.groups, self.rates, strict=True)]
+            self.optimizer = torch.optim.AdamW(groups, fused=True, capturable=self.on_gpu)
+        self.stream = torch.cuda.Stream() if self.on_gpu else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def restart(self, fresh: Adapter, data: DataSet) -> None:
+        """Takes over an untrained adapter's state and rates, and other data of the same shapes."""
+        pairs = list(zip(_state(self.adapter), _state(fresh), strict=True))
+        with torch.no_grad():
+            torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
+            for mine, theirs in zip(_tensors(self.data), _tensors(data), strict=True):
+                mine.copy_(theirs)
+        for rate, group in zip(self.rates, fresh.groups, strict=True):
+            rate.fill_(float(group["lr"]))
+        self.begin()
+
+    def begin(self) -> None:
+        """Before the first step."""
+        self.adapter.unet.train()
+        if self.adapter.extra is not None:
+            self.adapter.extra.train()
+        self.at.zero_()
+        if self.adapter.groups:
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+
+    def step(self) -> None:
+        """Gradients, clipping, AdamW; the next one of `begin`."""
+        if not self.adapter.groups:
+            return
+        if self.graph is None:
+            self._step()
+            return
+        with torch.cuda.stream(self.stream):
+            self.graph.replay()
+
+    def _step(self) -> None:
+        self.optimizer.zero_grad()
+        value = self.loss(*(tensor.index_select(0, self.at)[0] for tensor in _tensors(self.data)[:4]))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.adapter.parameters, CLIP)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            group["lr"].copy_(rate * self.factors.index_select(0, self.at)[0])
+        self.optimizer.step()
+        self.losses.index_copy_(0, self.at, value.detach()[None])
+        self.at += 1
+
+    def record(self, warm_up: int) -> None:
+        """Makes steps replays, on a GPU.
+
+        :param warm_up: plain steps before, in which libraries set themselves up; they change the adapter
+        :raises RuntimeError: for what cannot be recorded, such as a step that waits for the GPU
+        """
+        if self.stream is None or not self.adapter.groups:
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(warm_up):
+                self._step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self._step()
+        torch.cuda.synchronize()
+        self.graph = graph
+
+    def check(self, fresh: Adapter, steps: int = 3) -> None:
+        """Compares recorded steps with plain ones.
+
+        :raises RuntimeError: when they move the adapter elsewhere
+        """
+        if self.graph is None:
+            return
+        graph, moved, losses = self.graph, [], []
+        for self.graph in (None, graph):
+            self.restart(fresh, self.data)
+            torch.cuda.synchronize()
+            before = [p.detach().clone() for p in self.adapter.parameters]
+            for _ in range(steps):
+                self.step()
+            torch.cuda.synchronize()
+            moved.append([p.detach() - was for p, was in zip(self.adapter.parameters, before, strict=True)])
+            losses.append(self.losses[:steps].clone())
+        size, off = float(_square(moved[0])), float(_square(torch._foreach_sub(*moved)))
+        # Adam's first steps have every entry's sign, also where a gradient is mere rounding
+        if not off <= 0.25 * size or not torch.allclose(*losses, rtol=0.01):
+            raise RuntimeError(f"recorded steps are others: {off:.1e} of {size:.1e}, losses {losses}")
 
 
-def lane_of(label: str, size: int, rate: float, base: UNet2DConditionModel, data: DataSet) -> Lane:
-    """An adapter on a U-Net of its own, ready to be trained. The seed of the data is the adapter's too."""
-    build, _ = adapter_of(label)
-    on_gpu, steps = base.device.type == "cuda", len(data.noisy)
-    torch.manual_seed(data.seed)
-    adapter = build(copy.deepcopy(base), size, rate)
-    if not adapter.groups:
-        return Lane(adapter, data)
-    adapter.unet.train()
-    loss = Loss(adapter.unet, data.text, adapter.extra, adapter.begin)
-    step, note = gradients_of(loss, tuple(t[0] for t in _inputs(data)), adapter.parameters)
-    optimizer = torch.optim.AdamW(adapter.groups, fused=on_gpu)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_factor, steps=steps))
-    return Lane(adapter, data, note, step, optimizer, schedule, torch.cuda.Stream() if on_gpu else None)
+class Group:
+    """Trainings of one adapter side by side, one a concept; for one rate and seed after the other."""
+
+    def __init__(self, label: str, size: int, base: UNet2DConditionModel):
+        self.label, self.size, self.base = label, size, base
+        self.lanes: list[Lane] = []
+
+    def _fresh(self, rate: float, seed: int) -> Adapter:
+        torch.manual_seed(seed)
+        return adapter_of(self.label)[0](copy.deepcopy(self.base), self.size, rate)
+
+    def train(self, rate: float, sets: Sequence[DataSet]) -> list[Outcome]:
+        """One adapter on each of these data sets, of one seed, which is the adapters' too.
+
+        Call it with data sets of the same concepts again, or begin another group.
+        """
+        fresh = self._fresh(rate, sets[0].seed)
+        if not self.lanes:
+            for i, data in enumerate(sets):
+                lane = Lane(self._fresh(rate, data.seed), data)
+                lane.record(warm_up=1 if i else 3)
+                if i == 0:
+                    lane.check(fresh)
+                self.lanes.append(lane)
+        for lane, data in zip(self.lanes, sets, strict=True):
+            lane.restart(fresh, data)
+        _synchronise(self.base)  # the lanes' streams do not wait for what was set up on another
+        for _ in range(len(sets[0].noisy)):
+            for lane in self.lanes:
+                lane.step()
+        _synchronise(self.base)
+        return [_outcome(lane) for lane in self.lanes]
 
 
 def train(label: str, size: int, rate: float, base: UNet2DConditionModel, sets: Sequence[DataSet]) -> list[Outcome]:
-    """One adapter on each of these data sets, side by side on a GPU."""
-    lanes = [lane_of(label, size, rate, base, data) for data in sets]
-    if base.device.type == "cuda":
-        torch.cuda.synchronize()  # the lanes' streams do not wait for what was set up on another
-    for i in range(len(sets[0].noisy)):
-        for lane in lanes:
-            if lane.step is not None:
-                lane.train_step(i)
-    if base.device.type == "cuda":
+    """One adapter on each of these data sets, side by side."""
+    return Group(label, size, base).train(rate, sets)
+
+
+def _square(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()
+
+
+def _synchronise(unet: UNet2DConditionModel) -> None:
+    if unet.device.type == "cuda":
         torch.cuda.synchronize()
-    return [_outcome(lane.adapter, lane.data, lane.losses, lane.note) for lane in lanes]
 
 
-def _inputs(data: DataSet) -> tuple[Tensor, ...]:
-    return data.noisy, data.timesteps, data.target, data.weights
+def _state(adapter: Adapter) -> list[Tensor]:
+    """All of the adapted model's tensors that the optimizer or an initial state may set."""
+    parts = [adapter.unet, *([adapter.extra] if adapter.extra is not None else [])]
+    return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+
+
+def _tensors(data: DataSet) -> tuple[Tensor, ...]:
+    return data.noisy, data.timesteps, data.target, data.weights, data.text
 
 
 def _factor(step: int, steps: int) -> float:
@@ -212,15 +275,17 @@ def _factor(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _outcome(adapter: Adapter, data: DataSet, losses: list[Tensor], note: str) -> Outcome:
+def _outcome(lane: Lane) -> Outcome:
+    adapter, data = lane.adapter, lane.data
     adapter.unet.eval()
     if adapter.extra is not None:
         adapter.extra.eval()
     inputs = (data.noisy[0], data.timesteps[0], data.text)
     adapter.begin()
     example = (inputs, adapter.unet(*inputs).sample)
-    loss = float(torch.stack(losses[-50:]).mean()) if losses else 0.0
-    failed = not math.isfinite(loss) or any(not bool(p.isfinite().all()) for p in adapter.parameters)
+    loss = float(lane.losses[-50:].mean())
+    norms = torch._foreach_norm([p.detach() for p in adapter.parameters]) if adapter.groups else [lane.losses[-1]]
+    failed = not math.isfinite(loss) or not bool(torch.stack(list(norms)).isfinite().all())
     deltas = {} if failed else adapter.deltas()
     loss = math.nan if failed else loss
-    return Outcome(deltas, adapter.number, loss, notes=[note] if note else [], example=example)
+    return Outcome(deltas, adapter.number, loss, example)

@@ -22,7 +22,7 @@ from tests.conftest import relative_error
 from tests.test_architectures import Flux, network
 from tests.test_conditions import gradients
 
-OPTIONS = [{}, {"gate": "true"}, {"para": "true"}, {"split_qkv": "true"}, {"module_dropout": "0.3"},
+OPTIONS = [{}, {"removal": "0"}, {"gate": "true"}, {"para": "true"}, {"split_qkv": "true"}, {"module_dropout": "0.3"},
            {"neuron_dropout": "0.3", "rank_dropout": "0.3"}]  # fmt: skip
 
 

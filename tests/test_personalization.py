@@ -71,3 +71,21 @@ def test_loss_is_the_trainers(monkeypatch):
         expected = diffusion_loss(lambda noisy, at: model.predict(noisy, at, data.text), latents, clean, training.GAMMA)
         found = loss(data.noisy[1], timesteps, noise, data.weights[1])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", ["lora", "dora", "oft", "peft-deft", "deft", "deft init=paper", "para", "full"])
+def test_a_training_started_anew_is_a_fresh_one(monkeypatch, label):
+    """Nothing of the rate and the seed before is left: neither in the adapter, nor in weights, nor in the optimizer."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import personalization_train as training
+
+    model = sd.load(str(measure.MODEL))
+    sets = [[training.data_set(model, 100, "sks", seed, steps=3)] for seed in (0, 1, 1)]
+    group = training.Group(label, 8, model.unet)
+    first = group.train(1e-3, sets[0])[0]
+    again = group.train(1e-2, sets[1])[0]
+    fresh = training.train(label, 8, 1e-2, model.unet, sets[2])[0]
+    assert again.loss == fresh.loss
+    assert fresh.deltas
+    assert all(torch.equal(again.deltas[name], delta) for name, delta in fresh.deltas.items())
+    assert any(not torch.equal(first.deltas[name], delta) for name, delta in fresh.deltas.items())
