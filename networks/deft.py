@@ -82,7 +82,7 @@ def create_network_from_weights(
     kept = options_of_file(adapter.options)
     config = parse_options(sizes | kept | user_options(kwargs))
     if for_inference:  # as a plain LoRA: exact for every form, on any base model, and without dropout
-        config = replace(config, basis="qr", para=False, gate=False, removal=1.0, freeze_basis=False)
+        config = replace(config, basis="qr", para=False, gate=False, removal=0.0, freeze_basis=False)
         config = replace(config, neuron_dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
     return DeftNetwork(text_encoder, unet, multiplier, config, source=adapter), adapter.tensors
 
@@ -329,6 +329,7 @@ class DeftNetwork(nn.Module):
         if isinstance(layer, DeftLayer):
             same_form = layer.basis == self.config.basis
             same_form &= (layer.R is None) == self.config.para and (layer.gate is None) == (module.g is None)
+            same_form &= self.config.removal > 0 or not layer.removes
             if same_form and layer.rank == module.rank:
                 R = None if layer.R is None else layer.R * (layer.scale / module.scale)
                 module.set_matrices(layer.P, R, layer.E0)

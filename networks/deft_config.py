@@ -147,7 +147,8 @@ class DeftConfig:
     basis: str = _option("qr", _bases, of_file=True)
     para: bool = _option(False, parse_bool, of_file=True)
     gate: bool = _option(False, parse_bool, of_file=True)
-    removal: float = _option(1.0, _share, of_file=True)  # how much of what leaves with a turning basis is taken out
+    # how much of what leaves with a turning basis is taken out; None becomes 1 in the published forms, 0 otherwise
+    removal: float = _option(None, _share, of_file=True)
     freeze_basis: bool = _option(False, parse_bool, of_file=True)
     init: str | None = _option(None, _choice("identity", "paper", "svd", "minor"))
     init_scale: float = _option(1.0, _positive, of_file=True)
@@ -215,6 +216,11 @@ class DeftConfig:
     ggpo_sigma: None = _option(None, _ggpo)
 
     def __post_init__(self) -> None:
+        published = self.para or self.basis != "qr" or self.init == "paper"
+        if self.removal is None:
+            object.__setattr__(self, "removal", float(published))
+        if self.init == "paper" and self.removal != 1:
+            raise DeftError(f"removal={self.removal:g}: init=paper starts with all of it taken out; leave removal out")
         if self.para and self.basis in ("relu", "svd"):
             raise DeftError(f"para=true needs basis=qr, none, tsvd or nmf, not basis={self.basis}")
         if self.basis in ("tsvd", "nmf") and not self.para:

@@ -66,6 +66,12 @@ class DeftLayer:
     def rank(self) -> int:
         return self.E0.shape[1]
 
+    @property
+    def removes(self) -> bool:
+        """Whether something of W is taken out: E is not E0."""
+        E = deft_math.left_and_eraser(self.P, self.basis)[1]
+        return bool((E - self.E0).norm() > 1e-6 * E.norm())
+
 
 @dataclass(frozen=True)
 class AdapterFile:

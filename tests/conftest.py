@@ -65,7 +65,8 @@ def perturb(network: nn.Module, size: float = 0.3) -> None:
 def network_of(
     model, dim: int | None = 4, alpha: float | None = 4, trained: bool = True, **options
 ) -> deft.DeftNetwork:
-    """A network applied to the small model."""
+    """A network applied to the small model; with all of the removal, so that W takes part."""
+    options = {"removal": "1"} | options
     network = deft.create_network(1.0, dim, alpha, None, model.text_encoder, model.unet, **options)
     network.apply_to(model.text_encoder, model.unet)
     if trained:

@@ -93,6 +93,7 @@ class Flux(nn.Module):
 
 
 def network(model: nn.Module, dim: int = 4, encoders: list | None = None, trained: bool = True, **options):
+    options = {"removal": "1"} | options  # so that W takes part
     net = deft.create_network(1.0, dim, dim, None, encoders or [], model, **options)
     net.apply_to(encoders or [], model)
     if trained:

@@ -35,7 +35,7 @@ BATCHED = [form for form, options in FORMS.items() if options.get("basis", "qr")
 def module_on(
     layer: nn.Module, rank: int = 4, alpha: float = 2, trained: bool = True, batched: bool = False, **options
 ) -> DeftModule:
-    config = DeftConfig(dim=rank, alpha=alpha, **options)
+    config = DeftConfig(dim=rank, alpha=alpha, **{"removal": 1.0} | options)
     module = DeftModule(Target("lora_unet_x", "x", layer), 1.0, rank, config.scale, config)
     if trained:
         perturb(module)
@@ -485,6 +485,7 @@ def test_meta_weight_is_refused_by_name():
         ({"para": "true", "freeze_basis": "true"}, "freeze_basis=true: with para=true"),
         ({"removal": "1.5"}, "removal=1.5: must be a number from 0 to 1"),
         ({"para": "yes", "gate": "yes"}, "gate=true scales R"),
+        ({"init": "paper", "removal": "0.5"}, "removal=0.5: init=paper starts with all"),
         ({"init": "zero"}, "init=zero: allowed are identity, paper, svd"),
     ],
 )
@@ -507,3 +508,10 @@ def test_options_are_read_as_strings():
     assert user_options({"dropout": None}) == {}
     assert parse_options({}).scale == 1 / 4  # sd-scripts' defaults: dim 4, alpha 1
     assert parse_options({"dim": 8, "alpha": 0}).scale == 1  # as in sd-scripts
+
+
+def test_removal_is_the_papers_where_a_published_form_is_asked_for():
+    forms = [{"para": True}, {"basis": "relu"}, {"basis": "svd"}, {"basis": "none"}, {"init": "paper"}]
+    assert all(parse_options(form).removal == 1 for form in forms)
+    assert parse_options({}).removal == parse_options({"freeze_basis": True, "init": "minor"}).removal == 0
+    assert parse_options({"removal": "1"}).removal == 1
