@@ -216,7 +216,7 @@ class DeftConfig:
     ggpo_sigma: None = _option(None, _ggpo)
 
     def __post_init__(self) -> None:
-        published = self.para or self.basis != "qr" or self.init == "paper"
+        published = self.para or self.gate or self.basis != "qr" or self.init == "paper"
         if self.removal is None:
             object.__setattr__(self, "removal", float(published))
         if self.init == "paper" and self.removal != 1:

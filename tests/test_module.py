@@ -511,7 +511,7 @@ def test_options_are_read_as_strings():
 
 
 def test_removal_is_the_papers_where_a_published_form_is_asked_for():
-    forms = [{"para": True}, {"basis": "relu"}, {"basis": "svd"}, {"basis": "none"}, {"init": "paper"}]
+    forms = [{"para": True}, {"gate": True}, {"basis": "relu"}, {"basis": "svd"}, {"basis": "none"}, {"init": "paper"}]
     assert all(parse_options(form).removal == 1 for form in forms)
     assert parse_options({}).removal == parse_options({"freeze_basis": True, "init": "minor"}).removal == 0
     assert parse_options({"removal": "1"}).removal == 1
