@@ -613,11 +613,9 @@ def _check_shape(adapter: AdapterFile, target: Target) -> None:
 
 def _as_deft_layer(module: DeftModule) -> DeftLayer:
     """As a file has it, where all of E - E0 is taken out: what `removal` leaves goes into E0."""
-    removal, E0 = module.config.removal, module.E0
-    if removal != 1:
-        E = module.left_and_eraser()[1]
-        E0 = E - removal * (E - E0)
-    return DeftLayer(module.config.basis, module.effective_P, module.effective_R, E0, module.scale, module.g)
+    removal, E, E0 = module.config.removal, module.left_and_eraser()[1], module.E0
+    start = E if E0 is None else E0 if removal == 1 else E - removal * (E - E0)
+    return DeftLayer(module.config.basis, module.effective_P, module.effective_R, start, module.scale, module.g)
 
 
 def _file_factors(layer: DeftLayer, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

@@ -27,16 +27,16 @@ FLOAT16_GAIN = 64.0
 class LayerFactors:
     """One layer's factors for one pass.
 
-    `up` (m, r) and `down` (r, n) are in the compute dtype, without history, and scaled by `gain`. Until `down` is
-    formed, `change` is (E - E0) in the compute dtype. `trained` holds P, R, g and the batch's probe, which the layer's
-    graph ends in.
+    `up` (m, r) and `down` (r, n) are in the compute dtype, without history, and scaled by `gain`. Where something is
+    removed, `change` is (E - E0) in the compute dtype until `down` is formed. `trained` holds P, R, g and the batch's
+    probe, which the layer's graph ends in.
     """
 
     __slots__ = ("change", "down", "entered", "gain", "is_trained", "removes", "trained", "up")
 
-    def __init__(self, module: DeftModule, up: Tensor, change: Tensor, gain: float, probe: Tensor) -> None:
+    def __init__(self, module: DeftModule, up: Tensor, change: Tensor | None, gain: float, probe: Tensor) -> None:
         self.up, self.gain = up, gain
-        self.change: Any = change  # a Tensor, and None when `down` is there
+        self.change: Any = change  # None when `down` is there
         self.down: Any = None
         self.entered = False
         self.trained = (module.P, module.R, module.g, probe)
@@ -52,7 +52,7 @@ class LayerFactors:
             with torch.inference_mode(False), torch.no_grad(), without_autocast(self.up):
                 weight = module.weight_in(self.up.dtype) if weight is None else weight
                 removed = torch.mm(self.change.t(), weight)
-                self.down, self.change = _down([module], removed.unsqueeze(0))[0], None
+                self.down, self.change = _down([module], self.up.dtype, removed.unsqueeze(0))[0], None
         return self.up, self.down
 
 
@@ -169,21 +169,21 @@ class BatchedFactors:
             small = FLOAT16_GAIN if dtype == torch.float16 else 1.0
             for group, Q in zip(self._P_groups, self._bases(), strict=True):
                 gain = group[0].gain(dtype)
-                change = (Q - torch.stack([m.E0 for m in group])) * (small * self._removal)
-                ups, changes = (Q / gain if gain != 1 else Q).to(dtype).unbind(), change.to(dtype).unbind()
+                ups: Iterable[Tensor] = (Q / gain if gain != 1 else Q).to(dtype).unbind()
+                changes: Iterable[Tensor | None] = [None] * len(group)
+                if self._removal:
+                    starts = [m.E0 for m in group if m.E0 is not None]
+                    change = (Q - torch.stack(starts)) * (small * self._removal)
+                    changes = change.to(dtype).unbind()
                 for module, up, changed in zip(group, ups, changes, strict=True):
                     factors[module] = LayerFactors(module, up, changed, gain, self._probe)
             # a weight that is not at hand now (block swap) is read when its layer's turn has come, and so are all
             # others then: one that is at hand may be on its way out. One that has to be converted is so once, there
-            weights = [m.org_module.weight for m in self.modules]
-            if all(W.dtype == dtype and W.device == m.E0.device for W, m in zip(weights, self.modules, strict=True)):
+            weights = [m.org_module.weight for m in self.modules if self._removal]
+            if all(W.dtype == dtype and W.device == m.P.device for W, m in zip(weights, self.modules, strict=False)):
                 for group in self._R_groups:
-                    shape = (len(group), group[0].rank, group[0].target.shape[1])
-                    removed = torch.zeros(shape, dtype=dtype, device=group[0].P.device)
-                    if self._removal:
-                        for module, out in zip(group, removed.unbind(), strict=True):
-                            torch.mm(factors[module].change.t(), module.weight_in(dtype), out=out)
-                    for module, down in zip(group, _down(group, removed).unbind(), strict=True):
+                    removed = _removed(group, [factors[m].change for m in group]) if self._removal else None
+                    for module, down in zip(group, _down(group, dtype, removed).unbind(), strict=True):
                         factors[module].down, factors[module].change = down, None
             return factors
 
@@ -285,14 +285,23 @@ class BatchedFactors:
         return outputs, gradients
 
 
-def _down(group: list[DeftModule], removed: Tensor) -> Tensor:
-    """down (modules, r, n) of modules alike, s R - (E - E0)^T W, in the dtype of the last term, which is given."""
-    dtype, first = removed.dtype, group[0]
-    down = removed.float()
-    if dtype == torch.float16:
-        down = down / FLOAT16_GAIN
-    down = -down if first.R is None else _injected(group) - down
-    gain = first.gain(dtype)
+def _removed(group: list[DeftModule], changes: list[Tensor]) -> Tensor:
+    """(E - E0)^T W of modules alike (modules, r, n), in the dtype of E - E0, which is W's."""
+    dtype = changes[0].dtype
+    removed = changes[0].new_empty(len(group), group[0].rank, group[0].target.shape[1])
+    for module, change, out in zip(group, changes, removed.unbind(), strict=True):
+        torch.mm(change.t(), module.weight_in(dtype), out=out)
+    return removed
+
+
+def _down(group: list[DeftModule], dtype: torch.dtype, removed: Tensor | None = None) -> Tensor:
+    """down (modules, r, n) of modules alike in `dtype`, s R - (E - E0)^T W, of which the last term is given, or 0."""
+    if removed is None:
+        down = _injected(group)
+    else:
+        removed = removed.float() / FLOAT16_GAIN if dtype == torch.float16 else removed.float()
+        down = -removed if group[0].R is None else _injected(group) - removed
+    gain = group[0].gain(dtype)
     return (down * gain if gain != 1 else down).to(dtype)
 
 

@@ -169,7 +169,7 @@ def polar_factor(P: Tensor) -> Tensor:
 def lora_factors(
     P: Tensor,
     R: Tensor | None,
-    E0: Tensor,
+    E0: Tensor | None,
     scale: Tensor | float,
     basis: str,
     read_weight: Callable[[], Tensor],
@@ -179,15 +179,16 @@ def lora_factors(
 
     :param P: (m, r), or (m, 2r) for `nmf`
     :param R: (r, n), or None for PaRa
-    :param E0: (m, r), the eraser at the start; zeros for the paper's start and for PaRa
+    :param E0: (m, r), the eraser at the start; zeros for the paper's start and for PaRa; None where nothing is removed
     :param scale: s
     :param basis: `qr`, `svd`, `relu`, `none`, `tsvd` or `nmf`
     :param read_weight: returns W (m, n) in any dtype; called in the forward and again in the backward pass, so that no
         converted copy of W is kept in between and W may be moved about (block swap)
-    :param removal: from 0 to 1; at 0, W is not read
+    :param removal: from 0 to 1; at 0, W is not read, and R is not None
     """
     L, E = left_and_eraser(P, basis)
-    if removal == 0 and R is not None:
+    if E0 is None:
+        assert R is not None, "an adapter that neither removes nor injects"
         return L, scale * R
     removed = _TransposedTimesWeight.apply(removal * (E - E0), read_weight)
     return L, -removed if R is None else scale * R - removed
@@ -327,9 +328,9 @@ def delta_norm(up: Tensor, down: Tensor) -> Tensor:
     return ((up.mT @ up @ down) * down).sum().clamp(min=0).sqrt()
 
 
-def scaled_deviation(R: Tensor, E: Tensor, E0: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    """R and E0 of the adapter whose delta is rho times as large; P stays."""
-    return rho * R, E + rho * (E0 - E)
+def scaled_start(E: Tensor, E0: Tensor, rho: float) -> Tensor:
+    """The E0 from which E is rho times as far: with rho R, that of the adapter whose delta is rho times as large."""
+    return E + rho * (E0 - E)
 
 
 def balancing_exponent(up: Tensor, down: Tensor) -> int:

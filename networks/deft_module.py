@@ -59,7 +59,8 @@ def rows_of(weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
 class DeftModule(nn.Module):
     """DEFT on one Linear or Conv2d layer, or on some of its outputs; it replaces the layer's `forward`.
 
-    `P` and `R` are what the optimizer sees, `E0` is fixed; all are float32 whatever the network is cast to. The
+    `P` and `R` are what the optimizer sees, `E0` is fixed, and None where nothing is removed; all are float32 whatever
+    the network is cast to. The
     method's own matrices are `P * P_rate` and `R * R_rate` (`effective_P`, `effective_R`): the factors fit the
     optimizer's rate to the layer's shape without changing the model.
 
@@ -69,7 +70,7 @@ class DeftModule(nn.Module):
     :param config: for everything else
     """
 
-    E0: Tensor
+    E0: Tensor | None
 
     def __init__(self, target: Target, multiplier: float, rank: int, scale: float, config: DeftConfig):
         super().__init__()
@@ -92,7 +93,7 @@ class DeftModule(nn.Module):
         # down is scale * R_rate times what the optimizer moves: too small for float16 unless up lends it some size
         self.float16_gain = 2.0 ** max(0, round(-math.log2(self.R_factor)))
 
-        self.register_buffer("E0", torch.zeros(m, rank))
+        self.register_buffer("E0", torch.zeros(m, rank) if config.removal else None)
         P = torch.randn(m, rank) / m**0.5
         if config.init in ("svd", "minor"):
             directions = deft_math.leading_directions if config.init == "svd" else deft_math.minor_directions
@@ -109,7 +110,7 @@ class DeftModule(nn.Module):
         with torch.no_grad():
             if self.R is not None and config.init == "paper":
                 self.R.normal_(std=0.02 * config.init_scale / self.R_rate)
-            elif self.R is not None:
+            elif self.R is not None and self.E0 is not None:
                 self.E0.copy_(self.left_and_eraser()[1])
 
     @property
@@ -142,8 +143,8 @@ class DeftModule(nn.Module):
         """W as (m, n) in its own dtype, where P is; after `pre_calculate`, what it was before."""
         if not getattr(self.org_module, "_lora_restored", True):
             kept = rows_of(self.org_module.__dict__["_lora_org_weight"], self.target.rows)
-            return kept.flatten(1).to(self.E0.device)
-        return read_weight(self.org_module, self.target.rows, self.E0.device)
+            return kept.flatten(1).to(self.P.device)
+        return read_weight(self.org_module, self.target.rows, self.P.device)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """`base_weight` in the dtype that the layer computes in."""
@@ -158,7 +159,7 @@ class DeftModule(nn.Module):
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """This layer as a LoRA of scale 1: up (m, r) and down (r, n), float32, differentiable."""
-        with torch.autocast(self.E0.device.type, enabled=False):
+        with torch.autocast(self.P.device.type, enabled=False):
             return deft_math.lora_factors(
                 self.effective_P,
                 self.effective_R,
@@ -184,7 +185,7 @@ class DeftModule(nn.Module):
         # in float64, which not every device has, so that reading and writing again and again does not drift
         seed = zlib.crc32(self.lora_name.encode())
         P, R = deft_math.from_lora(up.cpu().double(), down.cpu().double(), self.rank, scale, self.config.basis, seed)
-        P, R = P.to(self.E0), R.to(self.E0)
+        P, R = P.to(self.P), R.to(self.P)
         if self.config.para:
             removal = -deft_math.left_and_eraser(P, self.config.basis)[1].mT @ self.base_weight().float()
             if bool((R * self.scale - removal).norm() > 0.05 * removal.norm()):
@@ -201,27 +202,26 @@ class DeftModule(nn.Module):
         :param E0: None makes this P the start, to the last bit: what is off in E - E0 counts against all of W
         """
         self.P.copy_(P / self.P_rate)
-        if self.R is None or R is None:  # PaRa
-            self.E0.zero_()
+        if self.R is None or R is None:  # PaRa, whose E0 is always 0
             return
         self.R.copy_(R / self.R_rate)
-        self.E0.copy_(self.left_and_eraser()[1] if E0 is None else E0)
+        if self.E0 is not None:
+            self.E0.copy_(self.left_and_eraser()[1] if E0 is None else E0)
 
     @torch.no_grad()
     def spread_removal(self) -> None:
         """After matrices of a file, where all of E - E0 is taken out: E0 such that `removal` of it is that much."""
-        if self.config.removal != 1:
+        if self.E0 is not None and self.config.removal != 1:
             E = self.left_and_eraser()[1]
-            self.E0.copy_(E - (E - self.E0) / self.config.removal if self.config.removal else E)
+            self.E0.copy_(E - (E - self.E0) / self.config.removal)
 
     @torch.no_grad()
     def scale_delta(self, rho: float) -> None:
         """Makes the delta rho times as large, P untouched. PaRa has nothing to scale."""
         assert self.R is not None, "refused by the network before training"
-        _, E = self.left_and_eraser()
-        R, E0 = deft_math.scaled_deviation(self.R, E, self.E0, rho)
-        self.R.copy_(R)
-        self.E0.copy_(E0)
+        self.R.mul_(rho)
+        if self.E0 is not None:
+            self.E0.copy_(deft_math.scaled_start(self.left_and_eraser()[1], self.E0, rho))
 
     @torch.no_grad()
     def mend_basis(self) -> None:

@@ -179,13 +179,13 @@ def test_strip_padding_drops_only_indices_that_are_zero_on_both_sides():
 
 
 @pytest.mark.parametrize("basis", ["qr", "relu"])
-def test_scaled_deviation_scales_the_delta(basis):
+def test_scaled_start_scales_the_delta(basis):
     P, R, W = random_case()
     E0 = torch.randn(M, RANK, dtype=torch.float64) * 0.1
     _, E = deft_math.left_and_eraser(P, basis)
     before = torch.matmul(*deft_math.lora_factors(P, R, E0, SCALE, basis, lambda: W))
-    R2, E02 = deft_math.scaled_deviation(R, E, E0, 0.3)
-    after = torch.matmul(*deft_math.lora_factors(P, R2, E02, SCALE, basis, lambda: W))
+    start = deft_math.scaled_start(E, E0, 0.3)
+    after = torch.matmul(*deft_math.lora_factors(P, 0.3 * R, start, SCALE, basis, lambda: W))
     assert relative_error(after, 0.3 * before) < 1e-12
 
 

@@ -172,7 +172,8 @@ def reference_gradients(module: DeftModule, layer: nn.Module, x, direction, kept
         L, E = eP, eP if module.config.basis == "none" else eP.clamp(min=0)
     s = module.scale * (1 if g is None else torch.sigmoid(g))
     W = layer.weight.double().flatten(1)
-    down = -module.config.removal * (E - module.E0.double()).T @ W
+    E0 = 0 if module.E0 is None else module.E0.double()
+    down = -module.config.removal * (E - E0).T @ W
     if R is not None:
         down = down + s * R * module.R_rate
     bias = None if layer.bias is None else layer.bias.double()
