@@ -37,7 +37,8 @@ sys.path.insert(0, str(ROOT))
 
 from networks import deft  # noqa: E402
 
-ADAPTERS = ("none", "lora", "deft", "deft-alone", "peft-lora", "peft-deft", "sd-scripts")  # deft-alone: layer by layer
+# deft-paper: removal=1, the paper's form; deft-alone: layer by layer
+ADAPTERS = ("none", "lora", "deft", "deft-paper", "deft-alone", "peft-lora", "peft-deft", "sd-scripts")
 SDXL = {
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -158,10 +159,11 @@ def adapt(name: str, model: nn.Module, rank: int, device: str) -> tuple[list[nn.
     if name == "none":
         return [], lambda: None
     if name.startswith("deft"):
-        network = deft.create_network(1.0, rank, rank, None, [], model)
+        options = {"removal": "1"} if name == "deft-paper" else {}
+        network = deft.create_network(1.0, rank, rank, None, [], model, **options)
         network.apply_to([], model, False, True)
         network.to(device).train()
-        network.batched = name == "deft"
+        network.batched = name != "deft-alone"
         model.network = [network]
         return list(network.parameters()), lambda: network.on_step_start(None, model)
     layers = layers_of(model, rank)

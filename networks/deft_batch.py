@@ -71,7 +71,7 @@ class BatchedFactors:
         self.enabled = True
         self._removal = self.modules[0].config.removal
         # modules that are alike on P's side, and on R's
-        self._P_groups = _grouped(self.modules, lambda m: (m.P.shape, m.float16_gain))
+        self._P_groups = _grouped(self.modules, lambda m: m.P.shape)
         self._R_groups = _grouped(self.modules, lambda m: (m.target.shape, m.rank, m.R is None, m.R_factor))
         self._make_probe()
         self._factors: dict[DeftModule, LayerFactors] | None = None
@@ -168,15 +168,14 @@ class BatchedFactors:
             factors = {}
             small = FLOAT16_GAIN if dtype == torch.float16 else 1.0
             for group, Q in zip(self._P_groups, self._bases(), strict=True):
-                gain = group[0].gain(dtype)
-                ups: Iterable[Tensor] = (Q / gain if gain != 1 else Q).to(dtype).unbind()
                 changes: Iterable[Tensor | None] = [None] * len(group)
                 if self._removal:
                     starts = [m.E0 for m in group if m.E0 is not None]
                     change = (Q - torch.stack(starts)) * (small * self._removal)
                     changes = change.to(dtype).unbind()
-                for module, up, changed in zip(group, ups, changes, strict=True):
-                    factors[module] = LayerFactors(module, up, changed, gain, self._probe)
+                _divide_by_gains(Q, group, dtype)
+                for module, up, changed in zip(group, Q.to(dtype).unbind(), changes, strict=True):
+                    factors[module] = LayerFactors(module, up, changed, module.gain(dtype), self._probe)
             # a weight that is not at hand now (block swap) is read when its layer's turn has come, and so are all
             # others then: one that is at hand may be on its way out. One that has to be converted is so once, there
             weights = [m.org_module.weight for m in self.modules if self._removal]
@@ -220,17 +219,17 @@ class BatchedFactors:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def receive(
-        self, module: DeftModule, factors: LayerFactors, d_up: Tensor, d_down: Tensor, weight: Tensor
+        self, module: DeftModule, factors: LayerFactors, d_up: Tensor, d_down: Tensor, weight: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Takes a layer's gradients of `factors`, within a backward pass. Writes over d_up.
+        """Takes a layer's gradients of `factors`, within a backward pass. Writes over d_up where something is removed.
 
-        :param weight: W (m, n) in the compute dtype, as it is at this moment
+        :param weight: W (m, n) in the compute dtype, as it is at this moment; None where nothing is
         :returns: the gradients of P, R and g: None each when they come at the pass's end, as they do in `backward()`
         :raises DeftError: for second derivatives
         """
         if torch.is_grad_enabled():
             raise DeftError("second derivatives (create_graph=True): set `batched = False` on the DEFT network first")
-        if factors.removes:  # the gradient of E: up's, and what comes through -E^T W; in both parts scaled as up is
+        if weight is not None:  # the gradient of E: up's, and what comes through -E^T W; in both parts scaled as up is
             d_up.addmm_(weight, d_down.t(), alpha=-self._removal * factors.gain**2)
         if torch._C._will_engine_execute_node(self._probe_node):
             kept = self._collected.get(module)
@@ -241,11 +240,8 @@ class BatchedFactors:
             if not self._queued:  # a backward pass that did not begin at the root's output
                 self._queue()
             return None, None, None
-        outputs, gradients = self._chain({module: [d_up, d_down]}, {})
-        parameters = [p for p in (module.P, module.R, module.g) if p is not None and p.requires_grad]
-        found = torch.autograd.grad(outputs, parameters, gradients, allow_unused=True)
-        of = dict(zip(parameters, found, strict=True))
-        return tuple(None if p is None else of.get(p) for p in (module.P, module.R, module.g))
+        found = self._gradients({module: [d_up, d_down]}, {})
+        return tuple(None if p is None else found.get(p) for p in (module.P, module.R, module.g))
 
     def _finish(self) -> None:
         self._queued = False
@@ -253,36 +249,42 @@ class BatchedFactors:
         if not collected:
             return
         factors = self._factors or {}
-        for module, found in factors.items():
-            if found.entered and module not in collected and module.config.module_dropout > 0:
+        for module, its in factors.items():
+            if its.entered and module not in collected and module.config.module_dropout > 0:
                 m, n = module.target.shape  # skipped here, maybe not in another process, which waits for its sum
                 collected[module] = [module.P.new_zeros(m, module.rank), module.P.new_zeros(module.rank, n)]
-        known = {m: found.up for m, found in factors.items()} if self._dtype == torch.float32 else {}
+        known = {m: its.up for m, its in factors.items()} if self._dtype == torch.float32 else {}
         self.drop()
-        torch.autograd.backward(*self._chain(collected, known))
+        gradients = self._gradients(collected, known)
+        with torch.enable_grad():
+            delivery = Delivery.apply(gradients, *gradients)
+        delivery.backward()
 
-    def _chain(
+    @torch.no_grad()
+    def _gradients(
         self, collected: Mapping[DeftModule, list[Tensor]], known: Mapping[DeftModule, Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What P, R and g of all these modules become, with history, for modules alike at once; and its gradients.
+    ) -> dict[Tensor, Tensor]:
+        """The gradients of P, R and g of all these modules, where they are trained, for modules alike at once.
 
         :param collected: the gradients of E (m, r), with -W d_down^T in it, and of down (r, n), scaled as the factors
         :param known: each module's Q (m, r) in float32, where it is still there
         """
-        outputs, gradients = [], []
-        with torch.enable_grad(), torch.autocast(self.modules[0].P.device.type, enabled=False):
+        found: dict[Tensor, Tensor] = {}
+        with torch.autocast(self.modules[0].P.device.type, enabled=False):
             for modules in self._P_groups:
                 group = [m for m in modules if m in collected and m.P.requires_grad]
                 if group:
-                    Q = torch.stack([known[m] for m in group]) if known else None
-                    outputs.append(deft_math.orthonormal_basis(torch.stack([m.P for m in group]), False, Q))
-                    gradients.append(torch.stack([collected[m][0] for m in group]).float() / group[0].gain(self._dtype))
+                    P = torch.stack([m.P for m in group])
+                    Q = torch.stack([known[m].mT for m in group]).mT if known else deft_math.cholesky_qr(P)[0]
+                    d_Q = torch.stack([collected[m][0] for m in group]).float()
+                    _divide_by_gains(d_Q, group, self._dtype)
+                    found.update(zip([m.P for m in group], deft_math.basis_gradient(P, Q, d_Q).unbind(), strict=True))
             for modules in self._R_groups:
-                group = [m for m in modules if m in collected and _is_filled(m)]
+                group = [m for m in modules if m in collected and m.R is not None]
                 if group:
-                    outputs.append(_injected(group))
-                    gradients.append(torch.stack([collected[m][1] for m in group]).float() * group[0].gain(self._dtype))
-        return outputs, gradients
+                    d_injected = torch.stack([collected[m][1] for m in group]).float()
+                    found.update(_injection_gradients(group, d_injected * group[0].gain(self._dtype)))
+        return {parameter: gradient for parameter, gradient in found.items() if parameter.requires_grad}
 
 
 def _removed(group: list[DeftModule], changes: list[Tensor]) -> Tensor:
@@ -305,18 +307,48 @@ def _down(group: list[DeftModule], dtype: torch.dtype, removed: Tensor | None = 
     return (down * gain if gain != 1 else down).to(dtype)
 
 
-def _is_filled(module: DeftModule) -> bool:
-    """Whether something is learnt to be put into the subspace."""
-    R, g = module.R, module.g
-    return R is not None and (R.requires_grad or (g is not None and g.requires_grad))
+def _divide_by_gains(stacked: Tensor, group: list[DeftModule], dtype: torch.dtype) -> None:
+    """In place, each module's part (modules, m, r) of what `gain` takes from up."""
+    if dtype == torch.float16:
+        torch._foreach_div_(list(stacked.unbind()), [module.gain(dtype) for module in group])
 
 
 def _injected(group: list[DeftModule]) -> Tensor:
     """s R of modules alike (modules, r, n)."""
     injections: list[Tensor] = [m.R for m in group if m.R is not None]
     gates: list[Tensor] = [m.g for m in group if m.g is not None]
-    R = torch.stack(injections) * group[0].R_factor
-    return R * torch.sigmoid(torch.stack(gates))[:, None, None] if gates else R
+    injected = torch.stack(injections).mul_(group[0].R_factor)
+    return injected.mul_(torch.sigmoid(torch.stack(gates))[:, None, None]) if gates else injected
+
+
+def _injection_gradients(group: list[DeftModule], d_injected: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """R's and g's of modules alike, from that of s R (modules, r, n), which is written over."""
+    injections: list[Tensor] = [m.R for m in group if m.R is not None]
+    gates: list[Tensor] = [m.g for m in group if m.g is not None]
+    d_R = d_injected.mul_(group[0].R_factor)
+    if gates:
+        share = torch.sigmoid(torch.stack(gates))
+        d_share = (d_R * torch.stack(injections)).sum((1, 2))
+        yield from zip(gates, (d_share * share * (1 - share)).unbind(), strict=True)
+        d_R.mul_(share[:, None, None])
+    yield from zip(injections, d_R.unbind(), strict=True)
+
+
+class Delivery(torch.autograd.Function):
+    """Takes gradients that are there to their parameters, which get them like any others, hooks and all.
+
+    Inputs: a dictionary of parameters and gradients, and the parameters. Output: what to call backward() on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, found: dict[Tensor, Tensor], *parameters: Tensor) -> Tensor:
+        ctx.found = found
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.found  # emptied here: a gradient that nobody else holds becomes `.grad` without a copy
+        return None, *(found.pop(parameter) for parameter in list(found))
 
 
 class Handover(torch.autograd.Function):
@@ -334,8 +366,10 @@ class Handover(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_up, d_down), module = grads, ctx.module
         with without_autocast(d_up):
-            weight = module.weight_in(d_down.dtype)
-            return None, None, *module.batch.receive(module, ctx.factors, d_up.clone(), d_down, weight), None
+            weight = None
+            if ctx.factors.removes:
+                weight, d_up = module.weight_in(d_down.dtype), d_up.clone()
+            return None, None, *module.batch.receive(module, ctx.factors, d_up, d_down, weight), None
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -34,54 +34,60 @@ ORTHONORMAL = ("qr", "svd")  # bases under which only the span of P counts, and 
 LEAST_INDEPENDENCE = 1e-2
 
 
-def orthonormal_basis(P: Tensor, check: bool = True, known: Tensor | None = None) -> Tensor:
+def orthonormal_basis(P: Tensor) -> Tensor:
     """Q of the QR decomposition of P with a positive diagonal, differentiable, twice as well.
 
+    Within a compiled graph, dependent columns are not noticed: `cholesky_qr` has to have found P good.
+
     :param P: (..., m, r) with r <= m, float32 or float64
-    :param check: False, as always within a compiled graph, for a P that `cholesky_qr` has found good: a failure is not
-        noticed then, and a GPU not waited for
-    :param known: Q, where it has been computed already and only its history is wanted
     :returns: (..., m, r), Q^T Q = I
     """
-    return _OrthonormalBasis.apply(P, check and not torch.compiler.is_compiling(), known)
+    return _OrthonormalBasis.apply(P)
 
 
 class _OrthonormalBasis(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, P: Tensor, check: bool, Q: Tensor | None) -> Tensor:
-        if Q is None:
-            Q, independence = cholesky_qr(P)
-            if check and not bool(independence.all()):  # dependent columns: slower, and always there
-                Q = _positive_qr(P)[0]
+    def forward(ctx: Any, P: Tensor) -> Tensor:
+        Q, independence = cholesky_qr(P)
+        if not torch.compiler.is_compiling() and not bool(independence.all()):  # slower, and always there
+            Q = _positive_qr(P)[0]
         ctx.save_for_backward(P, Q)
         return Q
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """QR's derivative for a gradient of Q alone (Walter and Lehmann, arXiv 1001.1654)."""
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         P, Q = ctx.saved_tensors
         with torch.autocast(P.device.type, enabled=False):
-            M = grads[0].mT @ Q
-            inner = grads[0] - Q @ (M.tril() + M.tril(-1).mT)
-            return inner @ _inverse(Q.mT @ P, upper=True).mT, None, None
+            return basis_gradient(P, Q, grads[0])
+
+
+def basis_gradient(P: Tensor, Q: Tensor, d_Q: Tensor) -> Tensor:
+    """The gradient of P (..., m, r) from that of its `orthonormal_basis` Q alone (Walter and Lehmann, arXiv
+    1001.1654)."""
+    Qt, d_Qt = Q.mT.contiguous(), d_Q.mT.contiguous()
+    M = Qt @ d_Qt.mT
+    inner = d_Qt - (M.triu() + M.triu(1).mT) @ Qt
+    return (_inverse(Qt @ P, upper=True) @ inner).mT.contiguous()
 
 
 def cholesky_qr(P: Tensor) -> tuple[Tensor, Tensor]:
     """Q of P's QR decomposition by Cholesky, G = P^T P = C C^T and Q = P C^-T, and how well it can be had so.
 
-    In two passes: one alone loses orthogonality as r nears m. Nothing is raised and no GPU is waited for.
+    In two passes: one alone loses orthogonality as r nears m. Nothing is raised and no GPU is waited for. The products
+    are those of P^T in memory, which on a CPU take a third of the time.
 
     :param P: (..., m, r) with r <= m, float32 or float64
     :returns: Q (..., m, r); and (...), the smallest part of a column's norm that is independent of the columns before
         it, 0 where Q is of no use
     """
-    C, failed = torch.linalg.cholesky_ex(P.mT @ P)
-    Q = P @ _inverse(C).mT
-    independence = (C.diagonal(dim1=-2, dim2=-1) / P.norm(dim=-2)).amin(-1)
-    C, failed_again = torch.linalg.cholesky_ex(Q.mT @ Q)
-    Q = Q @ _inverse(C).mT
+    Pt = P.mT.contiguous()
+    G = Pt @ Pt.mT
+    C, failed = torch.linalg.cholesky_ex(G)
+    Qt = _inverse(C) @ Pt
+    independence = (C.diagonal(dim1=-2, dim2=-1) / G.diagonal(dim1=-2, dim2=-1).sqrt()).amin(-1)
+    C, failed_again = torch.linalg.cholesky_ex(Qt @ Qt.mT)
     good = (failed == 0) & (failed_again == 0) & independence.isfinite()
-    return Q, torch.where(good, independence, torch.zeros_like(independence))
+    return (_inverse(C) @ Qt).mT, torch.where(good, independence, torch.zeros_like(independence))
 
 
 def _inverse(T: Tensor, upper: bool = False) -> Tensor:

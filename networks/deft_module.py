@@ -408,7 +408,7 @@ class AdaptedLinear(torch.autograd.Function):
                 found: tuple[Tensor | None, ...] = (None, None, None)
                 if factors.is_trained:
                     d_up, d_down = torch.mm(g.t(), z), torch.mm(gz.t(), x)
-                    found = module.batch.receive(module, factors, d_up, d_down, weight)
+                    found = module.batch.receive(module, factors, d_up, d_down, weight if factors.removes else None)
                 return dx, None, None, None, None, None, None, *found, None
             if in_graph:  # second derivatives go through z
                 z = x @ down.t() * multiplier

@@ -72,7 +72,7 @@ def test_gradients_equal_those_of_layers_alone(options, reentrant, micro_steps):
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_gradients_are_formed_once_a_backward_pass_and_factors_once_a_pass(monkeypatch, reentrant):
-    counts = {"_chain": 0, "_compute": 0}
+    counts = {"_gradients": 0, "_compute": 0}
 
     def counted(name, function):
         @functools.wraps(function)
@@ -86,7 +86,7 @@ def test_gradients_are_formed_once_a_backward_pass_and_factors_once_a_pass(monke
         counting = counted(name, getattr(deft_batch.BatchedFactors, name))
         monkeypatch.setattr(deft_batch.BatchedFactors, name, counting)
     gradients_of(True, reentrant, 3)
-    assert counts == {"_chain": 3, "_compute": 3}
+    assert counts == {"_gradients": 3, "_compute": 3}
 
 
 def test_other_ways_to_ask_for_gradients():
