@@ -17,6 +17,7 @@ import contextlib
 import copy
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,8 @@ def random_model(make: Callable[[], nn.Module], device: str, dtype: torch.dtype)
     return model
 
 
-def build(name: str, device: str, dtype: torch.dtype, resolution: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
-    """The denoiser, and what makes the loss of a batch with it."""
+def build(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[int, int], dict[str, Any]]]:
+    """The denoiser, and what makes its inputs for a batch of pictures of so many pixels a side."""
     if name in ("sd15", "small"):
         folder = ROOT / "library" / ("model_configs/sd15" if name == "sd15" else "world/model")
         config = json.loads((folder / "unet" / "config.json").read_text())
@@ -79,7 +81,7 @@ def build(name: str, device: str, dtype: torch.dtype, resolution: int) -> tuple[
     else:
         model = random_model(lambda: diffusers.FluxTransformer2DModel(**FLUX), device, dtype)
 
-    def inputs(batch: int) -> dict[str, Any]:
+    def inputs(batch: int, resolution: int) -> dict[str, Any]:
         def noise(*shape: int) -> Tensor:
             return torch.randn(batch, *shape, device=device, dtype=dtype)
 
@@ -208,48 +210,55 @@ def sd_scripts_lora() -> Any:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Case:
+    """What a step is taken with: the adapters' rank, pictures of so many pixels a side, and how many."""
+
+    rank: int
+    resolution: int
+    batch: int
+    checkpointing: bool
+
+
 class Contestant:
     """One adapter on its own twin of the model."""
 
-    def __init__(self, name: str, base: nn.Module, inputs: Callable[[int], dict], args: argparse.Namespace) -> None:
-        self.device, self.inputs = args.device, inputs
+    def __init__(self, name: str, base: nn.Module, inputs: Callable[[int, int], dict], case: Case, args) -> None:
+        self.device, self.inputs = args.device, lambda: inputs(case.batch, case.resolution)
         self.dtype = torch.bfloat16 if args.device != "cpu" else torch.float32
         self.model = twin(base)
         torch.manual_seed(0)
         synchronize(self.device)
         start = time.perf_counter()
-        self.parameters, self.begin = adapt(name, self.model, args.rank, self.device)
+        self.parameters, self.begin = adapt(name, self.model, case.rank, self.device)
         synchronize(self.device)
         self.start_up = time.perf_counter() - start
         self.optimizer = torch.optim.AdamW(self.parameters or [torch.zeros(1, device=self.device)], lr=1e-5, fused=True)
-
-    def checkpointing(self, wanted: bool) -> None:
-        """Gradient checkpointing as diffusers has it."""
-        getattr(self.model, f"{'en' if wanted else 'dis'}able_gradient_checkpointing")()
+        getattr(self.model, f"{'en' if case.checkpointing else 'dis'}able_gradient_checkpointing")()
         self.model.train()
 
-    def forward(self, batch: int) -> Tensor:
+    def forward(self) -> Tensor:
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-            found = self.inputs(batch)
+            found = self.inputs()
             if not self.parameters:  # so that there is something to take the gradient of
                 first = "sample" if "sample" in found else "hidden_states"
                 found[first] = found[first].requires_grad_()
             return self.model(**found, return_dict=False)[0]
 
-    def step(self, batch: int) -> None:
+    def step(self) -> None:
         self.begin()
-        loss = self.forward(batch).float().square().mean()
+        loss = self.forward().float().square().mean()
         loss.backward()
         if self.parameters:
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def timed(self, batch: int, call: Callable[[int], Any]) -> float:
+    def timed(self, call: Callable[[], Any]) -> float:
         """Seconds of wall time that a call takes, until the device has finished."""
         synchronize(self.device)
         start = time.perf_counter()
-        call(batch)
+        call()
         synchronize(self.device)
         return time.perf_counter() - start
 
@@ -259,11 +268,11 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def busy(contestant: Contestant, batch: int) -> float:
+def busy(contestant: Contestant) -> float:
     """Seconds in which the GPU ran some kernel during a step."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        contestant.step(batch)
+        contestant.step()
         torch.cuda.synchronize()
     spans = sorted((e.time_range.start, e.time_range.end) for e in profile.events() if "CUDA" in str(e.device_type))
     total, reached = 0.0, -math.inf
@@ -273,14 +282,13 @@ def busy(contestant: Contestant, batch: int) -> float:
     return total / 1e6
 
 
-def peak_memory(name: str, base: nn.Module, inputs: Callable, batch: int, ckpt: bool, args) -> dict[str, float]:
+def peak_memory(name: str, base: nn.Module, inputs: Callable, case: Case, args) -> dict[str, float]:
     """MiB that whole steps with this adapter alone take at most, and that remain between them."""
-    contestant = Contestant(name, base, inputs, args)
-    contestant.checkpointing(ckpt)
-    contestant.step(batch)
+    contestant = Contestant(name, base, inputs, case, args)
+    contestant.step()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        contestant.step(batch)
+        contestant.step()
     torch.cuda.synchronize()
     found = {
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
@@ -298,13 +306,13 @@ def ratio_of(values: list[float], others: list[float]) -> dict[str, float]:
     return {"median": float(ratios.median()), "low": float(medians[50]), "high": float(medians[-51])}
 
 
-def in_turn(contestants: dict[str, Contestant], batch: int, steps: int, call: str) -> dict[str, list[float]]:
+def in_turn(contestants: dict[str, Contestant], steps: int, call: str) -> dict[str, list[float]]:
     """Times of each one's steps; the order changes from round to round."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for i in range(steps + 2):
         for name in names if i % 2 else reversed(names):
-            seconds = contestants[name].timed(batch, getattr(contestants[name], call))
+            seconds = contestants[name].timed(getattr(contestants[name], call))
             if i >= 2:  # the first rounds set libraries up
                 times[name].append(seconds)
     return times
@@ -321,23 +329,21 @@ def released() -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def measure(base, inputs, batch: int, ckpt: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """One configuration: memory of each adapter alone, then times of all in turn."""
+def measure(base: nn.Module, inputs: Callable, case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Memory of each adapter alone, then times of all in turn."""
     rows: dict[str, dict[str, Any]] = {name: {} for name in args.adapters}
     for name in args.adapters if args.device == "cuda" else ():
         with released():
             try:
-                rows[name] |= peak_memory(name, base, inputs, batch, ckpt, args)
+                rows[name] |= peak_memory(name, base, inputs, case, args)
             except torch.OutOfMemoryError:
                 rows[name]["error"] = "out of memory"
     names = [name for name in args.adapters if "error" not in rows[name]]
-    contestants = {name: Contestant(name, base, inputs, args) for name in names}
-    for contestant in contestants.values():
-        contestant.checkpointing(ckpt)
+    contestants = {name: Contestant(name, base, inputs, case, args) for name in names}
     fast = {name: c for name, c in contestants.items() if name in ("lora", "deft")}
-    times = in_turn(fast, batch, args.steps, "step")
+    times = in_turn(fast, args.steps, "step")
     if len(fast) < len(contestants):  # the others, and these once more beside them
-        others = in_turn(contestants, batch, args.other_steps, "step")
+        others = in_turn(contestants, args.other_steps, "step")
     for name, contestant in contestants.items():
         seconds = times.get(name) or others[name]
         row = rows[name]
@@ -347,23 +353,26 @@ def measure(base, inputs, batch: int, ckpt: bool, args: argparse.Namespace) -> d
             pairs = (times[name], times["lora"]) if name in fast else (others[name], others["lora"])
             row["of_lora"] = ratio_of(*pairs)
         if args.device == "cuda":
-            row["busy_ms"] = 1e3 * busy(contestant, batch)
+            row["busy_ms"] = 1e3 * busy(contestant)
     if args.inference:
         for contestant in contestants.values():
             contestant.model.eval()
             for network in getattr(contestant.model, "network", []):
                 network.eval()
         with torch.no_grad():
-            drawn = in_turn(contestants, batch, args.other_steps, "forward")
+            drawn = in_turn(contestants, args.other_steps, "forward")
         for name, seconds in drawn.items():
             rows[name]["inference_ms"] = 1e3 * statistics.median(seconds)
             rows[name]["inference_of_none"] = ratio_of(seconds, drawn["none"]) if "none" in drawn else None
-    return {"batch": batch, "checkpointing": ckpt, "steps": args.steps, "rows": rows}
+    return asdict(case) | {"steps": args.steps, "rows": rows}
 
 
 def show(found: dict[str, Any]) -> None:
-    """Prints one configuration as a table."""
-    print(f"\nbatch {found['batch']}, {'with' if found['checkpointing'] else 'without'} gradient checkpointing\n")
+    """Prints one case as a table."""
+    checkpointing = "with" if found["checkpointing"] else "without"
+    print(
+        f"\nrank {found['rank']}, {found['resolution']} pixels, batch {found['batch']}, {checkpointing} checkpointing\n"
+    )
     print("| adapter | step, ms (quartiles) | of LoRA's time (95%) | GPU busy, ms | peak, MiB | inference, ms |")
     print("|---|---|---|---|---|---|")
     for name, row in found["rows"].items():
@@ -383,8 +392,8 @@ def main() -> None:
     parser.add_argument("--model", choices=["small", "sd15", "sdxl", "flux"], required=True)
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=["lora", "deft"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--resolution", type=int, nargs="+", default=[1024])
+    parser.add_argument("--rank", type=int, nargs="+", default=[16])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--checkpointing", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument("--steps", type=int, default=20, help="of LoRA and DEFT, in turn")
@@ -396,27 +405,25 @@ def main() -> None:
     if args.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails in FLUX with torch 2.11 on an H100
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    base, inputs = build(args.model, args.device, dtype, args.resolution)
+    base, inputs = build(args.model, args.device, dtype)
     result = {
-        "model": args.model, "layers": len(layers_of(base, args.rank)), "rank": args.rank,
-        "resolution": args.resolution, "torch": torch.__version__,
+        "model": args.model, "layers": len(layers_of(base, args.rank[0])), "torch": torch.__version__,
         "diffusers": diffusers.__version__, "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "cpu",
         "configurations": [],
     }  # fmt: skip
     output = args.output or Path(__file__).parent / "results" / f"train_step-{args.model}.json"
     output.parent.mkdir(exist_ok=True, parents=True)
-    print(f"{args.model}: {result['layers']} layers, rank {args.rank}, {args.resolution} pixels, {result['device']}")
+    print(f"{args.model}: {result['layers']} layers, {result['device']}")
     if args.start_up:
-        result["start_up_s"] = start_up(base, args.rank, args.device)
+        result["start_up_s"] = start_up(base, args.rank[0], args.device)
         print("seconds to make the network:", {init: round(s, 1) for init, s in result["start_up_s"].items()})
-    for ckpt in args.checkpointing:
-        for batch in args.batch:
-            with released():
-                found = measure(base, inputs, batch, ckpt == "yes", args)
-            show(found)
-            result["configurations"].append(found)
-            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for rank, resolution, ckpt, batch in itertools.product(args.rank, args.resolution, args.checkpointing, args.batch):
+        with released():
+            found = measure(base, inputs, Case(rank, resolution, batch, ckpt == "yes"), args)
+        show(found)
+        result["configurations"].append(found)
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
