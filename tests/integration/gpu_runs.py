@@ -77,10 +77,10 @@ PHASES = [  # one after the other; the runs of one phase side by side, so a phas
     [Run("flux_lora", "flux", FLUX_16GB, "networks.lora_flux")],
     [
         Run("flux_continued", "flux", "--fp8_base --network_weights {world}/out/flux_bf16.safetensors"),
-        Run("sd15_compile", "sd15", "--network_train_unet_only --torch_compile --dynamo_backend inductor", seconds=240),
+        Run("sd15_compile", "sd15", "--network_train_unet_only --torch_compile --dynamo_backend inductor", seconds=420),
     ],
     [Run("flux_base_weights", "flux", "--full_bf16 --base_weights {world}/out/flux_bf16.safetensors")],
-    [Run("flux_offload", "flux", "--fp8_base --cpu_offload_checkpointing")],
+    [Run("flux_offload", "flux", "--fp8_base --cpu_offload_checkpointing", steps=3)],
 ]
 NOT_ON_A_CPU = ("--blocks_to_swap 18", "--cpu_offload_checkpointing", "inductor", "fp16")
 
