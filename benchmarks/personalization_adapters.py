@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -16,11 +18,12 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from library import sd
-from library.world import measure
+from library import keep, sampling, sd
+from library.world import measure, scenes
 from networks import deft, deft_io
 
 RANK = 8  # of the LoRA whose number of parameters all have
+KEPT = Path(__file__).resolve().parents[1] / "output" / "personalization"
 
 
 @dataclass
@@ -44,9 +47,24 @@ class Adapter:
         return sum(p.numel() for p in self.parameters)
 
 
+def kept(k: int, device: str = "cpu") -> Path:
+    """The file of `library.keep` with k directions a layer, from pictures that the shipped model draws of its world."""
+    file = KEPT / f"keep-{k}.safetensors"
+    if not file.is_file():
+        rng = random.Random("keep")
+        texts = [scenes.caption(scenes.draw_scene(rng), rng) for _ in range(64)]
+        prompts = [sampling.Prompt(text, width=64, height=64, seed=i, steps=10) for i, text in enumerate(texts)]
+        pipeline = sd.load(str(measure.MODEL)).pipeline.to(device)
+        tensors, metadata = deft_io.kept_tensors(keep.directions_to_keep(pipeline, prompts, k))
+        deft_io.write_safetensors(tensors, file, metadata)
+    return file
+
+
 def deft_args(spec: str, size: int) -> dict[str, str]:
-    """network_args of a variant, convolutions as the rest."""
+    """network_args of a variant, convolutions as the rest; `keep=N` stands for a file of N directions."""
     given = dict(pair.split("=", 1) for pair in spec.split())
+    if "keep" in given:
+        given["keep"] = str(kept(int(given["keep"])))
     dim = given.pop("dim", str(size))
     alpha = given.pop("alpha", dim)
     return {"dim": dim, "alpha": alpha, "conv_dim": dim, "conv_alpha": alpha} | given

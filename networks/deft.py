@@ -82,7 +82,7 @@ def create_network_from_weights(
     kept = options_of_file(adapter.options)
     config = parse_options(sizes | kept | user_options(kwargs))
     if for_inference:  # as a plain LoRA: exact for every form, on any base model, and without dropout
-        config = replace(config, basis="qr", para=False, gate=False, removal=0.0, freeze_basis=False)
+        config = replace(config, basis="qr", para=False, gate=False, removal=0.0, freeze_basis=False, keep=None)
         config = replace(config, neuron_dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
     return DeftNetwork(text_encoder, unet, multiplier, config, source=adapter), adapter.tensors
 
@@ -167,6 +167,8 @@ class DeftNetwork(nn.Module):
             adapted = zip(architecture.text_encoders, self.modules_of_encoders, strict=False)
             halves = [denoiser, *(part for part, modules in adapted if modules)]  # an encoder may be None or a dummy
             self._refuse_unknown(source, tuple(f"{part.prefix}_" for part in halves))
+        if config.keep is not None:
+            self._keep(config.keep)
         if capped:
             logger.warning(f"rank capped at the layer's size in {len(capped)} layers: {', '.join(capped[:3])}, ...")
         if not config.pad:
@@ -176,6 +178,28 @@ class DeftNetwork(nn.Module):
         if config.verbose:
             for module in self.all_modules:
                 logger.info(f"  {module.lora_name}: rank {module.rank}, alpha {module.scale * module.rank:g}")
+
+    def _keep(self, file: str) -> None:
+        """Takes the directions of a file for the option `keep`.
+
+        :raises DeftError: when the file cannot be read, or is made for another model
+        """
+        directions = deft_io.read_kept(file)
+        without = []
+        for module in self.all_modules:
+            found = directions.get(module.target.file_name)
+            if found is None:
+                without.append(module.lora_name)
+            elif len(found) != module.target.shape[1]:
+                raise DeftError(
+                    f"keep={file}: {module.lora_name} has {module.target.shape[1]} inputs, the file is made for a "
+                    f"model with {len(found)}"
+                )
+            module.kept = found
+        if len(without) == len(self.all_modules):
+            raise DeftError(f"keep={file}: none of the adapted layers is in it; it is made for another model")
+        if without:
+            logger.warning(f"keep={file}: {len(without)} layers are not in it, {without[0]} for one; they keep nothing")
 
     @property
     def text_encoder_modules(self) -> list[DeftModule]:

@@ -72,7 +72,7 @@ class BatchedFactors:
         self._removal = self.modules[0].config.removal
         # modules that are alike on P's side, and on R's
         self._P_groups = _grouped(self.modules, lambda m: m.P.shape)
-        self._R_groups = _grouped(self.modules, lambda m: (m.target.shape, m.rank, m.R is None, m.R_factor))
+        self._R_groups = _grouped(self.modules, _R_likeness)
         self._make_probe()
         self._factors: dict[DeftModule, LayerFactors] | None = None
         self._dtype = torch.float32
@@ -317,7 +317,7 @@ def _injected(group: list[DeftModule]) -> Tensor:
     """s R of modules alike (modules, r, n)."""
     injections: list[Tensor] = [m.R for m in group if m.R is not None]
     gates: list[Tensor] = [m.g for m in group if m.g is not None]
-    injected = torch.stack(injections).mul_(group[0].R_factor)
+    injected = _outside(torch.stack(injections).mul_(group[0].R_factor), group)
     return injected.mul_(torch.sigmoid(torch.stack(gates))[:, None, None]) if gates else injected
 
 
@@ -325,13 +325,25 @@ def _injection_gradients(group: list[DeftModule], d_injected: Tensor) -> Iterato
     """R's and g's of modules alike, from that of s R (modules, r, n), which is written over."""
     injections: list[Tensor] = [m.R for m in group if m.R is not None]
     gates: list[Tensor] = [m.g for m in group if m.g is not None]
-    d_R = d_injected.mul_(group[0].R_factor)
+    d_R = _outside(d_injected.mul_(group[0].R_factor), group)
     if gates:
         share = torch.sigmoid(torch.stack(gates))
         d_share = (d_R * torch.stack(injections)).sum((1, 2))
         yield from zip(gates, (d_share * share * (1 - share)).unbind(), strict=True)
         d_R.mul_(share[:, None, None])
     yield from zip(injections, d_R.unbind(), strict=True)
+
+
+def _outside(R: Tensor, group: list[DeftModule]) -> Tensor:
+    """R (modules, r, n) without its part in the directions to keep; a gradient of R likewise."""
+    kept = [m.kept for m in group if m.kept is not None]
+    return deft_math.outside(R, torch.stack(kept)) if kept else R
+
+
+def _R_likeness(module: DeftModule) -> Hashable:
+    """What modules whose R is treated together have in common."""
+    kept = None if module.kept is None else module.kept.shape
+    return module.target.shape, module.rank, module.R is None, module.R_factor, kept
 
 
 class Delivery(torch.autograd.Function):

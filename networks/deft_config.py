@@ -154,6 +154,7 @@ class DeftConfig:
     init_scale: float = _option(1.0, _positive, of_file=True)
     ratio: float = _option(1.0, _positive, of_file=True)  # P's rate over R's
     split_qkv: bool = _option(False, parse_bool, of_file=True)
+    keep: str | None = _option(None, _text)  # a file of input directions that R stays out of
 
     # dropout
     neuron_dropout: float = _option(0.0, _probability, of_file=True)
@@ -221,6 +222,8 @@ class DeftConfig:
             object.__setattr__(self, "removal", float(published))
         if self.init == "paper" and self.removal != 1:
             raise DeftError(f"removal={self.removal:g}: init=paper starts with all of it taken out; leave removal out")
+        if self.keep is not None and self.removal:
+            raise DeftError(f"keep={self.keep}: what is removed does not stay out of its directions; use removal=0")
         if self.para and self.basis in ("relu", "svd"):
             raise DeftError(f"para=true needs basis=qr, none, tsvd or nmf, not basis={self.basis}")
         if self.basis in ("tsvd", "nmf") and not self.para:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 OPTIONS_KEY = "deft_options"  # JSON of DeftConfig
 LAYERS_KEY = "deft_layers"  # JSON: layer -> [rank without padding, s of the training, exponent of balancing_exponent]
 BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
+KEPT_KEY = "deft_kept_layers"  # JSON: layer -> tensor
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,34 @@ def deft_tensors(layers: Mapping[str, DeftLayer]) -> dict[str, Tensor]:
         tensors.update({f"{name}.{p}": _for_file(t, torch.float32) for p, t in parts.items() if t is not None})
         tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.rank)
     return tensors
+
+
+def kept_tensors(directions: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file of directions for the option `keep`, and its metadata: layers with the same directions share a tensor.
+
+    :param directions: key name -> (n, k)
+    """
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, str] = {}
+    by_content: dict[bytes, str] = {}
+    for name, found in directions.items():
+        half = found.to(torch.float16).cpu().contiguous()
+        content = f"{tuple(half.shape)}".encode() + half.numpy().tobytes()
+        key = by_content.setdefault(hashlib.sha256(content).digest(), f"kept.{len(tensors)}")
+        tensors[key], layers[name] = half, key
+    return tensors, {KEPT_KEY: json.dumps(layers)}
+
+
+def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Key name -> orthonormal directions (n, k), float32, of a file for the option `keep`.
+
+    :raises DeftError: when it cannot be read or is no such file
+    """
+    tensors, metadata = read_tensors(path)
+    if KEPT_KEY not in metadata:
+        raise DeftError(f"keep={path}: no file of directions to keep; `python -m library.keep` makes one")
+    whole = {key: torch.linalg.qr(tensor.float())[0] for key, tensor in tensors.items()}
+    return {name: whole[key] for name, key in json.loads(metadata[KEPT_KEY]).items()}
 
 
 def base_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:

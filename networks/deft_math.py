@@ -247,6 +247,11 @@ def injection_rate(m: int, n: int) -> float:
     return math.sqrt(m / (3 * n))
 
 
+def outside(R: Tensor, U: Tensor) -> Tensor:
+    """R (..., r, n) without its part in the input directions U (..., n, k), U^T U = I: R (I - U U^T)."""
+    return R - (R @ U) @ U.mT
+
+
 def leading_directions(W: Tensor, rank: int) -> Tensor:
     """The `rank` leading left singular vectors of W (m, n), as (m, rank).
 

@@ -20,6 +20,8 @@ from networks.deft_targets import Layer, Target
 
 logger = logging.getLogger(__name__)
 
+OUTSIDE = 0.02  # of R's norm: so much may a file's rounding put into directions that its training stayed out of
+
 
 def read_weight(layer: Layer, rows: tuple[int, int] | None = None, device: torch.device | None = None) -> Tensor:
     """The layer's weight as (outputs, inputs * kernel), detached, read where it is at this moment.
@@ -71,6 +73,7 @@ class DeftModule(nn.Module):
     """
 
     E0: Tensor | None
+    kept: Tensor | None
 
     def __init__(self, target: Target, multiplier: float, rank: int, scale: float, config: DeftConfig):
         super().__init__()
@@ -94,6 +97,7 @@ class DeftModule(nn.Module):
         self.float16_gain = 2.0 ** max(0, round(-math.log2(self.R_factor)))
 
         self.register_buffer("E0", torch.zeros(m, rank) if config.removal else None)
+        self.register_buffer("kept", None, persistent=False)  # input directions (n, k) that R stays out of
         P = torch.randn(m, rank) / m**0.5
         if config.init in ("svd", "minor"):
             directions = deft_math.leading_directions if config.init == "svd" else deft_math.minor_directions
@@ -128,7 +132,10 @@ class DeftModule(nn.Module):
     @property
     def effective_R(self) -> Tensor | None:
         """R of the formula, (r, n), as the deviation from the start; None for PaRa."""
-        return None if self.R is None else self.R * self.R_rate
+        if self.R is None:
+            return None
+        R = self.R * self.R_rate
+        return R if self.kept is None else deft_math.outside(R, self.kept)
 
     @property
     def effective_scale(self) -> Tensor | float:
@@ -200,7 +207,15 @@ class DeftModule(nn.Module):
         """Takes over the formula's P (m, r), R (r, n) and E0 (m, r).
 
         :param E0: None makes this P the start, to the last bit: what is off in E - E0 counts against all of W
+        :raises DeftError: for an R that does not stay out of the directions to keep
         """
+        if self.kept is not None and R is not None:
+            inside = (R.to(self.kept) @ self.kept).norm() / R.norm().clamp(min=1e-30)
+            if inside > OUTSIDE:
+                raise DeftError(
+                    f"{self.lora_name}: {float(inside):.0%} of the adapter lies in the directions of "
+                    f"keep={self.config.keep}; go on without keep, or with the file it was trained with"
+                )
         self.P.copy_(P / self.P_rate)
         if self.R is None or R is None:  # PaRa, whose E0 is always 0
             return

@@ -1,0 +1,153 @@
+"""The input directions that a model uses for what it can do already, as a file for `--network_args keep=FILE`.
+
+    python -m library.keep --pretrained_model_name_or_path MODEL --prompts FILE --output keep.safetensors
+
+Draws a picture for each line of the prompts file (in the format of --sample_prompts) with the model as it is, and finds
+the directions that the inputs of every layer lie in. An adapter that stays out of them answers to them as the model
+did. MODEL is a Diffusers folder of any model that networks.deft adapts, or what our trainer loads. Once a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from library import sampling, sd
+from networks import deft, deft_io
+from networks.deft_config import DeftError
+
+DIRECTIONS = 64  # a layer, and at most a quarter of its inputs
+
+
+class Sketch:
+    """The leading directions of vectors that are seen once, a few at a time, without an n x n matrix of them.
+
+    Nystrom's approximation of their second moment from its product with random directions (Tropp, Yurtsever, Udell,
+    Cevher: Fixed-rank approximation of a positive-semidefinite matrix from streaming data, 2017, algorithm 3).
+
+    :param n: the vectors' length
+    :param k: how many directions are wanted
+    """
+
+    def __init__(self, n: int, k: int, device: torch.device) -> None:
+        self.k = k
+        test = torch.randn(n, min(n, 2 * k + 8), generator=torch.Generator().manual_seed(n))
+        self.test = torch.linalg.qr(test)[0].to(device)
+        self.product = torch.zeros_like(self.test)
+
+    def add(self, X: Tensor) -> None:
+        """Vectors (number, n)."""
+        X = X.float()
+        self.product += X.mT @ (X @ self.test)
+
+    def directions(self) -> Tensor:
+        """Orthonormal (n, k), or fewer where the vectors span fewer, the most used first; on the CPU."""
+        product, test = self.product.double().cpu(), self.test.double().cpu()
+        shift = math.sqrt(len(product)) * torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(product, 2)
+        product = product + shift * test
+        core = test.mT @ product
+        factor = torch.linalg.cholesky((core + core.mT) / 2)
+        U, S, _ = torch.linalg.svd(torch.linalg.solve_triangular(factor.mT, product, upper=True, left=False))
+        used = int((S.square() > 4 * shift).sum())
+        return U[:, : min(self.k, max(1, used))]
+
+
+def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a Linear layer or a convolution multiplies its weight with, as (number, n)."""
+    if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
+        columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        return columns.mT.flatten(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+@contextlib.contextmanager
+def watched(network: deft.DeftNetwork, k: int) -> Iterator[dict[str, Sketch]]:
+    """Sketches of the inputs of all layers that a network adapts, by key name, from the calls within the block."""
+    sketches: dict[str, Sketch] = {}
+    handles = []
+    for module in network.all_modules:
+        name, n = module.target.file_name, module.target.shape[1]
+        if name in sketches:
+            continue  # another part of a fused weight
+        sketches[name] = Sketch(n, min(k, max(1, n // 4)), module.target.layer.weight.device)
+
+        def look(layer: nn.Module, args: tuple[Any, ...], sketch: Sketch = sketches[name]) -> None:
+            with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+                sketch.add(inputs_of(layer, args[0].detach()))
+
+        handles.append(module.target.layer.register_forward_pre_hook(look))
+    try:
+        yield sketches
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.Prompt], k: int) -> dict[str, Tensor]:
+    """Key name -> directions (n, k) of every layer that can be adapted, from drawing these prompts."""
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
+    options: dict[str, Any] = {"conv_dim": "1"} if hasattr(pipeline, "unet") else {}
+    network = deft.create_network(1.0, 1, 1.0, None, [e for e in encoders if e is not None], denoiser, **options)
+    with watched(network, k) as sketches:
+        sampling.draw(pipeline, list(prompts))
+    return {name: sketch.directions() for name, sketch in sketches.items() if bool(sketch.product.any())}
+
+
+def load(path: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A pipeline, without a hub.
+
+    :raises DeftError: when there is none
+    """
+    folder = Path(path)
+    if not (folder / "model_index.json").is_file():
+        return sd.load(path).pipeline.to(device, dtype)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            path, local_files_only=True, torch_dtype=dtype, safety_checker=None
+        )
+    except Exception as error:  # of many kinds
+        raise DeftError(f"{path}: not a readable Diffusers folder ({str(error).splitlines()[0]})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", required=True)
+    parser.add_argument("--prompts", required=True, help="a text file; a line a picture: what the model is to keep")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--directions", type=int, default=DIRECTIONS, help="a layer; at most a quarter of its inputs")
+    parser.add_argument("--resolution", type=int, default=512, help="of lines without --w and --h")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        prompts = sampling.read_prompts(args.prompts, (args.resolution, args.resolution))
+        pipeline = load(args.pretrained_model_name_or_path, args.device, _dtype(args.device))
+        found = directions_to_keep(pipeline, prompts, args.directions)
+        tensors, metadata = deft_io.kept_tensors(found)
+        deft_io.write_safetensors(tensors, args.output, metadata)
+    except DeftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {len(found)} layers, {sum(t.nbytes for t in tensors.values()) / 2**20:.1f} MiB")
+    return 0
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.float16
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""`keep=FILE`: directions found by `library.keep`, and adapters that stay out of them."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from library import keep
+from library.world import measure
+from networks import deft, deft_io
+from networks.deft_config import DeftError
+from tests.conftest import deltas, relative_error
+from tests.test_architectures import Flux, network
+
+KEPT = 3
+
+
+def orthonormal(n: int, k: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(n, k))[0]
+
+
+@pytest.fixture
+def file(tmp_path) -> str:
+    """Directions of the small FLUX.1's layers; of one layer there are fewer."""
+    torch.manual_seed(5)
+    net = deft.create_network(1.0, 1, 1, None, [], Flux())
+    found = {m.target.file_name: orthonormal(m.target.shape[1], KEPT) for m in net.all_modules}
+    found["lora_unet_single_blocks_0_linear2"] = orthonormal(120, 1)
+    path = str(tmp_path / "keep.safetensors")
+    tensors, metadata = deft_io.kept_tensors(found)
+    deft_io.write_safetensors(tensors, path, metadata)
+    return path
+
+
+def kept_network(model: Flux, file: str, **options) -> deft.DeftNetwork:
+    return network(model, removal="0", keep=file, **options)
+
+
+@pytest.mark.parametrize("spanned", [40, 7])
+def test_directions_are_those_of_an_svd(spanned):
+    torch.manual_seed(0)
+    sizes = torch.logspace(0, -2, spanned)
+    X = torch.randn(2000, spanned) * sizes @ orthonormal(40, spanned).mT
+    sketch = keep.Sketch(40, 10, torch.device("cpu"))
+    for part in X.split(300):
+        sketch.add(part)
+    found = sketch.directions().float()
+    exact = torch.linalg.svd(X, full_matrices=False)[2][: min(10, spanned)].mT
+    assert found.shape == exact.shape
+    assert relative_error(found.mT @ found, torch.eye(found.shape[1])) < 1e-5
+    left, least = X - X @ found @ found.mT, X - X @ exact @ exact.mT
+    assert left.norm() < 1.1 * least.norm() + 1e-3 * X.norm()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 4), nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(3, 5, 3, stride=2, dilation=2), nn.Conv2d(3, 5, 1)],
+)
+def test_inputs_are_what_the_weight_is_multiplied_with(layer):
+    x = torch.randn(2, 6, 8, 6) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 9, 8)
+    out = layer(x) if isinstance(layer, nn.Linear) else layer(x).permute(0, 2, 3, 1)
+    rows = F.linear(keep.inputs_of(layer, x), layer.weight.flatten(1), layer.bias)
+    assert relative_error(rows, out.reshape(rows.shape)) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"split_qkv": "true"}], ids=str)
+def test_an_adapter_adds_nothing_in_its_kept_directions(file, tmp_path, options):
+    net = kept_network(Flux(), file, **options)
+    directions = deft_io.read_kept(file)
+    assert {m.kept.shape[1] for m in net.all_modules} == {1, KEPT}
+    for module in net.all_modules:
+        up, down = module.lora_factors()
+        assert (up @ down).norm() > 0.01
+        assert (down @ directions[module.target.file_name]).norm() < 1e-5 * down.norm()
+    saved = str(tmp_path / "x.safetensors")
+    net.save_weights(saved, torch.float16, None)
+    for name, layer in deft_io.read_adapter(saved).layers.items():
+        assert (layer.down.float() @ directions[name]).norm() < 2e-3 * layer.down.float().norm()
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_gradients_equal_float64_autograd(file, batched):
+    model, x = Flux(double=0, single=1), torch.randn(2, 5, 4)
+    net = kept_network(model, file).train()
+    net.batched = batched
+    model(x).square().sum().backward()
+    by_name = {m.lora_name.removeprefix("lora_unet_single_blocks_0_"): m for m in net.all_modules}
+    leaves = {name: [t.detach().double().requires_grad_() for t in (m.P, m.R)] for name, m in by_name.items()}
+    directions = deft_io.read_kept(file)
+
+    def adapted(name: str, layer: nn.Linear, h):
+        P, R = leaves[name]
+        Q = torch.linalg.qr(P).Q
+        Q = Q * (Q * P).sum(0).sign()
+        U = directions[by_name[name].lora_name].double()
+        R = by_name[name].R_rate * R
+        return F.linear(h, layer.weight.double() + by_name[name].scale * Q @ (R - R @ U @ U.T), layer.bias.double())
+
+    block = model.single_blocks[0]
+    h = F.linear(x.double(), model.img_in.weight.double(), model.img_in.bias.double())
+    y = adapted("linear1", block.linear1, h)
+    (h + adapted("linear2", block.linear2, torch.tanh(y[..., :120]))).square().sum().backward()
+    for name in ("linear1", "linear2"):
+        for ours, theirs in zip((by_name[name].P, by_name[name].R), leaves[name], strict=True):
+            assert relative_error(ours.grad.double(), theirs.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("save_format", ["lora", "deft"])
+def test_a_training_goes_on_from_its_file(file, tmp_path, save_format):
+    saved = str(tmp_path / "x.safetensors")
+    net = kept_network(Flux(), file, save_format=save_format)
+    net.save_weights(saved, torch.float32, None)
+    again = kept_network(Flux(), file, trained=False)
+    again.load_weights(saved)
+    for name, delta in deltas(net).items():
+        assert relative_error(deltas(again)[name], delta) < 1e-5
+    whole, _ = deft.create_network_from_weights(1.0, saved, None, [], Flux(), for_inference=True)
+    assert whole.config.keep is None
+    assert "kept" not in "".join(again.state_dict())
+
+
+def test_what_is_refused(file, tmp_path):
+    trained = str(tmp_path / "x.safetensors")
+    network(Flux(), removal="0").save_weights(trained, torch.float32, None)
+    with pytest.raises(DeftError, match=r"lora_unet_\w+: \d+% of the adapter lies in the directions of keep="):
+        kept_network(Flux(), file).load_weights(trained)
+    with pytest.raises(DeftError, match="keep=x: what is removed does not stay out of its directions; use removal=0"):
+        network(Flux(), removal="1", keep="x")
+    with pytest.raises(DeftError, match=r"no file of directions to keep; `python -m library.keep` makes one"):
+        kept_network(Flux(), trained)
+    with pytest.raises(DeftError, match="has 32 inputs, the file is made for a model with 24"):
+        kept_network(Flux(dim=32), file)
+    with pytest.raises(DeftError, match="no such adapter file"):
+        kept_network(Flux(), "nowhere.safetensors")
+
+
+def test_directions_of_the_shipped_model(tmp_path, capsys):
+    """The command, and that what the model draws its pictures of lies in what it has found."""
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "keep.safetensors"
+    prompts.write_text("a red star on a blue background --d 1 --s 3\ntwo pink moons --d 2 --s 3\n", encoding="utf-8")
+    command = ["--pretrained_model_name_or_path", str(measure.MODEL), "--prompts", str(prompts)]
+    command += ["--output", str(output), "--resolution", "64", "--device", "cpu"]
+    assert keep.main([*command, "--directions", "16"]) == 0
+    assert "layers" in capsys.readouterr().out
+    pipeline = keep.load(str(measure.MODEL), "cpu", torch.float32)
+    net = deft.create_network(1.0, 2, 2, None, pipeline.text_encoder, pipeline.unet, conv_dim="2", keep=str(output))
+    assert all(m.kept is not None and m.kept.shape[1] <= 16 for m in net.all_modules)
+    shares, by_chance = {}, {}
+
+    def look(module, layer, args):
+        X = keep.inputs_of(layer, args[0])
+        shares[module.lora_name] = float((X @ module.kept).norm() / X.norm())
+        by_chance[module.lora_name] = (module.kept.shape[1] / X.shape[1]) ** 0.5
+
+    for module in net.all_modules:
+        module.org_module.register_forward_pre_hook(lambda layer, args, module=module: look(module, layer, args))
+    keep.sampling.draw(pipeline, [keep.sampling.Prompt("three blue rings", width=64, height=64, seed=3, steps=3)])
+    assert len(shares) == len(net.all_modules)
+    assert statistics.median(shares.values()) > 0.6 > 2 * statistics.median(by_chance.values())  # of another picture
+
+    assert keep.main([*command[:2], *command[2:4], "--output", str(tmp_path), "--prompts", "nowhere.txt"]) == 2
+    assert "no such file: nowhere.txt" in capsys.readouterr().err
