@@ -233,7 +233,9 @@ def draw_plot(data: Mapping[str, Any], file: Path) -> None:
             if not found:
                 continue
             points = mean_curve(found, sorted(found))
-            style = {"color": pyplot.get_cmap("tab20")(i % 20), "linewidth": 2.5 if adapter == "lora" else 1.2}
+            of_note = adapter == "lora" or "keep=" in adapter
+            colour = "black" if "keep=" in adapter else pyplot.get_cmap("tab20")(i % 20)
+            style = {"color": colour, "linewidth": 2.5 if of_note else 1.2}
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=adapter, **style)
             x, y = (mean_of(runs, adapter, data["best"][adapter], test, key) for key in ("likeness_share", name))
             axis.plot([x], [y], marker="o", markersize=9, color=style["color"])

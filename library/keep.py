@@ -35,15 +35,13 @@ class Sketch:
     Nystrom's approximation of their second moment from its product with random directions (Tropp, Yurtsever, Udell,
     Cevher: Fixed-rank approximation of a positive-semidefinite matrix from streaming data, 2017, algorithm 3).
 
-    :param n: the vectors' length
-    :param k: how many directions are wanted
+    :param test: random orthonormal directions (n, at least k), `test_directions`
+    :param k: how many are wanted
     """
 
-    def __init__(self, n: int, k: int, device: torch.device) -> None:
-        self.k = k
-        test = torch.randn(n, min(n, 2 * k + 8), generator=torch.Generator().manual_seed(n))
-        self.test = torch.linalg.qr(test)[0].to(device)
-        self.product = torch.zeros_like(self.test)
+    def __init__(self, test: Tensor, k: int) -> None:
+        self.test, self.k = test, k
+        self.product = torch.zeros_like(test)
 
     def add(self, X: Tensor) -> None:
         """Vectors (number, n)."""
@@ -62,6 +60,12 @@ class Sketch:
         return U[:, : min(self.k, max(1, used))]
 
 
+def test_directions(n: int, k: int) -> Tensor:
+    """For a `Sketch` of k directions: the same for the same n and k, (n, min(n, 2 k + 8))."""
+    random = torch.randn(n, min(n, 2 * k + 8), generator=torch.Generator().manual_seed(n))
+    return torch.linalg.qr(random)[0]
+
+
 def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
     """What a Linear layer or a convolution multiplies its weight with, as (number, n)."""
     if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
@@ -74,12 +78,16 @@ def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
 def watched(network: deft.DeftNetwork, k: int) -> Iterator[dict[str, Sketch]]:
     """Sketches of the inputs of all layers that a network adapts, by key name, from the calls within the block."""
     sketches: dict[str, Sketch] = {}
+    tests: dict[tuple[int, torch.device], Tensor] = {}
     handles = []
     for module in network.all_modules:
-        name, n = module.target.file_name, module.target.shape[1]
+        name, n, device = module.target.file_name, module.target.shape[1], module.target.layer.weight.device
         if name in sketches:
             continue  # another part of a fused weight
-        sketches[name] = Sketch(n, min(k, max(1, n // 4)), module.target.layer.weight.device)
+        some = min(k, max(1, n // 4))
+        if (n, device) not in tests:
+            tests[n, device] = test_directions(n, some).to(device)
+        sketches[name] = Sketch(tests[n, device], some)
 
         def look(layer: nn.Module, args: tuple[Any, ...], sketch: Sketch = sketches[name]) -> None:
             with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
@@ -94,13 +102,29 @@ def watched(network: deft.DeftNetwork, k: int) -> Iterator[dict[str, Sketch]]:
 
 
 def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.Prompt], k: int) -> dict[str, Tensor]:
-    """Key name -> directions (n, k) of every layer that can be adapted, from drawing these prompts."""
-    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    """Key name -> directions (n, k) of every layer that can be adapted, from drawing these prompts with the pipeline's
+    own scheduler."""
+    is_unet = hasattr(pipeline, "unet")
     encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    options: dict[str, Any] = {"conv_dim": "1"} if hasattr(pipeline, "unet") else {}
+    options: dict[str, Any] = {"conv_dim": "1"} if is_unet else {}
+    if any(type(encoder).__name__ == "T5EncoderModel" for encoder in encoders):
+        options["train_t5xxl"] = "true"
+    denoiser = pipeline.unet if is_unet else pipeline.transformer
     network = deft.create_network(1.0, 1, 1.0, None, [e for e in encoders if e is not None], denoiser, **options)
-    with watched(network, k) as sketches:
-        sampling.draw(pipeline, list(prompts))
+    with watched(network, k) as sketches, torch.no_grad():
+        for prompt in prompts:
+            generator = torch.Generator("cpu")
+            generator.manual_seed(prompt.seed) if prompt.seed is not None else generator.seed()
+            pipeline(
+                prompt.text,
+                width=prompt.width,
+                height=prompt.height,
+                num_inference_steps=prompt.steps,
+                guidance_scale=prompt.guidance,
+                generator=generator,
+                output_type="latent",
+                **({"negative_prompt": prompt.negative} if prompt.negative else {}),
+            )
     return {name: sketch.directions() for name, sketch in sketches.items() if bool(sketch.product.any())}
 
 

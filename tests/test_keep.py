@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from library import keep
 from library.world import measure
+from library.world import tokenizer as clip_tokenizer
 from networks import deft, deft_io
 from networks.deft_config import DeftError
 from tests.conftest import deltas, relative_error
-from tests.test_architectures import Flux, network
+from tests.test_architectures import Flux, flux_transformer, network, sdxl_unet
 
 KEPT = 3
 
@@ -45,7 +48,7 @@ def test_directions_are_those_of_an_svd(spanned):
     torch.manual_seed(0)
     sizes = torch.logspace(0, -2, spanned)
     X = torch.randn(2000, spanned) * sizes @ orthonormal(40, spanned).mT
-    sketch = keep.Sketch(40, 10, torch.device("cpu"))
+    sketch = keep.Sketch(keep.test_directions(40, 10), 10)
     for part in X.split(300):
         sketch.add(part)
     found = sketch.directions().float()
@@ -136,6 +139,59 @@ def test_what_is_refused(file, tmp_path):
         kept_network(Flux(dim=32), file)
     with pytest.raises(DeftError, match="no such adapter file"):
         kept_network(Flux(), "nowhere.safetensors")
+
+
+def sdxl_pipeline(tokenizer, clip) -> diffusers.DiffusionPipeline:
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4,
+                                  down_block_types=("DownEncoderBlock2D",) * 4,
+                                  up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae, text_encoder=clip(transformers.CLIPTextModel, 8), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        text_encoder_2=clip(transformers.CLIPTextModelWithProjection, 16), unet=sdxl_unet(),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def flux_pipeline(tokenizer, clip) -> diffusers.DiffusionPipeline:
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=1,
+                                  down_block_types=("DownEncoderBlock2D",) * 4,
+                                  up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    transformer = flux_transformer()
+    width = transformer.config.joint_attention_dim
+    t5 = transformers.T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                               feed_forward_proj="gated-gelu")  # fmt: skip
+    return diffusers.FluxPipeline(
+        vae=vae, text_encoder=clip(transformers.CLIPTextModel, transformer.config.pooled_projection_dim),
+        tokenizer=tokenizer, text_encoder_2=transformers.T5EncoderModel(t5), tokenizer_2=tokenizer,
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [sdxl_pipeline, flux_pipeline])
+def test_directions_of_other_pipelines(make, tmp_path):
+    """Every layer that a network can adapt in SDXL's and FLUX.1's pipelines of diffusers, and in each of its parts."""
+    tokenizer = clip_tokenizer.build(tmp_path / "tokenizer")
+
+    def clip(kind, width):
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        return kind(transformers.CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, projection_dim=width, **ids,
+        )).eval()  # fmt: skip
+
+    torch.manual_seed(0)
+    pipeline = make(tokenizer, clip)
+    pipeline.set_progress_bar_config(disable=True)
+    found = keep.directions_to_keep(pipeline, [keep.sampling.Prompt("a cat", width=64, height=64, steps=2)], 8)
+    tensors, metadata = deft_io.kept_tensors(found)
+    file = str(tmp_path / "keep.safetensors")
+    deft_io.write_safetensors(tensors, file, metadata)
+    assert len(tensors) < len(found)  # queries, keys and values share theirs
+    is_unet = hasattr(pipeline, "unet")
+    options = {"conv_dim": "1"} if is_unet else {"train_t5xxl": "true", "split_qkv": "true"}
+    encoders, denoiser = [pipeline.text_encoder, pipeline.text_encoder_2], getattr(pipeline, "unet", None)
+    net = network(denoiser or pipeline.transformer, 1, encoders, removal="0", keep=file, **options)
+    assert not [m.lora_name for m in net.all_modules if m.kept is None]
 
 
 def test_directions_of_the_shipped_model(tmp_path, capsys):
