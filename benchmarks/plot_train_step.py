@@ -13,8 +13,13 @@ from matplotlib import pyplot
 
 HERE = Path(__file__).parent
 OUTPUT = HERE.parent / "docs" / "performance.png"
-NAMES = {"deft": "networks.deft", "peft-lora": "peft LoRA", "peft-deft": "peft DEFT"}
-COLOURS = {"deft": "#1f77b4", "peft-lora": "#888888", "peft-deft": "#d98a3d"}
+NAMES = {
+    "deft": "networks.deft",
+    "deft-paper": "networks.deft, removal=1",
+    "peft-lora": "peft LoRA",
+    "peft-deft": "peft DEFT",
+}
+COLOURS = {"deft": "#1f77b4", "deft-paper": "#9ecae1", "peft-lora": "#888888", "peft-deft": "#d98a3d"}
 
 
 def bars(axis, found: list[tuple[str, dict]], value, low=None, high=None) -> None:
@@ -36,15 +41,18 @@ def bars(axis, found: list[tuple[str, dict]], value, low=None, high=None) -> Non
 def main() -> None:
     """Writes docs/performance.png."""
     files = [Path(file) for file in sys.argv[1:]]
-    files = files or [HERE / "results" / f"train_step-{model}.json" for model in ("sdxl", "flux")]
+    files = files or [
+        HERE / "results" / f"train_step-{model}.json" for model in ("sdxl", "sdxl-peers", "flux", "flux-peers")
+    ]
     found, device = [], ""
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
         device = result["device"]
         for c in result["configurations"]:
             title = f"{result['model'].upper()}\nbatch {c['batch']}" + ("\ncheckp." if c["checkpointing"] else "")
+            title += f"\nrank {c['rank']}" if c["rank"] != 16 else ""
             found.append((title, c["rows"]))
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8))
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(17, 3.8))
     ratio = {key: (lambda row, *_, key=key: row["of_lora"][key]) for key in ("median", "low", "high")}
     bars(left, found, *ratio.values())
     left.set_title("time of a step, of LoRA's (95%)", fontsize=9)
@@ -56,7 +64,7 @@ def main() -> None:
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(0, axis.get_ylim()[1] * 1.08)
-    figure.suptitle(f"rank 16, 1024 pixels, bfloat16, {device}", fontsize=9)
+    figure.suptitle(f"rank 16 where no other is named, 1024 pixels, bfloat16, {device}", fontsize=9)
     figure.tight_layout()
     figure.savefig(OUTPUT, dpi=110)
 

@@ -237,6 +237,30 @@ def test_gen_img_draws_with_the_file_what_it_draws_with_networks_lora(world, tra
         assert float((pixels - images[("networks.lora",)]).abs().max()) < 3
 
 
+def test_stays_out_of_the_directions_that_the_model_draws_with(world):
+    """`library.keep` on the full-size model, then a training with its file."""
+    from library import keep
+    from networks import deft_io
+
+    prompts, file = world / "prompts.txt", world / "keep.safetensors"
+    prompts.write_text("a photo of a cat --d 1 --s 2\na red car --d 2 --s 2\n", encoding="utf-8")
+    command = [
+        "--pretrained_model_name_or_path",
+        str(world / "model"),
+        "--prompts",
+        str(prompts),
+        "--output",
+        str(file),
+    ]
+    assert keep.main([*command, "--resolution", "64", "--device", "cpu", "--directions", "16"]) == 0
+    train(world, "kept", "--network_args", f"keep={file}")
+    directions, adapter = deft_io.read_kept(file), deft_io.read_adapter(world / "out" / "kept.safetensors")
+    assert sum(norm > 0 for norm in delta_norms(tensors(world, "kept"))) >= 262
+    assert adapter.layers.keys() <= directions.keys()
+    for name, layer in adapter.layers.items():
+        assert float((layer.down @ directions[name]).norm()) <= 1e-4 * float(layer.down.norm()), name
+
+
 def test_single_file_is_the_same_model(world):
     """The checkpoint as sd-scripts' own tool writes it from the Diffusers folder."""
     from library import sd
