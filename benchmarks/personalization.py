@@ -42,9 +42,10 @@ import personalization_train as training  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 DROP = 0.05  # of old-world accuracy that a best rate may cost
 RATES = (1e-4, 3e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
-FULL = {"adapters": list(table.ADAPTERS), "rates": list(RATES), "concepts": 10, "tuning": 2, "seeds": 3,
+FULL = {"adapters": ["lora", "dora", "oft", "peft-deft", "para", "full", "deft"], "deft": ["removal=1", "keep=64"],
+        "rates": list(RATES), "concepts": 10, "tuning": 2, "seeds": 3,
         "steps": 250, "pictures": 12, "tuning_pictures": 6, "neighbours": 1, "sampling": 25}  # fmt: skip
-REDUCED = FULL | {"adapters": ["lora", "deft", "dora"], "rates": [2.5e-3, 5e-3], "concepts": 2, "tuning": 0,
+REDUCED = FULL | {"adapters": ["lora", "deft", "dora"], "deft": [], "rates": [2.5e-3, 5e-3], "concepts": 2, "tuning": 0,
                   "seeds": 1, "steps": 100, "pictures": 4}  # fmt: skip
 QUICK = REDUCED | {"adapters": ["lora", "deft"], "rates": [2.5e-3], "steps": 2, "pictures": 1,
                    "sampling": 2}  # fmt: skip
@@ -294,7 +295,9 @@ def arguments() -> argparse.Namespace:
     form.add_argument("--reduced", action="store_true", help="under ten minutes on two CPU cores, with --jobs 2")
     form.add_argument("--quick", action="store_true", help="two steps of everything: the code path only")
     parser.add_argument("--adapters", nargs="*", choices=list(table.ADAPTERS))
-    parser.add_argument("--deft", nargs="*", default=[], metavar="'KEY=VALUE ...'", help="variants: network_args")
+    parser.add_argument(
+        "--deft", nargs="*", metavar="'KEY=VALUE ...'", help="variants: network_args; keep=N: N directions"
+    )
     parser.add_argument("--rates", nargs="+", type=float)
     for name, meaning in (("concepts", "to test on"), ("tuning", "concepts to choose rates on; 0: the tested"),
                           ("seeds", "trainings of each"), ("steps", "of a training"),

@@ -47,13 +47,14 @@ class Adapter:
         return sum(p.numel() for p in self.parameters)
 
 
-def kept(k: int, device: str = "cpu") -> Path:
+def kept(k: int) -> Path:
     """The file of `library.keep` with k directions a layer, from pictures that the shipped model draws of its world."""
     file = KEPT / f"keep-{k}.safetensors"
     if not file.is_file():
         rng = random.Random("keep")
         texts = [scenes.caption(scenes.draw_scene(rng), rng) for _ in range(64)]
         prompts = [sampling.Prompt(text, width=64, height=64, seed=i, steps=10) for i, text in enumerate(texts)]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         pipeline = sd.load(str(measure.MODEL)).pipeline.to(device)
         tensors, metadata = deft_io.kept_tensors(keep.directions_to_keep(pipeline, prompts, k))
         deft_io.write_safetensors(tensors, file, metadata)
