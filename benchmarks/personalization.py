@@ -312,6 +312,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pictures_file", type=Path, help="for the contact sheet")
     parser.add_argument("--figures", type=Path, help="folder of the plot and the contact sheet (full form: docs)")
     args = parser.parse_args()
+    if args.adapters is not None and args.deft is None:
+        args.deft = []
     name = "quick" if args.quick else "reduced" if args.reduced else "full"
     for option, value in {"quick": QUICK, "reduced": REDUCED, "full": FULL}[name].items():
         if getattr(args, option) is None:
