@@ -133,9 +133,15 @@ def load(path: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
 
     :raises DeftError: when there is none
     """
-    folder = Path(path)
-    if not (folder / "model_index.json").is_file():
-        return sd.load(path).pipeline.to(device, dtype)
+    if Path(path).is_file():
+        try:
+            return sd.load(path).pipeline.to(device, dtype)
+        except DeftError as error:
+            raise DeftError(f"{error}; models of other kinds have to be Diffusers folders here") from error
+    if not (Path(path) / "model_index.json").is_file():
+        raise DeftError(
+            f"--pretrained_model_name_or_path {path}: no Diffusers model folder (model_index.json) and no file"
+        )
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             path, local_files_only=True, torch_dtype=dtype, safety_checker=None

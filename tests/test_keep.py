@@ -220,3 +220,8 @@ def test_directions_of_the_shipped_model(tmp_path, capsys):
 
     assert keep.main([*command[:2], *command[2:4], "--output", str(tmp_path), "--prompts", "nowhere.txt"]) == 2
     assert "no such file: nowhere.txt" in capsys.readouterr().err
+    other = tmp_path / "sdxl.safetensors"
+    other.write_bytes(b"")
+    for model, line in ((tmp_path, "no Diffusers model folder"), (other, "have to be Diffusers folders here")):
+        assert keep.main([command[0], str(model), *command[2:]]) == 2
+        assert line in capsys.readouterr().err
