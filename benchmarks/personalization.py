@@ -45,7 +45,7 @@ RATES = (1e-4, 3e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 FULL = {"adapters": ["lora", "dora", "oft", "peft-deft", "para", "full", "deft"], "deft": ["removal=1", "keep=64"],
         "rates": list(RATES), "concepts": 10, "tuning": 2, "seeds": 3,
         "steps": 250, "pictures": 12, "tuning_pictures": 6, "neighbours": 1, "sampling": 25}  # fmt: skip
-REDUCED = FULL | {"adapters": ["lora", "deft", "dora"], "deft": [], "rates": [2.5e-3, 5e-3], "concepts": 2, "tuning": 0,
+REDUCED = FULL | {"adapters": ["lora", "deft", "dora"], "deft": [], "rates": [5e-3, 2e-2], "concepts": 2, "tuning": 0,
                   "seeds": 1, "steps": 100, "pictures": 4}  # fmt: skip
 QUICK = REDUCED | {"adapters": ["lora", "deft"], "rates": [2.5e-3], "steps": 2, "pictures": 1,
                    "sampling": 2}  # fmt: skip
