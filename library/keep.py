@@ -55,7 +55,8 @@ class Sketch:
         product = product + shift * test
         core = test.mT @ product
         factor = torch.linalg.cholesky((core + core.mT) / 2)
-        U, S, _ = torch.linalg.svd(torch.linalg.solve_triangular(factor.mT, product, upper=True, left=False))
+        root = torch.linalg.solve_triangular(factor.mT, product, upper=True, left=False)
+        U, S, _ = torch.linalg.svd(root, full_matrices=False)
         used = int((S.square() > 4 * shift).sum())
         return U[:, : min(self.k, max(1, used))]
 
