@@ -228,14 +228,15 @@ def draw_plot(data: Mapping[str, Any], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(PLOTS), figsize=(15, 5))
     for axis, (name, title) in zip(axes, PLOTS.items(), strict=True):
         shown = [n for n in data["adapters"] if n in data["best"] and select(runs, n, data["best"][n], test)]
+        keeping = [adapter for adapter in shown if "keep=" in adapter]
         for i, adapter in enumerate(shown):
             found = curves(data, adapter, name)
             if not found:
                 continue
             points = mean_curve(found, sorted(found))
-            of_note = adapter == "lora" or "keep=" in adapter
-            colour = "black" if "keep=" in adapter else pyplot.get_cmap("tab20")(i % 20)
-            style = {"color": colour, "linewidth": 2.5 if of_note else 1.2}
+            style = {"color": pyplot.get_cmap("tab20")(i % 20), "linewidth": 2.5 if adapter == "lora" else 1.2}
+            if adapter in keeping:
+                style = {"color": "black", "linewidth": 2.5, "linestyle": ("-", "--", ":")[keeping.index(adapter) % 3]}
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=adapter, **style)
             x, y = (mean_of(runs, adapter, data["best"][adapter], test, key) for key in ("likeness_share", name))
             axis.plot([x], [y], marker="o", markersize=9, color=style["color"])
