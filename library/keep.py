@@ -17,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -69,9 +71,9 @@ def test_directions(n: int, k: int) -> Tensor:
 
 def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
     """What a Linear layer or a convolution multiplies its weight with, as (number, n)."""
-    if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
-        columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return columns.mT.flatten(0, 1)
+    if isinstance(layer, nn.Conv2d):
+        padded = F.pad(x, layer._reversed_padding_repeated_twice)  # numbers also for a padding such as "same"
+        return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).mT.flatten(0, 1)
     return x.reshape(-1, x.shape[-1])
 
 
@@ -104,7 +106,10 @@ def watched(network: deft.DeftNetwork, k: int) -> Iterator[dict[str, Sketch]]:
 
 def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.Prompt], k: int) -> dict[str, Tensor]:
     """Key name -> directions (n, k) of every layer that can be adapted, from drawing these prompts with the pipeline's
-    own scheduler."""
+    own scheduler.
+
+    :raises DeftError: for a layer whose inputs are not finite
+    """
     is_unet = hasattr(pipeline, "unet")
     encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     options: dict[str, Any] = {"conv_dim": "1"} if is_unet else {}
@@ -126,6 +131,9 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.P
                 output_type="latent",
                 **({"negative_prompt": prompt.negative} if prompt.negative else {}),
             )
+    for name, sketch in sketches.items():
+        if not bool(sketch.product.isfinite().all()):
+            raise DeftError(f"{name}: its inputs are not finite; try --device cpu, which computes in float32")
     return {name: sketch.directions() for name, sketch in sketches.items() if bool(sketch.product.any())}
 
 
@@ -143,9 +151,11 @@ def load(path: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
         raise DeftError(
             f"--pretrained_model_name_or_path {path}: no Diffusers model folder (model_index.json) and no file"
         )
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            path, local_files_only=True, torch_dtype=dtype, safety_checker=None
+            path, local_files_only=True, use_safetensors=True, torch_dtype=dtype, safety_checker=None
         )
     except Exception as error:  # of many kinds
         raise DeftError(f"{path}: not a readable Diffusers folder ({str(error).splitlines()[0]})") from error
@@ -164,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
-        prompts = sampling.read_prompts(args.prompts, (args.resolution, args.resolution))
+        if args.directions < 1:
+            raise DeftError(f"--directions {args.directions}: give at least 1")
+        prompts = sampling.read_prompts(args.prompts, (args.resolution, args.resolution), "--prompts")
         pipeline = load(args.pretrained_model_name_or_path, args.device, _dtype(args.device))
         found = directions_to_keep(pipeline, prompts, args.directions)
         tensors, metadata = deft_io.kept_tensors(found)
@@ -177,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dtype(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.float16
+    return torch.float32 if device == "cpu" else torch.bfloat16  # T5 does not fit into float16
 
 
 if __name__ == "__main__":

@@ -45,40 +45,41 @@ _LETTERS = {
 }
 
 
-def read_prompts(path: str, size: tuple[int, int]) -> list[Prompt]:
+def read_prompts(path: str, size: tuple[int, int], option: str = "--sample_prompts") -> list[Prompt]:
     """The prompts of a text file; empty lines and those that begin with # are passed over.
 
     :param size: (width, height) where a line gives none
+    :param option: that names the file, for errors
     :raises DeftError: for a missing or empty file, or a line that cannot be read
     """
     if not Path(path).is_file():
-        raise DeftError(f"--sample_prompts: no such file: {path}")
+        raise DeftError(f"{option}: no such file: {path}")
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
-        raise DeftError(f"--sample_prompts {path}: the file is not UTF-8 text") from None
-    prompts = [parse_prompt(line, size) for line in lines if line and not line.startswith("#")]
+        raise DeftError(f"{option} {path}: the file is not UTF-8 text") from None
+    prompts = [parse_prompt(line, size, option) for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise DeftError(f"--sample_prompts {path}: no prompts in it")
+        raise DeftError(f"{option} {path}: no prompts in it")
     return prompts
 
 
-def parse_prompt(line: str, size: tuple[int, int]) -> Prompt:
+def parse_prompt(line: str, size: tuple[int, int], option: str = "--sample_prompts") -> Prompt:
     """`a cat --n blurry --w 512 --h 512 --d 1 --l 7.5 --s 28` as a Prompt."""
     text, *options = re.split(r"\s--(?=\w+\s)", line)
     values: dict[str, object] = {"width": size[0], "height": size[1]}
-    for option in options:
-        letter, _, value = option.partition(" ")
+    for given in options:
+        letter, _, value = given.partition(" ")
         if letter not in _LETTERS:
-            raise DeftError(f"--sample_prompts: unknown option --{letter} in '{line}'; known: --{' --'.join(_LETTERS)}")
+            raise DeftError(f"{option}: unknown option --{letter} in '{line}'; known: --{' --'.join(_LETTERS)}")
         name, kind = _LETTERS[letter]
         try:
             values[name] = kind(value.strip())
         except ValueError:
-            raise DeftError(f"--sample_prompts: --{letter} {value} is no number in '{line}'") from None
+            raise DeftError(f"{option}: --{letter} {value} is no number in '{line}'") from None
     prompt = Prompt(text.strip(), **values)  # type: ignore[arg-type]
     if min(prompt.width, prompt.height, prompt.steps) < 1 or prompt.width % 8 or prompt.height % 8:
-        raise DeftError(f"--sample_prompts: --w and --h must be multiples of 8, and --s at least 1, in '{line}'")
+        raise DeftError(f"{option}: --w and --h must be multiples of 8, and --s at least 1, in '{line}'")
     return prompt
 
 

@@ -178,8 +178,11 @@ class BatchedFactors:
                     factors[module] = LayerFactors(module, up, changed, module.gain(dtype), self._probe)
             # a weight that is not at hand now (block swap) is read when its layer's turn has come, and so are all
             # others then: one that is at hand may be on its way out. One that has to be converted is so once, there
-            weights = [m.org_module.weight for m in self.modules if self._removal]
-            if all(W.dtype == dtype and W.device == m.P.device for W, m in zip(weights, self.modules, strict=False)):
+            weights = [m.org_module.weight for m in self.modules]
+            at_hand = all(
+                W.dtype == dtype and W.device == m.P.device for W, m in zip(weights, self.modules, strict=True)
+            )
+            if at_hand or not self._removal:
                 for group in self._R_groups:
                     removed = _removed(group, [factors[m].change for m in group]) if self._removal else None
                     for module, down in zip(group, _down(group, dtype, removed).unbind(), strict=True):

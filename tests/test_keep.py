@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 
 import diffusers
@@ -61,7 +62,13 @@ def test_directions_are_those_of_an_svd(spanned):
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Linear(6, 4), nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(3, 5, 3, stride=2, dilation=2), nn.Conv2d(3, 5, 1)],
+    [
+        nn.Linear(6, 4),
+        nn.Conv2d(3, 5, 3, padding=1),
+        nn.Conv2d(3, 5, 3, stride=2, dilation=2),
+        nn.Conv2d(3, 5, 1),
+        nn.Conv2d(3, 5, 3, padding="same"),
+    ],
 )
 def test_inputs_are_what_the_weight_is_multiplied_with(layer):
     x = torch.randn(2, 6, 8, 6) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 9, 8)
@@ -218,8 +225,16 @@ def test_directions_of_the_shipped_model(tmp_path, capsys):
     assert len(shares) == len(net.all_modules)
     assert statistics.median(shares.values()) > 0.6 > 2 * statistics.median(by_chance.values())  # of another picture
 
-    assert keep.main([*command[:2], *command[2:4], "--output", str(tmp_path), "--prompts", "nowhere.txt"]) == 2
-    assert "no such file: nowhere.txt" in capsys.readouterr().err
+    for wrong, line in ((["--prompts", "nowhere.txt"], "--prompts: no such file: nowhere.txt"),
+                        (["--directions", "0"], "--directions 0: give at least 1")):  # fmt: skip
+        assert keep.main([*command, *wrong]) == 2
+        assert line in capsys.readouterr().err
+    pickled = tmp_path / "pickled"
+    shutil.copytree(measure.MODEL, pickled)
+    weights = next((pickled / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    assert keep.main([command[0], str(pickled), *command[2:]]) == 2
+    assert "not a readable Diffusers folder" in capsys.readouterr().err
     other = tmp_path / "sdxl.safetensors"
     other.write_bytes(b"")
     for model, line in ((tmp_path, "no Diffusers model folder"), (other, "have to be Diffusers folders here")):
