@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # E - E0 is of the size of a rate's steps, for float16 a little too small
 FLOAT16_GAIN = 64.0
+# so many numbers of P or R at a time: a dozen intermediate results of their size are alive
+AT_ONCE = 2**24
 
 
 class LayerFactors:
@@ -71,8 +73,8 @@ class BatchedFactors:
         self.enabled = True
         self._removal = self.modules[0].config.removal
         # modules that are alike on P's side, and on R's
-        self._P_groups = _grouped(self.modules, lambda m: m.P.shape)
-        self._R_groups = _grouped(self.modules, _R_likeness)
+        self._P_groups = _grouped(self.modules, lambda m: m.P.shape, lambda m: m.P.numel())
+        self._R_groups = _grouped(self.modules, _R_likeness, lambda m: m.rank * m.target.shape[1])
         self._make_probe()
         self._factors: dict[DeftModule, LayerFactors] | None = None
         self._dtype = torch.float32
@@ -257,6 +259,7 @@ class BatchedFactors:
                 m, n = module.target.shape  # skipped here, maybe not in another process, which waits for its sum
                 collected[module] = [module.P.new_zeros(m, module.rank), module.P.new_zeros(module.rank, n)]
         known = {m: its.up for m, its in factors.items()} if self._dtype == torch.float32 else {}
+        del factors  # their memory, before that of the gradients is taken
         self.drop()
         gradients = self._gradients(collected, known)
         with torch.enable_grad():
@@ -269,7 +272,8 @@ class BatchedFactors:
     ) -> dict[Tensor, Tensor]:
         """The gradients of P, R and g of all these modules, where they are trained, for modules alike at once.
 
-        :param collected: the gradients of E (m, r), with -W d_down^T in it, and of down (r, n), scaled as the factors
+        :param collected: the gradients of E (m, r), with -W d_down^T in it, and of down (r, n), scaled as the factors;
+            taken out as they are used
         :param known: each module's Q (m, r) in float32, where it is still there
         """
         found: dict[Tensor, Tensor] = {}
@@ -279,13 +283,13 @@ class BatchedFactors:
                 if group:
                     P = torch.stack([m.P for m in group])
                     Q = torch.stack([known[m].mT for m in group]).mT if known else deft_math.cholesky_qr(P)[0]
-                    d_Q = torch.stack([collected[m][0] for m in group]).float()
+                    d_Q = torch.stack([collected[m].pop(0) for m in group]).float()
                     _divide_by_gains(d_Q, group, self._dtype)
                     found.update(zip([m.P for m in group], deft_math.basis_gradient(P, Q, d_Q).unbind(), strict=True))
             for modules in self._R_groups:
                 group = [m for m in modules if m in collected and m.R is not None]
                 if group:
-                    d_injected = torch.stack([collected[m][1] for m in group]).float()
+                    d_injected = torch.stack([collected[m].pop() for m in group]).float()
                     found.update(_injection_gradients(group, d_injected * group[0].gain(self._dtype)))
         return {parameter: gradient for parameter, gradient in found.items() if parameter.requires_grad}
 
@@ -393,11 +397,18 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-def _grouped(modules: Iterable[DeftModule], key: Callable[[DeftModule], Hashable]) -> list[list[DeftModule]]:
+def _grouped(
+    modules: Iterable[DeftModule], key: Callable[[DeftModule], Hashable], size: Callable[[DeftModule], int]
+) -> list[list[DeftModule]]:
+    """Modules with the same key, in parts of about `AT_ONCE` numbers."""
     groups: dict[Hashable, list[DeftModule]] = {}
     for module in modules:
         groups.setdefault(key(module), []).append(module)
-    return list(groups.values())
+    found = []
+    for group in groups.values():
+        number = max(1, AT_ONCE // size(group[0]))
+        found += [group[i : i + number] for i in range(0, len(group), number)]
+    return found
 
 
 def _tensors_of(output: Any) -> Iterator[Tensor]:

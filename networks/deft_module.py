@@ -417,8 +417,8 @@ class AdaptedLinear(torch.autograd.Function):
                 gz = gz * multiplier
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = torch.mm(g, weight)
-                dx = (torch.addmm(dx, gz, down) if in_graph else dx.addmm_(gz, down)).view(ctx.shape)
+                dx = torch.mm(gz, down)  # first: the large product then hides the reading of this one
+                dx = (torch.addmm(dx, g, weight) if in_graph else dx.addmm_(g, weight)).view(ctx.shape)
             if factors is not None:
                 found: tuple[Tensor | None, ...] = (None, None, None)
                 if factors.is_trained:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from networks import deft_batch
+from networks import deft_batch, deft_math
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule
 from tests.conftest import relative_error
@@ -68,6 +68,22 @@ def test_gradients_equal_those_of_layers_alone(options, reentrant, micro_steps):
     assert sum(bool(b.any()) for b in alone) >= 6
     for a, b in zip(together, alone, strict=True):
         assert relative_error(a, b) < 1e-5 if b.any() else not a.any()
+
+
+def test_large_groups_are_computed_in_parts(monkeypatch):
+    alone = gradients_of(False, None, 1)
+    monkeypatch.setattr(deft_batch, "AT_ONCE", 200)
+    sizes, derivative = [], deft_math.basis_gradient
+
+    def watched(P, Q, d_Q):
+        sizes.append(P.shape)
+        return derivative(P, Q, d_Q)
+
+    monkeypatch.setattr(deft_math, "basis_gradient", watched)
+    for a, b in zip(gradients_of(True, False, 1), alone, strict=True):
+        assert relative_error(a, b) < 1e-5
+    assert all(shape[0] == 1 or shape.numel() <= 200 for shape in sizes)
+    assert len(sizes) > len({shape[1:] for shape in sizes})
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
