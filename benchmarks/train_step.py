@@ -352,6 +352,8 @@ def measure(base: nn.Module, inputs: Callable, case: Case, args: argparse.Namesp
         if name != "lora" and "lora" in contestants:
             pairs = (times[name], times["lora"]) if name in fast else (others[name], others["lora"])
             row["of_lora"] = ratio_of(*pairs)
+        if name not in fast and "deft" in contestants:
+            row["of_deft"] = ratio_of(others[name], others["deft"])
         if args.device == "cuda":
             row["busy_ms"] = 1e3 * busy(contestant)
     if args.inference:
