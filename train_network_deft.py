@@ -34,7 +34,7 @@ def train(args: argparse.Namespace) -> Path:
     prompts = sampling.read_prompts(args.sample_prompts, args.resolution) if args.sample_prompts else []
     model = sd.load(args.pretrained_model_name_or_path, args.tokenizer, args.tokenizer_cache_dir)
     data = setup.cache_latents(args, images, model, accelerator)
-    network = setup.build_network(args, model)
+    network = setup.build_network(args, model, accelerator)
     setup.place_model(args, model, accelerator)
     network.to(accelerator.device)
 

@@ -296,7 +296,10 @@ def arguments() -> argparse.Namespace:
     form.add_argument("--quick", action="store_true", help="two steps of everything: the code path only")
     parser.add_argument("--adapters", nargs="*", choices=list(table.ADAPTERS))
     parser.add_argument(
-        "--deft", nargs="*", metavar="'KEY=VALUE ...'", help="variants: network_args; keep=N: N directions"
+        "--deft",
+        nargs="*",
+        metavar="'KEY=VALUE ...'",
+        help="variants: network_args; keep=N: N directions, shapes=M: of M shapes",
     )
     parser.add_argument("--rates", nargs="+", type=float)
     for name, meaning in (("concepts", "to test on"), ("tuning", "concepts to choose rates on; 0: the tested"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 import tempfile
@@ -47,25 +48,30 @@ class Adapter:
         return sum(p.numel() for p in self.parameters)
 
 
-def kept(k: int) -> Path:
-    """The file of `library.keep` with k directions a layer, from pictures that the shipped model draws of its world."""
-    file = KEPT / f"keep-{k}.safetensors"
+def kept(k: int, shapes: int) -> Path:
+    """The file of `library.keep` with k directions a layer, from pictures that the shipped model draws of its world.
+
+    :param shapes: how many of the world's shapes they are of
+    """
+    file = KEPT / f"keep-{k}-{shapes}.safetensors"
     if not file.is_file():
-        rng = random.Random("keep")
-        texts = [scenes.caption(scenes.draw_scene(rng), rng) for _ in range(64)]
+        rng, some = random.Random("keep"), scenes.SHAPES[:shapes]
+        drawn = (scenes.draw_scene(rng) for _ in itertools.count())
+        known = (scene for scene in drawn if all(thing.shape in some for thing in scene.things))
+        texts = [scenes.caption(scene, rng) for scene in itertools.islice(known, 64)]
         prompts = [sampling.Prompt(text, width=64, height=64, seed=i, steps=10) for i, text in enumerate(texts)]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        pipeline = sd.load(str(measure.MODEL)).pipeline.to(device)
-        tensors, metadata = deft_io.kept_tensors(keep.directions_to_keep(pipeline, prompts, k))
-        deft_io.write_safetensors(tensors, file, metadata)
+        pipeline = sd.load(str(measure.MODEL)).pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        keep.write(keep.directions_to_keep(pipeline, prompts, k), file)
     return file
 
 
 def deft_args(spec: str, size: int) -> dict[str, str]:
-    """network_args of a variant, convolutions as the rest; `keep=N` stands for a file of N directions."""
+    """network_args of a variant, convolutions as the rest; `keep=N` stands for a file of N directions a layer, made of
+    prompts with all of the world's shapes, or with `shapes=M` of M of them."""
     given = dict(pair.split("=", 1) for pair in spec.split())
+    shapes = int(given.pop("shapes", len(scenes.SHAPES)))
     if "keep" in given:
-        given["keep"] = str(kept(int(given["keep"])))
+        given["keep"] = str(kept(int(given["keep"]), shapes))
     dim = given.pop("dim", str(size))
     alpha = given.pop("alpha", dim)
     return {"dim": dim, "alpha": alpha, "conv_dim": dim, "conv_alpha": alpha} | given

@@ -1,19 +1,23 @@
 """The input directions that a model uses for what it can do already, as a file for `--network_args keep=FILE`.
 
-    python -m library.keep --pretrained_model_name_or_path MODEL --prompts FILE --output keep.safetensors
+    python -m library.keep --pretrained_model_name_or_path MODEL --output keep.safetensors
 
-Draws a picture for each line of the prompts file (in the format of --sample_prompts) with the model as it is, and finds
-the directions that the inputs of every layer lie in. An adapter that stays out of them answers to them as the model
-did. MODEL is a Diffusers folder of any model that networks.deft adapts, or what our trainer loads. Once a model.
+Draws a picture for each line of a prompts file (in the format of --sample_prompts; default: configs/keep.txt) with the
+model as it is, and finds the directions that the inputs of every layer lie in. An adapter that stays out of them
+answers to them as the model did. MODEL is a Diffusers folder of any model that networks.deft adapts, or what our
+trainer loads. Once a model; our trainer does it by itself with `--network_args keep=configs/keep.txt`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from library import sampling, sd
-from networks import deft, deft_io
+from networks import deft_io, deft_targets
 from networks.deft_config import DeftError
 
 DIRECTIONS = 64  # a layer, and at most a quarter of its inputs
+PROMPTS = Path(__file__).resolve().parents[1] / "configs" / "keep.txt"
+STEPS = 10  # of a picture
+PIXELS = 2 * 512 * 512  # drawn at once, for 8 GB
 
 
 class Sketch:
@@ -78,15 +85,13 @@ def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def watched(network: deft.DeftNetwork, k: int) -> Iterator[dict[str, Sketch]]:
-    """Sketches of the inputs of all layers that a network adapts, by key name, from the calls within the block."""
+def watched(layers: Iterable[deft_targets.Target], k: int) -> Iterator[dict[str, Sketch]]:
+    """Sketches of the inputs of these layers, by key name, from the calls within the block."""
     sketches: dict[str, Sketch] = {}
     tests: dict[tuple[int, torch.device], Tensor] = {}
     handles = []
-    for module in network.all_modules:
-        name, n, device = module.target.file_name, module.target.shape[1], module.target.layer.weight.device
-        if name in sketches:
-            continue  # another part of a fused weight
+    for target in layers:
+        name, n, device = target.file_name, target.shape[1], target.layer.weight.device
         some = min(k, max(1, n // 4))
         if (n, device) not in tests:
             tests[n, device] = test_directions(n, some).to(device)
@@ -96,7 +101,7 @@ def watched(network: deft.DeftNetwork, k: int) -> Iterator[dict[str, Sketch]]:
             with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
                 sketch.add(inputs_of(layer, args[0].detach()))
 
-        handles.append(module.target.layer.register_forward_pre_hook(look))
+        handles.append(target.layer.register_forward_pre_hook(look))
     try:
         yield sketches
     finally:
@@ -104,37 +109,65 @@ def watched(network: deft.DeftNetwork, k: int) -> Iterator[dict[str, Sketch]]:
             handle.remove()
 
 
+def read_prompts(path: str | os.PathLike, size: tuple[int, int], option: str = "--prompts") -> list[sampling.Prompt]:
+    """A prompts file's lines; `STEPS` of those that do not say how many, and the same seeds every time.
+
+    :param size: width and height of lines without --w and --h
+    :raises DeftError: when it cannot be read, or has a wrong line
+    """
+    found = sampling.read_prompts(str(path), size, option, STEPS)
+    return [prompt if prompt.seed is not None else replace(prompt, seed=i) for i, prompt in enumerate(found)]
+
+
 def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.Prompt], k: int) -> dict[str, Tensor]:
     """Key name -> directions (n, k) of every layer that can be adapted, from drawing these prompts with the pipeline's
-    own scheduler.
+    own scheduler; those that differ in text and seed only are drawn together.
 
     :raises DeftError: for a layer whose inputs are not finite
     """
-    is_unet = hasattr(pipeline, "unet")
+    denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+    architecture, denoising = deft_targets.recognise(denoiser)
     encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
-    options: dict[str, Any] = {"conv_dim": "1"} if is_unet else {}
-    if any(type(encoder).__name__ == "T5EncoderModel" for encoder in encoders):
-        options["train_t5xxl"] = "true"
-    denoiser = pipeline.unet if is_unet else pipeline.transformer
-    network = deft.create_network(1.0, 1, 1.0, None, [e for e in encoders if e is not None], denoiser, **options)
-    with watched(network, k) as sketches, torch.no_grad():
-        for prompt in prompts:
-            generator = torch.Generator("cpu")
-            generator.manual_seed(prompt.seed) if prompt.seed is not None else generator.seed()
-            pipeline(
-                prompt.text,
-                width=prompt.width,
-                height=prompt.height,
-                num_inference_steps=prompt.steps,
-                guidance_scale=prompt.guidance,
-                generator=generator,
-                output_type="latent",
-                **({"negative_prompt": prompt.negative} if prompt.negative else {}),
-            )
+    models = [(denoiser, denoising), *zip(filter(None, encoders), architecture.text_encoders, strict=False)]
+    layers = [
+        target for model, its in models for target in deft_targets.targets(model, its, True, its.optional_containers)
+    ]
+    with watched(layers, k) as sketches, torch.no_grad():
+        for alike, group in itertools.groupby(prompts, lambda p: replace(p, text="", seed=None)):
+            together = list(group)
+            number = max(1, PIXELS // (alike.width * alike.height))
+            for part in (together[i : i + number] for i in range(0, len(together), number)):
+                pipeline(
+                    [prompt.text for prompt in part],
+                    width=alike.width,
+                    height=alike.height,
+                    num_inference_steps=alike.steps,
+                    guidance_scale=alike.guidance,
+                    generator=[_generator(prompt.seed) for prompt in part],
+                    output_type="latent",
+                    **({"negative_prompt": [alike.negative] * len(part)} if alike.negative else {}),
+                )
     for name, sketch in sketches.items():
         if not bool(sketch.product.isfinite().all()):
             raise DeftError(f"{name}: its inputs are not finite; try --device cpu, which computes in float32")
     return {name: sketch.directions() for name, sketch in sketches.items() if bool(sketch.product.any())}
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator("cpu")
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    return generator
+
+
+def write(directions: Mapping[str, Tensor], path: str | os.PathLike) -> int:
+    """Writes the file for the option `keep`; returns how many bytes its tensors have.
+
+    :param directions: key name -> (n, k)
+    :raises DeftError: when it cannot be written
+    """
+    tensors, metadata = deft_io.kept_tensors(directions)
+    deft_io.write_safetensors(tensors, path, metadata)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def load(path: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
@@ -163,28 +196,37 @@ def load(path: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
     return pipeline.to(device)
 
 
+def own_resolution(pipeline: DiffusionPipeline) -> int:
+    """Pixels a side of the pictures that the model draws when it is not told."""
+    latent = pipeline.unet.config.sample_size if hasattr(pipeline, "unet") else pipeline.default_sample_size
+    return latent * pipeline.vae_scale_factor
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", required=True)
-    parser.add_argument("--prompts", required=True, help="a text file; a line a picture: what the model is to keep")
+    parser.add_argument("--prompts", default=PROMPTS, help="a text file; a line a picture: what the model is to keep")
     parser.add_argument("--output", required=True)
     parser.add_argument("--directions", type=int, default=DIRECTIONS, help="a layer; at most a quarter of its inputs")
-    parser.add_argument("--resolution", type=int, default=512, help="of lines without --w and --h")
+    parser.add_argument("--resolution", type=int, help="of lines without --w and --h; default: the model's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
         if args.directions < 1:
             raise DeftError(f"--directions {args.directions}: give at least 1")
-        prompts = sampling.read_prompts(args.prompts, (args.resolution, args.resolution), "--prompts")
+        if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
+            raise DeftError(f"--resolution {args.resolution}: give a multiple of 8")
+        read_prompts(args.prompts, (512, 512))  # mistakes in it, before the model is loaded
         pipeline = load(args.pretrained_model_name_or_path, args.device, _dtype(args.device))
+        side = args.resolution or own_resolution(pipeline)
+        prompts = read_prompts(args.prompts, (side, side))
         found = directions_to_keep(pipeline, prompts, args.directions)
-        tensors, metadata = deft_io.kept_tensors(found)
-        deft_io.write_safetensors(tensors, args.output, metadata)
+        size = write(found, args.output)
     except DeftError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output}: {len(found)} layers, {sum(t.nbytes for t in tensors.values()) / 2**20:.1f} MiB")
+    print(f"{args.output}: {len(found)} layers, {size / 2**20:.1f} MiB")
     return 0
 
 

@@ -45,11 +45,14 @@ _LETTERS = {
 }
 
 
-def read_prompts(path: str, size: tuple[int, int], option: str = "--sample_prompts") -> list[Prompt]:
+def read_prompts(
+    path: str, size: tuple[int, int], option: str = "--sample_prompts", steps: int = Prompt.steps
+) -> list[Prompt]:
     """The prompts of a text file; empty lines and those that begin with # are passed over.
 
     :param size: (width, height) where a line gives none
     :param option: that names the file, for errors
+    :param steps: where a line gives none
     :raises DeftError: for a missing or empty file, or a line that cannot be read
     """
     if not Path(path).is_file():
@@ -58,16 +61,18 @@ def read_prompts(path: str, size: tuple[int, int], option: str = "--sample_promp
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise DeftError(f"{option} {path}: the file is not UTF-8 text") from None
-    prompts = [parse_prompt(line, size, option) for line in lines if line and not line.startswith("#")]
+    prompts = [parse_prompt(line, size, option, steps) for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise DeftError(f"{option} {path}: no prompts in it")
     return prompts
 
 
-def parse_prompt(line: str, size: tuple[int, int], option: str = "--sample_prompts") -> Prompt:
+def parse_prompt(
+    line: str, size: tuple[int, int], option: str = "--sample_prompts", steps: int = Prompt.steps
+) -> Prompt:
     """`a cat --n blurry --w 512 --h 512 --d 1 --l 7.5 --s 28` as a Prompt."""
     text, *options = re.split(r"\s--(?=\w+\s)", line)
-    values: dict[str, object] = {"width": size[0], "height": size[1]}
+    values: dict[str, object] = {"width": size[0], "height": size[1], "steps": steps}
     for given in options:
         letter, _, value = given.partition(" ")
         if letter not in _LETTERS:

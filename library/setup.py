@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import logging
 import os
@@ -16,6 +17,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
+from library import keep, sampling
 from library.dataset import CachedLatents, TrainImage, find_images
 from library.sd import StableDiffusion
 from networks import deft_io
@@ -34,7 +36,9 @@ def check(args: argparse.Namespace) -> list[TrainImage]:
     """
     network_args = dict(argument.split("=", 1) for argument in args.network_args)
     sizes = {} if args.dim_from_weights else {"dim": args.network_dim, "alpha": args.network_alpha}
-    parse_options(user_options(network_args) | sizes | _dropout(args))
+    keep_file = parse_options(user_options(network_args) | sizes | _dropout(args)).keep
+    if keep_file is not None:
+        _prompts_to_keep(keep_file, args) if _is_prompts(keep_file) else deft_io.read_kept(keep_file)
     for file in filter(None, [args.network_weights, *args.base_weights]):
         deft_io.read_adapter(file)
     halves = {
@@ -107,7 +111,38 @@ def cache_latents(
     return data
 
 
-def build_network(args: argparse.Namespace, model: StableDiffusion) -> DeftNetwork:
+def _is_prompts(keep_file: str) -> bool:
+    """Whether the option `keep` names prompts, and no directions yet."""
+    return keep_file.endswith(".txt")
+
+
+def _prompts_to_keep(keep_file: str, args: argparse.Namespace) -> list[sampling.Prompt]:
+    return keep.read_prompts(keep_file, args.resolution, "--network_args keep")
+
+
+def find_directions(args: argparse.Namespace, model: StableDiffusion, accelerator: Accelerator, keep_file: str) -> Path:
+    """The file of `library.keep` for a prompts file, made once a base model and --output_dir.
+
+    :raises DeftError: when it cannot be made or written
+    """
+    prompts = _prompts_to_keep(keep_file, args)
+    parts = (model.text_encoder, model.unet)
+    weights = ((name, p) for part in parts for name, p in part.named_parameters() if p.dim() > 1)
+    made_of = f"{deft_io.base_fingerprint(weights)} {prompts} {keep.DIRECTIONS}"
+    file = Path(args.output_dir) / f"keep-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
+    with accelerator.main_process_first():
+        if file.is_file():
+            logger.info(f"keep={keep_file}: {file} is of this base model and these prompts")
+            return file
+        logger.info(f"keep={keep_file}: drawing {len(prompts)} pictures with the base model, once, to make {file}")
+        model.pipeline.to(accelerator.device)
+        with accelerator.autocast():
+            keep.write(keep.directions_to_keep(model.pipeline, prompts, keep.DIRECTIONS), file)
+        model.pipeline.to("cpu")
+    return file
+
+
+def build_network(args: argparse.Namespace, model: StableDiffusion, accelerator: Accelerator) -> DeftNetwork:
     """Merges `--base_weights`, creates the network, applies and loads it, as sd-scripts' train_network.py does.
 
     :raises DeftError: for wrong options or files
@@ -120,6 +155,8 @@ def build_network(args: argparse.Namespace, model: StableDiffusion) -> DeftNetwo
         merged.merge_to(encoder, unet, tensors)
     options: dict[str, Any] = dict(argument.split("=", 1) for argument in args.network_args)
     options |= _dropout(args)
+    if _is_prompts(options.get("keep", "")):
+        options["keep"] = str(find_directions(args, model, accelerator, options["keep"]))
     if args.dim_from_weights:
         network, _ = module.create_network_from_weights(1.0, args.network_weights, None, encoder, unet, **options)
     else:

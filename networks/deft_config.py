@@ -154,7 +154,8 @@ class DeftConfig:
     init_scale: float = _option(1.0, _positive, of_file=True)
     ratio: float = _option(1.0, _positive, of_file=True)  # P's rate over R's
     split_qkv: bool = _option(False, parse_bool, of_file=True)
-    keep: str | None = _option(None, _text)  # a file of input directions that R stays out of
+    # a file of input directions that R stays out of; for our trainer also prompts (.txt), of which it makes that file
+    keep: str | None = _option(None, _text)
 
     # dropout
     neuron_dropout: float = _option(0.0, _probability, of_file=True)

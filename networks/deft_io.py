@@ -314,6 +314,11 @@ def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
 
     :raises DeftError: when it cannot be read or is no such file
     """
+    if Path(path).suffix == ".txt":
+        raise DeftError(
+            f"keep={path}: only train_network_deft.py takes prompts; make a file with `python -m library.keep "
+            f"--prompts {path}` of the DEFT project, and give that"
+        )
     tensors, metadata = read_tensors(path)
     if KEPT_KEY not in metadata:
         raise DeftError(f"keep={path}: no file of directions to keep; `python -m library.keep` makes one")

@@ -146,6 +146,10 @@ def test_what_is_refused(file, tmp_path):
         kept_network(Flux(dim=32), file)
     with pytest.raises(DeftError, match="no such adapter file"):
         kept_network(Flux(), "nowhere.safetensors")
+    with pytest.raises(
+        DeftError, match=r"keep=x.txt: only train_network_deft.py takes prompts; make a file with `python -m"
+    ):
+        kept_network(Flux(), "x.txt")
 
 
 def sdxl_pipeline(tokenizer, clip) -> diffusers.DiffusionPipeline:
@@ -201,6 +205,36 @@ def test_directions_of_other_pipelines(make, tmp_path):
     assert not [m.lora_name for m in net.all_modules if m.kept is None]
 
 
+def test_prompts_repeat(tmp_path):
+    """The shipped ones too, and a line's own numbers count."""
+    shipped = keep.read_prompts(keep.PROMPTS, (512, 512))
+    assert shipped == keep.read_prompts(keep.PROMPTS, (512, 512))
+    assert len(shipped) == len({prompt.text for prompt in shipped}) > 50
+    assert {(prompt.width, prompt.steps) for prompt in shipped} == {(512, keep.STEPS)}
+    file = tmp_path / "prompts.txt"
+    file.write_text("# kept\na cat\na dog --d 9 --s 4 --w 64\n", encoding="utf-8")
+    cat, dog = keep.read_prompts(file, (512, 256))
+    assert (cat.seed, cat.steps, cat.width, cat.height) == (0, keep.STEPS, 512, 256)
+    assert (dog.seed, dog.steps, dog.width, dog.height) == (9, 4, 64, 256)
+
+
+def test_pictures_drawn_together_are_those_drawn_alone(monkeypatch):
+    pipeline = keep.load(str(measure.MODEL), "cpu", torch.float32)
+    prompts = [keep.sampling.Prompt(text, width=64, height=64, seed=i, steps=2) for i, text in enumerate(("a red star",
+               "two blue rings", "a sketch of a moon"))]  # fmt: skip
+    prompts.append(keep.sampling.Prompt("a heart", width=32, height=64, seed=7, steps=1, negative="a star"))
+    calls, call = [], type(pipeline).__call__
+    monkeypatch.setattr(type(pipeline), "__call__", lambda *args, **rest: calls.append(args[1]) or call(*args, **rest))
+    together, number = keep.directions_to_keep(pipeline, prompts, 8), len(calls)
+    monkeypatch.setattr(keep, "PIXELS", 64 * 64)
+    alone = keep.directions_to_keep(pipeline, prompts, 8)
+    assert (number, len(calls)) == (2, 2 + 4)
+    assert together.keys() == alone.keys()
+    for name, U in together.items():
+        assert U.shape == alone[name].shape
+        assert torch.linalg.svdvals(U.mT @ alone[name])[:4].min() > 1 - 1e-4, name
+
+
 def test_directions_of_the_shipped_model(tmp_path, capsys):
     """The command, and that what the model draws its pictures of lies in what it has found."""
     prompts, output = tmp_path / "prompts.txt", tmp_path / "keep.safetensors"
@@ -226,6 +260,7 @@ def test_directions_of_the_shipped_model(tmp_path, capsys):
     assert statistics.median(shares.values()) > 0.6 > 2 * statistics.median(by_chance.values())  # of another picture
 
     for wrong, line in ((["--prompts", "nowhere.txt"], "--prompts: no such file: nowhere.txt"),
+                        (["--resolution", "65"], "--resolution 65: give a multiple of 8"),
                         (["--directions", "0"], "--directions 0: give at least 1")):  # fmt: skip
         assert keep.main([*command, *wrong]) == 2
         assert line in capsys.readouterr().err

@@ -22,7 +22,7 @@ import train_network_deft
 from library import options, sampling, sd, setup
 from library.dataset import CachedLatents, TrainImage, find_images, load_image
 from library.noise import diffusion_loss
-from networks import deft
+from networks import deft, deft_io
 from networks.deft_config import DeftError
 from tests.conftest import network_of, relative_error
 from tests.test_files import deltas_of_lora
@@ -216,6 +216,37 @@ def test_goes_on_from_weights_and_merges_base_weights(run, tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_prompts_to_keep_become_directions_once_a_base_model(run, model_folder, tmp_path, caplog, capsys):
+    prompts = tmp_path / "keep.txt"
+    prompts.write_text("a dog --s 2\na red car --s 2\n", encoding="utf-8")
+    kept = {"network_args": [f"keep={prompts}"], "learning_rate": 1e-2}
+    with caplog.at_level("INFO"):
+        assert run(output_name="first", **kept) == run(output_name="second", seed=3, **kept) == 0
+    (file,) = (tmp_path / "out").glob("keep-*.safetensors")
+    told = [line for line in caplog.messages if line.startswith(f"keep={prompts}: ")]
+    assert ["drawing 2 pictures" in line for line in told] == [True, False]
+    directions = deft_io.read_kept(file)
+    for name in ("first", "second"):
+        layers = deft_io.read_adapter(tmp_path / "out" / f"{name}.safetensors").layers
+        assert any(bool(layer.down.any()) for layer in layers.values())
+        for layer, found in layers.items():
+            down = found.down.float()
+            assert (down @ directions[layer]).norm() <= 1e-2 * down.norm()
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    unet = next((other / "unet").glob("*.safetensors"))
+    save_file({name: 1.01 * tensor for name, tensor in load_file(unet).items()}, unet)
+    assert run(output_name="third", pretrained_model_name_or_path=other, **kept) == 0
+    assert len(list((tmp_path / "out").glob("keep-*.safetensors"))) == 2
+    prompts.write_text("a dog --s 1\n", encoding="utf-8")
+    assert run(output_name="fourth", **kept) == 0
+    assert len(list((tmp_path / "out").glob("keep-*.safetensors"))) == 3
+    for wrong, line in (("nowhere.safetensors", "no such adapter file: nowhere.safetensors"),
+                        ("nowhere.txt", "--network_args keep: no such file: nowhere.txt")):  # fmt: skip
+        assert run(network_args=[f"keep={wrong}"], pretrained_model_name_or_path="nowhere") == 2
+        assert line in capsys.readouterr().err
+
+
 def parsed(model_folder, photos, tmp_path, **changes):
     return options.parse(arguments(model_folder, photos, tmp_path, **changes))
 
@@ -225,7 +256,7 @@ def test_base_weights_are_merged_at_their_strength(run, model_folder, photos, tm
     first = str(tmp_path / "out" / "first.safetensors")
     model, base = sd.load(str(model_folder)), sd.load(str(model_folder))
     args = parsed(model_folder, photos, tmp_path, base_weights=[first], base_weights_multiplier=[0.5])
-    setup.build_network(args, model)
+    setup.build_network(args, model, Accelerator(cpu=True))
     found = deltas_of_lora(load_file(first))
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     change = model.unet.get_submodule(name).weight - base.unet.get_submodule(name).weight
