@@ -93,11 +93,6 @@ def at(points: Sequence[tuple[float, float]], likeness: float) -> float:
     return min(points, key=lambda point: abs(point[0] - likeness))[1]
 
 
-def reaches(points: Sequence[tuple[float, float]], likeness: float) -> bool:
-    """Whether the likeness is within the curve."""
-    return bool(points) and min(x for x, _ in points) <= likeness <= max(x for x, _ in points)
-
-
 def mean_curve(found: Mapping[Unit, list[tuple[float, float]]], units: Sequence[Unit]) -> list[tuple[float, float]]:
     """The mean over units, rate by rate."""
     return [
@@ -108,7 +103,8 @@ def mean_curve(found: Mapping[Unit, list[tuple[float, float]]], units: Sequence[
 
 def difference_at_equal_likeness(data: Mapping[str, Any], adapter: str, name: str, reference: str) -> str:
     """A figure at the adapter's best rate, and how much it differs from the reference's at the same likeness, which is
-    interpolated along its rates; with its 95% interval by a bootstrap over concepts."""
+    interpolated along its rates; with its 95% interval by a bootstrap over concepts. With a star: beside the
+    reference's highest likeness, which is lower."""
     theirs = curves(data, reference, name)
     best = {
         (run["concept"], run["seed"]): (run["likeness_share"], run[name])
@@ -127,8 +123,7 @@ def difference_at_equal_likeness(data: Mapping[str, Any], adapter: str, name: st
     if adapter == reference:
         return f"{mine:.3f}"
     likeness, points = _mean([best[unit][0] for unit in units]), mean_curve(theirs, units)
-    if not reaches(points, likeness):
-        return f"{mine:.3f} ({reference} has no such likeness)"
+    star = "*" if likeness > max(x for x, _ in points) else ""
     clusters: dict[int, list[Unit]] = {}
     for unit in units:
         clusters.setdefault(unit[0], []).append(unit)
@@ -140,7 +135,7 @@ def difference_at_equal_likeness(data: Mapping[str, Any], adapter: str, name: st
     interval = f" ({mine - other:+.3f}"
     if differences:
         interval += f" [{differences[int(0.025 * SAMPLES)]:+.3f}, {differences[int(0.975 * SAMPLES) - 1]:+.3f}]"
-    return f"{mine:.3f}{interval})"
+    return f"{mine:.3f}{interval}){star}"
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -185,7 +180,8 @@ def tables(data: Mapping[str, Any]) -> str:
     parts.append(table(["adapter", *PARTS], rows))
     if "lora" in best:
         parts.append("Beside LoRA at the same likeness, interpolated along LoRA's rates and the base model: in "
-                     "brackets the difference from LoRA and its 95% interval (bootstrap over concepts):")  # fmt: skip
+                     "brackets the difference from LoRA and its 95% interval (bootstrap over concepts); * where LoRA "
+                     "has such a likeness at no rate: beside its highest:")  # fmt: skip
         rows = [
             [n, f"{_mean(values(n, best[n], 'likeness_share')):.3f}",
              *(difference_at_equal_likeness(data, n, key, "lora") for key in AT_LIKENESS.values())]
