@@ -35,6 +35,7 @@ from networks.deft_config import DeftError
 DIRECTIONS = 64  # a layer, and at most a quarter of its inputs
 PROMPTS = Path(__file__).resolve().parents[1] / "configs" / "keep.txt"
 STEPS = 10  # of a picture
+ROWS = 4096  # of a layer's inputs that are looked at in each of its calls, chosen at random
 PIXELS = 2 * 512 * 512  # drawn at once, for 8 GB
 
 
@@ -89,6 +90,7 @@ def watched(layers: Iterable[deft_targets.Target], k: int) -> Iterator[dict[str,
     """Sketches of the inputs of these layers, by key name, from the calls within the block."""
     sketches: dict[str, Sketch] = {}
     tests: dict[tuple[int, torch.device], Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
     handles = []
     for target in layers:
         name, n, device = target.file_name, target.shape[1], target.layer.weight.device
@@ -99,7 +101,10 @@ def watched(layers: Iterable[deft_targets.Target], k: int) -> Iterator[dict[str,
 
         def look(layer: nn.Module, args: tuple[Any, ...], sketch: Sketch = sketches[name]) -> None:
             with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
-                sketch.add(inputs_of(layer, args[0].detach()))
+                X = inputs_of(layer, args[0].detach())
+                if len(X) > ROWS:
+                    X = X[torch.randint(len(X), (ROWS,), generator=generator).to(X.device)]
+                sketch.add(X)
 
         handles.append(target.layer.register_forward_pre_hook(look))
     try:

@@ -205,6 +205,23 @@ def test_directions_of_other_pipelines(make, tmp_path):
     assert not [m.lora_name for m in net.all_modules if m.kept is None]
 
 
+def test_a_part_of_many_inputs_has_their_directions(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Flux(double=0, single=1), torch.randn(2, 2000, 4)
+    layers = [m.target for m in deft.create_network(1.0, 1, 1, None, [], model).all_modules]
+    found, seen = [], []
+    handle = layers[0].layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].flatten(0, 1)))
+    for rows in (10**6, 300, 300):
+        monkeypatch.setattr(keep, "ROWS", rows)
+        with keep.watched(layers, 4) as sketches, torch.no_grad():
+            model(x)
+        found.append(sketches[layers[0].file_name].directions().float())
+    handle.remove()
+    whole, part, again = ((seen[0] @ U).norm() / seen[0].norm() for U in found)
+    assert part == again
+    assert 0.98 * whole < part < whole
+
+
 def test_prompts_repeat(tmp_path):
     """The shipped ones too, and a line's own numbers count."""
     shipped = keep.read_prompts(keep.PROMPTS, (512, 512))
