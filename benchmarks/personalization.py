@@ -6,9 +6,10 @@
 
 Every adapter is trained for the same steps on the same pictures and noise, with as many parameters as a LoRA of rank 8
 (or as near as its sizes allow), at every rate of one grid on tuning concepts. The rate with the highest likeness whose
-old-world accuracy has fallen by at most 0.05 is its best; it and its neighbours in the grid are trained on the test
-concepts. All adapters are merged into the weights before they are measured. Each finished run is written to the
-results at once; runs that are there are not repeated. Tables and plots: `personalization_plot.py`, also by itself.
+old-world accuracy has fallen by at most 0.05 is its best, which is trained on the test concepts; of LoRA its neighbours
+in the grid as well, so that others can be compared with it at their own likeness. All adapters are merged into the
+weights before they are measured. Each finished run is written to the results at once; runs that are there are not
+repeated. Tables and plots: `personalization_plot.py`, also by itself.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import personalization_train as training  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 DROP = 0.05  # of old-world accuracy that a best rate may cost
+REFERENCE = "lora"  # that the others are compared with at their own likeness, between its rates
 RATES = (1e-4, 3e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 FULL = {"adapters": ["lora", "dora", "oft", "peft-deft", "para", "full", "deft"], "deft": ["removal=1", "keep=64"],
         "rates": list(RATES), "concepts": 10, "tuning": 2, "seeds": 3,
@@ -275,7 +277,8 @@ def bench(args: argparse.Namespace, results: Results) -> None:
         labels = [name for name in labels if name in best]
         adapters = {name: known[name] for name in labels}
         rates = {name: [best[name]] for name in labels}
-        beside = {name: neighbours(args.rates, best[name], args.neighbours) for name in labels}
+        near = {name: neighbours(args.rates, best[name], args.neighbours) for name in labels if name == REFERENCE}
+        beside = {name: near.get(name, []) for name in labels}
         for name in labels:
             at_edge = len(args.rates) > 1 and best[name] in (min(args.rates), max(args.rates))
             print(f"{name}: best rate {best[name]:g}{', at the edge of the grid' if at_edge else ''}", flush=True)
@@ -306,7 +309,7 @@ def arguments() -> argparse.Namespace:
                           ("seeds", "trainings of each"), ("steps", "of a training"),
                           ("pictures", "of each kind of prompt"),
                           ("tuning_pictures", "the same while rates are chosen"), ("sampling", "steps of a picture"),
-                          ("neighbours", "rates beside the best that are tested too")):  # fmt: skip
+                          ("neighbours", "rates beside LoRA's best that are tested too")):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, help=meaning)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, help="processes (by default one a GPU: several on one slow each other)")
