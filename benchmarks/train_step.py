@@ -39,8 +39,9 @@ sys.path.insert(0, str(ROOT))
 
 from networks import deft  # noqa: E402
 
-# deft-paper: removal=1, the paper's form; deft-alone: layer by layer
-ADAPTERS = ("none", "lora", "deft", "deft-paper", "deft-alone", "peft-lora", "peft-deft", "sd-scripts")
+# deft-keep: out of KEPT directions a layer; deft-paper: removal=1, the paper's form; deft-alone: layer by layer
+ADAPTERS = ("none", "lora", "deft", "deft-keep", "deft-paper", "deft-alone", "peft-lora", "peft-deft", "sd-scripts")
+KEPT = 64
 SDXL = {
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -163,6 +164,9 @@ def adapt(name: str, model: nn.Module, rank: int, device: str) -> tuple[list[nn.
     if name.startswith("deft"):
         options = {"removal": "1"} if name == "deft-paper" else {}
         network = deft.create_network(1.0, rank, rank, None, [], model, **options)
+        for module in network.all_modules if name == "deft-keep" else ():  # any orthonormal directions cost the same
+            n = module.target.shape[1]
+            module.kept = torch.linalg.qr(torch.randn(n, min(KEPT, max(1, n // 4)), device=device))[0].cpu()
         network.apply_to([], model, False, True)
         network.to(device).train()
         network.batched = name != "deft-alone"
