@@ -392,12 +392,15 @@ sys.exit(trainer.main(sys.argv[1:]))
 
 
 def test_two_processes_end_with_the_same_network(model_folder, photos, tmp_path):
-    """Also where dropout skips a layer in one process and not in the other."""
+    """Also where dropout skips a layer in one process and not in the other, and where one makes a file for both."""
+    prompts = tmp_path / "keep.txt"
+    prompts.write_text("a dog --s 2\n", encoding="utf-8")
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES.format(root=str(ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += [str(script), *arguments(model_folder, photos, tmp_path, network_args=["module_dropout=0.4"])]
+    options = ["module_dropout=0.4", f"keep={prompts}"]
+    command += [str(script), *arguments(model_folder, photos, tmp_path, network_args=options)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -405,6 +408,7 @@ def test_two_processes_end_with_the_same_network(model_folder, photos, tmp_path)
     assert len(told) == 2
     assert told[0] == told[1]
     assert told[0][:2] == ["2", "3"]
+    assert len(list((tmp_path / "out").glob("keep-*"))) == 1
 
 
 def test_stops_on_non_finite_losses_and_keeps_the_last_good_save(run, tmp_path, capsys):
