@@ -178,9 +178,12 @@ def test_adapter_learns_the_creature(trained):
 
 
 def test_training_repeats_bit_for_bit(tmp_path):
-    files = []
+    """With directions to keep, of a few prompts, which each training finds for itself."""
+    prompts = (ROOT / CONFIG).with_name("keep.txt").read_text(encoding="utf-8").splitlines()
+    few, files = tmp_path / "keep.txt", []
+    few.write_text("\n".join(prompts[:4]), encoding="utf-8")
     for folder in ("first", "second"):
-        _train(tmp_path / folder, 8, [])
+        _train(tmp_path / folder, 8, ["--network_args", "conv_dim=8", "conv_alpha=8", f"keep={few}"])
         files.append(load_file(tmp_path / folder / "sks.safetensors"))
         shutil.rmtree(tmp_path / folder)
     assert files[0].keys() == files[1].keys()
