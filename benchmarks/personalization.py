@@ -42,7 +42,6 @@ import personalization_train as training  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 DROP = 0.05  # of old-world accuracy that a best rate may cost
-REFERENCE = "lora"  # that the others are compared with at their own likeness, between its rates
 RATES = (1e-4, 3e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 FULL = {"adapters": ["lora", "dora", "oft", "peft-deft", "para", "full", "deft"], "deft": ["removal=1", "keep=64"],
         "rates": list(RATES), "concepts": 10, "tuning": 2, "seeds": 3,
@@ -277,8 +276,7 @@ def bench(args: argparse.Namespace, results: Results) -> None:
         labels = [name for name in labels if name in best]
         adapters = {name: known[name] for name in labels}
         rates = {name: [best[name]] for name in labels}
-        near = {name: neighbours(args.rates, best[name], args.neighbours) for name in labels if name == REFERENCE}
-        beside = {name: near.get(name, []) for name in labels}
+        beside = {n: neighbours(args.rates, best[n], args.neighbours) if n == plot.REFERENCE else [] for n in labels}
         for name in labels:
             at_edge = len(args.rates) > 1 and best[name] in (min(args.rates), max(args.rates))
             print(f"{name}: best rate {best[name]:g}{', at the edge of the grid' if at_edge else ''}", flush=True)

@@ -21,6 +21,7 @@ PARTS = ("background", "count", "known", "relation", "style", "edit_likeness", "
 AT_LIKENESS = {"old world": "old", "old pairs": "old_pair", "prompt followed": "follow", "drift": "drift"}
 PLOTS = {"old": "old-world accuracy", "follow": "prompt following with the concept", "drift": "drift"}
 SAMPLES = 1000  # of the bootstrap
+REFERENCE = "lora"  # that the others are compared with at their own likeness, between its rates
 
 Run = dict[str, Any]
 Unit = tuple[int, int]  # concept and seed
@@ -178,13 +179,13 @@ def tables(data: Mapping[str, Any]) -> str:
     parts.append("What the means are made of:")
     rows = [[name, *row(name, rate, PARTS)] for name, rate in [("none", 0.0), *((n, best[n]) for n in tested)]]
     parts.append(table(["adapter", *PARTS], rows))
-    if "lora" in best:
+    if REFERENCE in best:
         parts.append("Beside LoRA at the same likeness, interpolated along LoRA's rates and the base model: in "
                      "brackets the difference from LoRA and its 95% interval (bootstrap over concepts); * where LoRA "
                      "has such a likeness at no rate: beside its highest:")  # fmt: skip
         rows = [
             [n, f"{_mean(values(n, best[n], 'likeness_share')):.3f}",
-             *(difference_at_equal_likeness(data, n, key, "lora") for key in AT_LIKENESS.values())]
+             *(difference_at_equal_likeness(data, n, key, REFERENCE) for key in AT_LIKENESS.values())]
             for n in tested
         ]  # fmt: skip
         parts.append(table(["adapter", "likeness", *AT_LIKENESS], rows))

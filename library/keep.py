@@ -148,7 +148,7 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.P
                     height=alike.height,
                     num_inference_steps=alike.steps,
                     guidance_scale=alike.guidance,
-                    generator=[_generator(prompt.seed) for prompt in part],
+                    generator=[prompt.generator() for prompt in part],
                     output_type="latent",
                     **({"negative_prompt": [alike.negative] * len(part)} if alike.negative else {}),
                 )
@@ -156,12 +156,6 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.P
         if not bool(sketch.product.isfinite().all()):
             raise DeftError(f"{name}: its inputs are not finite; try --device cpu, which computes in float32")
     return {name: sketch.directions() for name, sketch in sketches.items() if bool(sketch.product.any())}
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator("cpu")
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    return generator
 
 
 def write(directions: Mapping[str, Tensor], path: str | os.PathLike) -> int:

@@ -34,6 +34,12 @@ class Prompt:
     guidance: float = 7.5  # --l
     steps: int = 30  # --s
 
+    def generator(self) -> torch.Generator:
+        """Of the picture's noise, the same on every device; from a seed of its own where there is none."""
+        generator = torch.Generator("cpu")
+        generator.manual_seed(self.seed) if self.seed is not None else generator.seed()
+        return generator
+
 
 _LETTERS = {
     "n": ("negative", str),
@@ -96,8 +102,6 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[Prompt]) -> list[Image
     images = []
     try:
         for prompt in prompts:
-            generator = torch.Generator("cpu")
-            generator.manual_seed(prompt.seed) if prompt.seed is not None else generator.seed()
             images += pipeline(
                 prompt.text,
                 negative_prompt=prompt.negative,
@@ -105,7 +109,7 @@ def draw(pipeline: StableDiffusionPipeline, prompts: list[Prompt]) -> list[Image
                 height=prompt.height,
                 guidance_scale=prompt.guidance,
                 num_inference_steps=prompt.steps,
-                generator=generator,
+                generator=prompt.generator(),
             ).images
     finally:
         pipeline.scheduler = trained_scheduler

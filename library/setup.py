@@ -38,7 +38,7 @@ def check(args: argparse.Namespace) -> list[TrainImage]:
     sizes = {} if args.dim_from_weights else {"dim": args.network_dim, "alpha": args.network_alpha}
     keep_file = parse_options(user_options(network_args) | sizes | _dropout(args)).keep
     if keep_file is not None:
-        _prompts_to_keep(keep_file, args) if _is_prompts(keep_file) else deft_io.read_kept(keep_file)
+        _prompts_to_keep(keep_file, args) if deft_io.are_prompts(keep_file) else deft_io.read_kept(keep_file)
     for file in filter(None, [args.network_weights, *args.base_weights]):
         deft_io.read_adapter(file)
     halves = {
@@ -111,11 +111,6 @@ def cache_latents(
     return data
 
 
-def _is_prompts(keep_file: str) -> bool:
-    """Whether the option `keep` names prompts, and no directions yet."""
-    return keep_file.endswith(".txt")
-
-
 def _prompts_to_keep(keep_file: str, args: argparse.Namespace) -> list[sampling.Prompt]:
     return keep.read_prompts(keep_file, args.resolution, "--network_args keep")
 
@@ -155,7 +150,7 @@ def build_network(args: argparse.Namespace, model: StableDiffusion, accelerator:
         merged.merge_to(encoder, unet, tensors)
     options: dict[str, Any] = dict(argument.split("=", 1) for argument in args.network_args)
     options |= _dropout(args)
-    if _is_prompts(options.get("keep", "")):
+    if deft_io.are_prompts(options.get("keep", "")):
         options["keep"] = str(find_directions(args, model, accelerator, options["keep"]))
     if args.dim_from_weights:
         network, _ = module.create_network_from_weights(1.0, args.network_weights, None, encoder, unet, **options)

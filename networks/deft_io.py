@@ -309,12 +309,17 @@ def kept_tensors(directions: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     return tensors, {KEPT_KEY: json.dumps(layers)}
 
 
+def are_prompts(keep: str | os.PathLike) -> bool:
+    """Whether the option `keep` names prompts, and no directions yet."""
+    return Path(keep).suffix == ".txt"
+
+
 def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
     """Key name -> orthonormal directions (n, k), float32, of a file for the option `keep`.
 
     :raises DeftError: when it cannot be read or is no such file
     """
-    if Path(path).suffix == ".txt":
+    if are_prompts(path):
         raise DeftError(
             f"keep={path}: only train_network_deft.py takes prompts; make a file with `python -m library.keep "
             f"--prompts {path}` of the DEFT project, and give that"
