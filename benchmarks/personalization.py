@@ -43,8 +43,9 @@ import personalization_train as training  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 DROP = 0.05  # of old-world accuracy that a best rate may cost
 RATES = (1e-4, 3e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
-FULL = {"adapters": ["lora", "dora", "oft", "peft-deft", "para", "full", "deft"], "deft": ["removal=1", "keep=64"],
-        "rates": list(RATES), "concepts": 10, "tuning": 2, "seeds": 3,
+FULL = {"adapters": ["lora", "dora", "oft", "peft-deft", "para", "full", "deft"],
+        "deft": ["removal=1", "keep=64", "keep=16"], "rates": list(RATES),
+        "concepts": 10, "tuning": 2, "seeds": 3,
         "steps": 250, "pictures": 12, "tuning_pictures": 6, "neighbours": 1, "sampling": 25}  # fmt: skip
 REDUCED = FULL | {"adapters": ["lora", "deft", "dora"], "deft": [], "rates": [5e-3, 2e-2], "concepts": 2, "tuning": 0,
                   "seeds": 1, "steps": 100, "pictures": 4}  # fmt: skip

@@ -8,33 +8,22 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from networks import deft_io, deft_math, deft_module
+from networks import deft_io, deft_load, deft_math, deft_module
 from networks.deft_batch import BatchedFactors
 from networks.deft_config import DeftConfig, DeftError, options_of_file, parse_options, user_options
 from networks.deft_io import AdapterFile, DeftLayer
+from networks.deft_load import LoadResult
 from networks.deft_module import DeftModule, add_to_weight
-from networks.deft_ranks import RankAndScale, Ranks
-from networks.deft_targets import (
-    Architecture,
-    Part,
-    Target,
-    as_list,
-    is_pointwise,
-    looks_made_for,
-    outside_targets,
-    recognise,
-    targets,
-)
+from networks.deft_ranks import Ranks
+from networks.deft_targets import Part, Target, as_list, looks_made_for, recognise
 
 logger = logging.getLogger(__name__)
-
-Chosen = list[tuple[Target, RankAndScale]]
 
 
 def create_network(
@@ -87,35 +76,6 @@ def create_network_from_weights(
     return DeftNetwork(text_encoder, unet, multiplier, config, source=adapter), adapter.tensors
 
 
-def layers_of_file(adapter: AdapterFile, architecture: Architecture, split_qkv: bool) -> Callable[..., Chosen]:
-    """Chooses a model's layers by what a file holds of them."""
-
-    def chosen(model: nn.Module, part: Part, denoiser: bool) -> Chosen:
-        fused = architecture.fused if denoiser and split_qkv else {}
-        found = targets(model, part, True, part.optional_containers, fused)
-        if denoiser and architecture.outside:
-            found += [target for _, target in outside_targets(model, part, architecture.outside[1])]
-        layers = [(target, adapter.layer_of(target)) for target in found]
-        return [(target, (layer.rank, layer.scale)) for target, layer in layers if layer is not None]
-
-    return chosen
-
-
-@dataclass(frozen=True)
-class LoadResult:
-    """What a load did; sd-scripts prints it."""
-
-    source: str
-    loaded: int
-    left_at_start: int
-    other_half: int
-
-    def __str__(self) -> str:
-        rest = f", {self.left_at_start} modules are not in the file and start fresh" if self.left_at_start else ""
-        rest += f", {self.other_half} of the file belong to a half that is not trained" if self.other_half else ""
-        return f"{self.loaded} modules loaded from {self.source}{rest}"
-
-
 class DeftNetwork(nn.Module):
     """The adapters of one model: a U-Net's and its text encoders'.
 
@@ -140,14 +100,15 @@ class DeftNetwork(nn.Module):
         self._base_norms: Tensor | None = None
         architecture, denoiser = recognise(unet)
         self.ranks = Ranks(config, architecture)
-        chosen = self.ranks.chosen if source is None else layers_of_file(source, architecture, config.split_qkv)
+        of_file = None if source is None else deft_load.layers_of_file(source, architecture, config.split_qkv)
+        chosen = of_file or self.ranks.chosen
         capped: list[str] = []
 
         def build(model: nn.Module | None, part: Part) -> list[DeftModule]:
             modules = []
             for target, (rank, scale) in [] if model is None else chosen(model, part, part is denoiser):
                 if source is not None:
-                    _check_shape(source, target)
+                    deft_load.check_shape(source, target)
                 largest = min(target.shape)
                 if rank > largest:
                     capped.append(f"{target.name} ({largest})")
@@ -166,7 +127,7 @@ class DeftNetwork(nn.Module):
         if source is not None:
             adapted = zip(architecture.text_encoders, self.modules_of_encoders, strict=False)
             halves = [denoiser, *(part for part, modules in adapted if modules)]  # an encoder may be None or a dummy
-            self._refuse_unknown(source, tuple(f"{part.prefix}_" for part in halves))
+            deft_load.refuse_unknown(source, self.all_modules, architecture, {f"{part.prefix}_" for part in halves})
         if config.keep is not None:
             self._keep(config.keep)
         if capped:
@@ -308,77 +269,12 @@ class DeftNetwork(nn.Module):
     def load_adapter(self, adapter: AdapterFile) -> LoadResult:
         """`load_weights` for a file that has been read."""
         self._forget_factors()
-        found = {m.lora_name: m for m in self.all_modules if adapter.layer_of(m.target) is not None}
-        self._refuse_unknown(adapter, tuple({"_".join(m.lora_name.split("_")[:2]) + "_" for m in self.all_modules}))
-        for module in found.values():
-            _check_shape(adapter, module.target)
         before = {key: value.clone() for key, value in self.state_dict().items()}
         try:
-            errors = {name: self._load_layer(module, adapter) for name, module in found.items()}
+            return deft_load.load(adapter, self.all_modules, self.config, self.ranks.architecture)
         except DeftError:
             super().load_state_dict(before)  # a refused file changes nothing
             raise
-        truncated = {name: error for name, error in errors.items() if error is not None}
-        for name, error in truncated.items():
-            logger.info(f"truncated {name}: relative error {error:.2e}")
-        if truncated:
-            logger.warning(
-                f"{adapter.source}: {len(truncated)} modules truncated, largest error {max(truncated.values()):.2e}"
-            )
-        names = {name for m in found.values() for name in (m.lora_name, m.target.file_name)}
-        left = len(self.all_modules) - len(found)
-        return LoadResult(adapter.source, len(found), left, len(adapter.layers.keys() - names))
-
-    def _refuse_unknown(self, adapter: AdapterFile, prefixes: tuple[str, ...]) -> None:
-        """:raises DeftError: when the file holds modules of the halves with these prefixes that are not here"""
-        known = {name for module in self.all_modules for name in (module.lora_name, module.target.file_name)}
-        unknown = sorted(adapter.layers.keys() - known)
-        made_for, architecture = looks_made_for(adapter.tensors), self.ranks.architecture
-        all_prefixes = tuple(f"{part.prefix}_" for part in (*architecture.denoisers, *architecture.text_encoders))
-        missing = [name for name in unknown if name.startswith(prefixes) or not name.startswith(all_prefixes)]
-        if missing and len(unknown) == len(adapter.layers):
-            raise DeftError(f"{adapter.source}: none of its modules is in this network; it looks made for {made_for}")
-        if missing:
-            raise DeftError(
-                f"{adapter.source}: {len(missing)} of its modules have no counterpart, {missing[0]} for one; use "
-                f"--dim_from_weights, or conv_dim=... for convolutions (it looks made for {made_for})"
-            )
-        if len(unknown) == len(adapter.layers):
-            raise DeftError(f"{adapter.source}: it adapts only a half of the model that is not trained here")
-
-    def _load_layer(self, module: DeftModule, adapter: AdapterFile) -> float | None:
-        """Loads one layer; the relative error where `truncate` cut its rank, else None."""
-        layer = adapter.layer_of(module.target)
-        assert layer is not None
-        if isinstance(layer, DeftLayer):
-            same_form = layer.basis == self.config.basis
-            same_form &= (layer.R is None) == self.config.para and (layer.gate is None) == (module.g is None)
-            same_form &= self.config.removal > 0 or not layer.removes
-            if same_form and layer.rank == module.rank:
-                R = None if layer.R is None else layer.R * (layer.scale / module.scale)
-                module.set_matrices(layer.P, R, layer.E0)
-                module.spread_removal()
-                if module.g is not None and layer.gate is not None:
-                    module.g.data.copy_(layer.gate)
-                return None
-            up, down = _file_factors(layer, module.base_weight)
-        else:
-            up, down = layer.up, layer.down
-        if up.shape[1] <= module.rank:
-            module.load_lora(up, down)
-            return None
-        if module.rank == min(module.target.shape):  # the product's rank is no higher: nothing is lost
-            up, down, _ = deft_math.truncate(up.double(), down.double(), module.rank)
-            module.load_lora(up, down)
-            return None
-        if not self.config.truncate:
-            raise DeftError(
-                f"{adapter.source}: {module.lora_name} has rank {up.shape[1]}, the network {module.rank}; use "
-                f"--dim_from_weights, a larger dim, or --network_args truncate=true (best approximation)"
-            )
-        up, down, error = deft_math.truncate(up.double(), down.double(), module.rank)
-        module.load_lora(up, down)
-        return error
 
     def enable_gradient_checkpointing(self) -> None:
         """Nothing to do: a layer's forward can be run again at any time."""
@@ -587,9 +483,7 @@ class DeftNetwork(nn.Module):
             layer = adapter.layer_of(module.target)
             if layer is None:
                 continue
-            up, down = (
-                _file_factors(layer, module.base_weight) if isinstance(layer, DeftLayer) else (layer.up, layer.down)
-            )
+            up, down = deft_load.factors_of(layer, module.base_weight)
             add_to_weight(module.target, up, down, self.multiplier)
         logger.info("weights are merged")
 
@@ -617,35 +511,8 @@ class DeftNetwork(nn.Module):
         self.set_region(0, True, torch.ones(()))
 
 
-def _check_shape(adapter: AdapterFile, target: Target) -> None:
-    """:raises DeftError: when the file's layer has another shape than the model's"""
-    found = adapter.layer_of(target)
-    if isinstance(found, DeftLayer):
-        expected: tuple[int, ...] = target.shape
-        shape: tuple[int, ...] = (found.P.shape[0], expected[1] if found.R is None else found.R.shape[1])
-    elif found is not None:
-        expected = (target.shape[0], *target.layer.weight.shape[1:])
-        shape = (found.up.shape[0], *found.kernel)
-        if len(shape) == 2 and is_pointwise(target.layer):  # some programs write a 1x1 convolution as a matrix
-            expected = expected[:2]
-    if found is not None and shape != expected:
-        raise DeftError(
-            f"{adapter.source}: {target.name} is made for a weight of {shape}, this model has "
-            f"{expected}; the file looks made for {looks_made_for(adapter.tensors)}"
-        )
-
-
 def _as_deft_layer(module: DeftModule) -> DeftLayer:
     """As a file has it, where all of E - E0 is taken out: what `removal` leaves goes into E0."""
     removal, E, E0 = module.config.removal, module.left_and_eraser()[1], module.E0
     start = E if E0 is None else E0 if removal == 1 else E - removal * (E - E0)
     return DeftLayer(module.config.basis, module.effective_P, module.effective_R, start, module.scale, module.g)
-
-
-def _file_factors(layer: DeftLayer, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """up and down of a DEFT file's layer on the model at hand."""
-    W = base_weight().float()
-    scale = layer.scale * (1.0 if layer.gate is None else float(torch.sigmoid(layer.gate)))
-    P, E0 = layer.P.to(W), layer.E0.to(W)
-    R = None if layer.R is None else layer.R.to(W)
-    return deft_math.lora_factors(P, R, E0, scale, layer.basis, lambda: W)

@@ -109,7 +109,7 @@ def _part(fused: LoraLayer, target: Target) -> LoraLayer:
     first, total = target.file_rows or (0, 0)
     outputs = target.shape[0]
     if fused.up.shape[0] != total:
-        return fused  # which `_check_shape` refuses
+        return fused  # which `deft_load.check_shape` refuses
     up = fused.up[first : first + outputs]
     used = (up != 0).any(0)
     if not used.any():
