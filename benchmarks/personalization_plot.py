@@ -22,6 +22,7 @@ AT_LIKENESS = {"old world": "old", "old pairs": "old_pair", "prompt followed": "
 PLOTS = {"old": "old-world accuracy", "follow": "prompt following with the concept", "drift": "drift"}
 SAMPLES = 1000  # of the bootstrap
 REFERENCE = "lora"  # that the others are compared with at their own likeness, between its rates
+CURVES = (REFERENCE, "deft")  # of which rates beside the best are tested
 
 Run = dict[str, Any]
 Unit = tuple[int, int]  # concept and seed
@@ -102,28 +103,28 @@ def mean_curve(found: Mapping[Unit, list[tuple[float, float]]], units: Sequence[
     ]
 
 
-def difference_at_equal_likeness(data: Mapping[str, Any], adapter: str, name: str, reference: str) -> str:
-    """A figure at the adapter's best rate, and how much it differs from the reference's at the same likeness, which is
-    interpolated along its rates; with its 95% interval by a bootstrap over concepts. With a star: beside the
-    reference's highest likeness, which is lower."""
+def difference_at_equal_likeness(data: Mapping[str, Any], adapter: str, rate: float, name: str, reference: str) -> str:
+    """A figure at a rate, and how much it differs from the reference's at the same likeness, which is interpolated
+    along its rates; with its 95% interval by a bootstrap over concepts. With a star: beside the reference's highest
+    likeness, which is lower."""
     theirs = curves(data, reference, name)
-    best = {
+    ours = {
         (run["concept"], run["seed"]): (run["likeness_share"], run[name])
-        for run in select(data["runs"], adapter, data["best"].get(adapter), data["concepts"]["test"])
+        for run in select(data["runs"], adapter, rate, data["concepts"]["test"])
         if "concept" in run
     }
-    units = sorted(theirs.keys() & best.keys())
+    units = sorted(theirs.keys() & ours.keys())
     if not units:
         return "–"
 
     def both(chosen: Sequence[Unit]) -> tuple[float, float]:
-        likeness = _mean([best[unit][0] for unit in chosen])
-        return _mean([best[unit][1] for unit in chosen]), at(mean_curve(theirs, chosen), likeness)
+        likeness = _mean([ours[unit][0] for unit in chosen])
+        return _mean([ours[unit][1] for unit in chosen]), at(mean_curve(theirs, chosen), likeness)
 
     mine, other = both(units)
     if adapter == reference:
         return f"{mine:.3f}"
-    likeness, points = _mean([best[unit][0] for unit in units]), mean_curve(theirs, units)
+    likeness, points = _mean([ours[unit][0] for unit in units]), mean_curve(theirs, units)
     star = "*" if likeness > max(x for x, _ in points) else ""
     clusters: dict[int, list[Unit]] = {}
     for unit in units:
@@ -155,6 +156,9 @@ def tables(data: Mapping[str, Any]) -> str:
     def row(adapter: str, rate: float, columns: Sequence[str]) -> list[str]:
         return [with_interval(values(adapter, rate, name)) for name in columns]
 
+    def rates_of(adapter: str) -> list[float]:
+        return sorted({run["rate"] for run in select(runs, adapter, None, test)})
+
     units = len(values("none", 0.0, "likeness"))
     chosen = "the tuning concepts" if data["concepts"]["tuning"] else "the tested concepts themselves"
     parts.append(f"At each adapter's best rate, chosen on {chosen}: mean over {units} of concept x seed, 95% interval. "
@@ -184,15 +188,15 @@ def tables(data: Mapping[str, Any]) -> str:
                      "brackets the difference from LoRA and its 95% interval (bootstrap over concepts); * where LoRA "
                      "has such a likeness at no rate: beside its highest:")  # fmt: skip
         rows = [
-            [n, f"{_mean(values(n, best[n], 'likeness_share')):.3f}",
-             *(difference_at_equal_likeness(data, n, key, REFERENCE) for key in AT_LIKENESS.values())]
-            for n in tested
+            [n, f"{rate:g}", f"{_mean(values(n, rate, 'likeness_share')):.3f}",
+             *(difference_at_equal_likeness(data, n, rate, key, REFERENCE) for key in AT_LIKENESS.values())]
+            for n in tested for rate in rates_of(n)
         ]  # fmt: skip
-        parts.append(table(["adapter", "likeness", *AT_LIKENESS], rows))
+        parts.append(table(["adapter", "rate", "likeness", *AT_LIKENESS], rows))
     parts.append("All rates tested:")
     rows = []
     for name in tested:
-        for rate in sorted({run["rate"] for run in select(runs, name, None, test)}):
+        for rate in rates_of(name):
             figures = [with_interval(values(name, rate, key)) for key in list(COLUMNS.values())[:5]]
             rows.append([name, f"{rate:g}{' (best)' if rate == best[name] else ''}", *figures])
     parts.append(table(["adapter", "rate", *list(COLUMNS)[:5]], rows))

@@ -11,107 +11,27 @@ trainer loads. Once a model; our trainer does it by itself with `--network_args 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
-import torch.nn.functional as F
 import transformers
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from library import sampling, sd
 from networks import deft_io, deft_targets
 from networks.deft_config import DeftError
+from networks.deft_keep import DIRECTIONS, Watch
 
-DIRECTIONS = 64  # a layer, and at most a quarter of its inputs
 PROMPTS = Path(__file__).resolve().parents[1] / "configs" / "keep.txt"
 STEPS = 10  # of a picture
-ROWS = 4096  # of a layer's inputs that are looked at in each of its calls, chosen at random
 PIXELS = 2 * 512 * 512  # drawn at once, for 8 GB
-
-
-class Sketch:
-    """The leading directions of vectors that are seen once, a few at a time, without an n x n matrix of them.
-
-    Nystrom's approximation of their second moment from its product with random directions (Tropp, Yurtsever, Udell,
-    Cevher: Fixed-rank approximation of a positive-semidefinite matrix from streaming data, 2017, algorithm 3).
-
-    :param test: random orthonormal directions (n, at least k), `test_directions`
-    :param k: how many are wanted
-    """
-
-    def __init__(self, test: Tensor, k: int) -> None:
-        self.test, self.k = test, k
-        self.product = torch.zeros_like(test)
-
-    def add(self, X: Tensor) -> None:
-        """Vectors (number, n)."""
-        X = X.float()
-        self.product += X.mT @ (X @ self.test)
-
-    def directions(self) -> Tensor:
-        """Orthonormal (n, k), or fewer where the vectors span fewer, the most used first; on the CPU."""
-        product, test = self.product.double().cpu(), self.test.double().cpu()
-        shift = math.sqrt(len(product)) * torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(product, 2)
-        product = product + shift * test
-        core = test.mT @ product
-        factor = torch.linalg.cholesky((core + core.mT) / 2)
-        root = torch.linalg.solve_triangular(factor.mT, product, upper=True, left=False)
-        U, S, _ = torch.linalg.svd(root, full_matrices=False)
-        used = int((S.square() > 4 * shift).sum())
-        return U[:, : min(self.k, max(1, used))]
-
-
-def test_directions(n: int, k: int) -> Tensor:
-    """For a `Sketch` of k directions: the same for the same n and k, (n, min(n, 2 k + 8))."""
-    random = torch.randn(n, min(n, 2 * k + 8), generator=torch.Generator().manual_seed(n))
-    return torch.linalg.qr(random)[0]
-
-
-def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a Linear layer or a convolution multiplies its weight with, as (number, n)."""
-    if isinstance(layer, nn.Conv2d):
-        padded = F.pad(x, layer._reversed_padding_repeated_twice)  # numbers also for a padding such as "same"
-        return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).mT.flatten(0, 1)
-    return x.reshape(-1, x.shape[-1])
-
-
-@contextlib.contextmanager
-def watched(layers: Iterable[deft_targets.Target], k: int) -> Iterator[dict[str, Sketch]]:
-    """Sketches of the inputs of these layers, by key name, from the calls within the block."""
-    sketches: dict[str, Sketch] = {}
-    tests: dict[tuple[int, torch.device], Tensor] = {}
-    generator = torch.Generator().manual_seed(0)
-    handles = []
-    for target in layers:
-        name, n, device = target.file_name, target.shape[1], target.layer.weight.device
-        some = min(k, max(1, n // 4))
-        if (n, device) not in tests:
-            tests[n, device] = test_directions(n, some).to(device)
-        sketches[name] = Sketch(tests[n, device], some)
-
-        def look(layer: nn.Module, args: tuple[Any, ...], sketch: Sketch = sketches[name]) -> None:
-            with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
-                X = inputs_of(layer, args[0].detach())
-                if len(X) > ROWS:
-                    X = X[torch.randint(len(X), (ROWS,), generator=generator).to(X.device)]
-                sketch.add(X)
-
-        handles.append(target.layer.register_forward_pre_hook(look))
-    try:
-        yield sketches
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def read_prompts(path: str | os.PathLike, size: tuple[int, int], option: str = "--prompts") -> list[sampling.Prompt]:
@@ -137,7 +57,7 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.P
     layers = [
         target for model, its in models for target in deft_targets.targets(model, its, True, its.optional_containers)
     ]
-    with watched(layers, k) as sketches, torch.no_grad():
+    with Watch(layers, k) as watch, torch.no_grad():
         for alike, group in itertools.groupby(prompts, lambda p: replace(p, text="", seed=None)):
             together = list(group)
             number = max(1, PIXELS // (alike.width * alike.height))
@@ -152,10 +72,7 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.P
                     output_type="latent",
                     **({"negative_prompt": [alike.negative] * len(part)} if alike.negative else {}),
                 )
-    for name, sketch in sketches.items():
-        if not bool(sketch.product.isfinite().all()):
-            raise DeftError(f"{name}: its inputs are not finite; try --device cpu, which computes in float32")
-    return {name: sketch.directions() for name, sketch in sketches.items() if bool(sketch.product.any())}
+    return watch.directions()
 
 
 def write(directions: Mapping[str, Tensor], path: str | os.PathLike) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks import deft_io, deft_load, deft_math, deft_module
+from networks import deft_io, deft_keep, deft_load, deft_math, deft_module
 from networks.deft_batch import BatchedFactors
 from networks.deft_config import DeftConfig, DeftError, options_of_file, parse_options, user_options
 from networks.deft_io import AdapterFile, DeftLayer
@@ -128,8 +129,10 @@ class DeftNetwork(nn.Module):
             adapted = zip(architecture.text_encoders, self.modules_of_encoders, strict=False)
             halves = [denoiser, *(part for part, modules in adapted if modules)]  # an encoder may be None or a dummy
             deft_load.refuse_unknown(source, self.all_modules, architecture, {f"{part.prefix}_" for part in halves})
-        if config.keep is not None:
-            self._keep(config.keep)
+        self._watch: deft_keep.Watch | None = None  # until the file for `keep` is made
+        self._makes_keep = False
+        if config.keep is not None and (os.path.exists(config.keep) or deft_io.are_prompts(config.keep)):
+            self._keep(config.keep, deft_io.read_kept(config.keep))
         if capped:
             logger.warning(f"rank capped at the layer's size in {len(capped)} layers: {', '.join(capped[:3])}, ...")
         if not config.pad:
@@ -140,12 +143,12 @@ class DeftNetwork(nn.Module):
             for module in self.all_modules:
                 logger.info(f"  {module.lora_name}: rank {module.rank}, alpha {module.scale * module.rank:g}")
 
-    def _keep(self, file: str) -> None:
-        """Takes the directions of a file for the option `keep`.
+    def _keep(self, file: str, directions: Mapping[str, Tensor]) -> None:
+        """Takes the directions for the option `keep`.
 
-        :raises DeftError: when the file cannot be read, or is made for another model
+        :param file: where they are
+        :raises DeftError: when they are made for another model
         """
-        directions = deft_io.read_kept(file)
         without = []
         for module in self.all_modules:
             found = directions.get(module.target.file_name)
@@ -156,7 +159,7 @@ class DeftNetwork(nn.Module):
                     f"keep={file}: {module.lora_name} has {module.target.shape[1]} inputs, the file is made for a "
                     f"model with {len(found)}"
                 )
-            module.kept = found
+            module.kept = None if found is None else found.to(module.P.device)
         if len(without) == len(self.all_modules):
             raise DeftError(f"keep={file}: none of the adapted layers is in it; it is made for another model")
         if without:
@@ -187,12 +190,16 @@ class DeftNetwork(nn.Module):
     def prepare_network(self, args: Any) -> None:
         """Refuses, before the night, options of sd-scripts' that a save or a step would fail on.
 
-        :raises DeftError: for `--save_model_as` other than safetensors, and `--scale_weight_norms` with PaRa
+        :raises DeftError: for `--save_model_as` other than safetensors, `--scale_weight_norms` with PaRa, and a file to
+            `keep` that is neither there nor made by this training
         """
         if getattr(args, "save_model_as", None) not in (None, "safetensors"):
             raise DeftError(f"--save_model_as={args.save_model_as}: networks.deft writes safetensors only")
         if getattr(args, "scale_weight_norms", None) and self.config.para:
             raise DeftError("--scale_weight_norms: a PaRa adapter (para=true) has no size that could be scaled")
+        if self.config.keep is not None and not os.path.exists(self.config.keep):
+            deft_keep.check_samples(self.config.keep, args)
+            self._makes_keep = True
         self.is_tracked = bool(getattr(args, "logging_dir", None) or getattr(args, "log_with", None))
 
     def apply_to(
@@ -212,6 +219,10 @@ class DeftNetwork(nn.Module):
             self.unet_modules = []
         if not self.all_modules:
             raise DeftError("nothing to train: the file or the options leave no module in the chosen half of the model")
+        if self._makes_keep:
+            self._watch = deft_keep.Watch([module.target for module in self.all_modules], deft_keep.DIRECTIONS)
+        elif self.config.keep is not None and all(module.kept is None for module in self.all_modules):
+            deft_io.read_kept(self.config.keep)  # says that it is not there
         for module in self.all_modules:
             module.apply_to()
             self.add_module(module.lora_name, module)
@@ -268,6 +279,8 @@ class DeftNetwork(nn.Module):
 
     def load_adapter(self, adapter: AdapterFile) -> LoadResult:
         """`load_weights` for a file that has been read."""
+        if self._watch is not None:
+            raise DeftError(f"keep={self.config.keep}: no such file; to go on from weights, give their training's")
         self._forget_factors()
         before = {key: value.clone() for key, value in self.state_dict().items()}
         try:
@@ -327,8 +340,34 @@ class DeftNetwork(nn.Module):
     # --- during training -------------------------------------------------------------------------------------------
 
     def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
-        """Called by trainers at the start of every epoch."""
+        """Called by trainers at the start of every epoch; before the first, samples may have been drawn.
+
+        :raises DeftError: when a file to `keep` should be made of them and cannot
+        """
+        if self._watch is not None:
+            self._keep_what_was_drawn(self._watch)
         self.train()
+
+    def _keep_what_was_drawn(self, watch: deft_keep.Watch) -> None:
+        """Makes the file for `keep` from the base model's samples, and goes by it from here on."""
+        self._watch, file = None, str(self.config.keep)
+        watch.close()
+        if any(module.R is not None and bool(module.R.any()) for module in self.all_modules):
+            raise DeftError(
+                f"keep={file}: no such file, and this network is trained already; give its first training's"
+            )
+        alone = not torch.distributed.is_initialized()
+        if not alone:
+            watch.add_other_processes(self.device)
+        tensors, metadata = deft_io.kept_tensors(watch.directions())
+        if not tensors:
+            raise DeftError(f"keep={file}: no such file, and nothing has been drawn before the first step")
+        if alone or torch.distributed.get_rank() == 0:
+            deft_io.write_safetensors(tensors, file, metadata)
+        self._keep(file, deft_io.kept_directions(tensors, metadata))
+        for batch in self._batches:
+            batch.group()
+        logger.info(f"keep={file}: made of the samples; give it to later trainings on this model")
 
     def on_step_start(self, text_encoder: Any, unet: Any) -> None:
         """Called by trainers at the start of every step."""

@@ -72,9 +72,7 @@ class BatchedFactors:
         self.modules = list(modules)
         self.enabled = True
         self._removal = self.modules[0].config.removal
-        # modules that are alike on P's side, and on R's
-        self._P_groups = _grouped(self.modules, lambda m: m.P.shape, lambda m: m.P.numel())
-        self._R_groups = _grouped(self.modules, _R_likeness, lambda m: m.rank * m.target.shape[1])
+        self.group()
         self._make_probe()
         self._factors: dict[DeftModule, LayerFactors] | None = None
         self._dtype = torch.float32
@@ -85,6 +83,11 @@ class BatchedFactors:
         for module in self.modules:
             module.batch = self
         self._hook = root.register_forward_hook(self._watch_output)
+
+    def group(self) -> None:
+        """Finds modules that are alike on P's side, and on R's; again where directions to keep have come."""
+        self._P_groups = _grouped(self.modules, lambda m: m.P.shape, lambda m: m.P.numel())
+        self._R_groups = _grouped(self.modules, _R_likeness, lambda m: m.rank * m.target.shape[1])
 
     def _make_probe(self) -> None:
         """A leaf that every layer's graph ends in: backward() runs its node, autograd.grad() for P and R does not."""

@@ -327,6 +327,11 @@ def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
     tensors, metadata = read_tensors(path)
     if KEPT_KEY not in metadata:
         raise DeftError(f"keep={path}: no file of directions to keep; `python -m library.keep` makes one")
+    return kept_directions(tensors, metadata)
+
+
+def kept_directions(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Key name -> orthonormal directions (n, k), float32, of what `kept_tensors` has made."""
     whole = {key: torch.linalg.qr(tensor.float())[0] for key, tensor in tensors.items()}
     return {name: whole[key] for name, key in json.loads(metadata[KEPT_KEY]).items()}
 

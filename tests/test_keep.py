@@ -15,7 +15,7 @@ from torch import nn
 from library import keep
 from library.world import measure
 from library.world import tokenizer as clip_tokenizer
-from networks import deft, deft_io
+from networks import deft, deft_io, deft_keep
 from networks.deft_config import DeftError
 from tests.conftest import deltas, relative_error
 from tests.test_architectures import Flux, flux_transformer, network, sdxl_unet
@@ -49,7 +49,7 @@ def test_directions_are_those_of_an_svd(spanned):
     torch.manual_seed(0)
     sizes = torch.logspace(0, -2, spanned)
     X = torch.randn(2000, spanned) * sizes @ orthonormal(40, spanned).mT
-    sketch = keep.Sketch(keep.test_directions(40, 10), 10)
+    sketch = deft_keep.Sketch(deft_keep.test_directions(40, 10), 10)
     for part in X.split(300):
         sketch.add(part)
     found = sketch.directions().float()
@@ -73,7 +73,7 @@ def test_directions_are_those_of_an_svd(spanned):
 def test_inputs_are_what_the_weight_is_multiplied_with(layer):
     x = torch.randn(2, 6, 8, 6) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 9, 8)
     out = layer(x) if isinstance(layer, nn.Linear) else layer(x).permute(0, 2, 3, 1)
-    rows = F.linear(keep.inputs_of(layer, x), layer.weight.flatten(1), layer.bias)
+    rows = F.linear(deft_keep.inputs_of(layer, x), layer.weight.flatten(1), layer.bias)
     assert relative_error(rows, out.reshape(rows.shape)) < 1e-6
 
 
@@ -212,10 +212,10 @@ def test_a_part_of_many_inputs_has_their_directions(monkeypatch):
     found, seen = [], []
     handle = layers[0].layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].flatten(0, 1)))
     for rows in (10**6, 300, 300):
-        monkeypatch.setattr(keep, "ROWS", rows)
-        with keep.watched(layers, 4) as sketches, torch.no_grad():
+        monkeypatch.setattr(deft_keep, "ROWS", rows)
+        with deft_keep.Watch(layers, 4) as watch, torch.no_grad():
             model(x)
-        found.append(sketches[layers[0].file_name].directions().float())
+        found.append(watch.sketches[layers[0].file_name].directions().float())
     handle.remove()
     whole, part, again = ((seen[0] @ U).norm() / seen[0].norm() for U in found)
     assert part == again
@@ -266,7 +266,7 @@ def test_directions_of_the_shipped_model(tmp_path, capsys):
     shares, by_chance = {}, {}
 
     def look(module, layer, args):
-        X = keep.inputs_of(layer, args[0])
+        X = deft_keep.inputs_of(layer, args[0])
         shares[module.lora_name] = float((X @ module.kept).norm() / X.norm())
         by_chance[module.lora_name] = (module.kept.shape[1] / X.shape[1]) ** 0.5
 

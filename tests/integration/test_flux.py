@@ -19,6 +19,7 @@ from tests.integration.test_sd_scripts import (
     SIDE,
     STATES,
     call,
+    check_keeping,
     check_resuming,
     delta_norms,
     metadata,
@@ -115,3 +116,7 @@ def test_draws_what_networks_lora_flux_draws(world):
 
 def test_resumes(world, trained):
     check_resuming(world, train)
+
+
+def test_samples_before_the_first_step_make_the_file_to_keep(world):
+    check_keeping(world, train)

@@ -261,6 +261,39 @@ def test_stays_out_of_the_directions_that_the_model_draws_with(world):
         assert float((layer.down @ directions[name]).norm()) <= 1e-4 * float(layer.down.norm()), name
 
 
+def check_keeping(world: Path, train: Callable[..., str]) -> None:
+    """Samples before the first step make the file to keep, and a second training finds it.
+
+    :param train: of a world, a name and options; returns what the trainer printed
+    """
+    from networks import deft_io
+
+    prompts, file = world / "samples.txt", world / "out" / "kept" / "keep.safetensors"
+    shutil.rmtree(file.parent, ignore_errors=True)
+    things = ("cat", "red car", "house by the sea", "old man", "bowl of fruit", "mountain", "city at night", "rose")
+    lines = [f"a {how} of a {thing} --w 64 --h 64 --s 1" for thing in things for how in ("photo", "drawing")]
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    keeps = ("--network_args", f"keep={file}")
+    train(world, "sampled", *keeps, "--sample_at_first", "--sample_prompts", str(prompts))
+    first = file.read_bytes()
+    train(world, "sampled-again", *keeps)
+    assert file.read_bytes() == first
+    directions = deft_io.read_kept(file)
+    for name in ("sampled", "sampled-again"):
+        adapter = deft_io.read_adapter(world / "out" / f"{name}.safetensors")
+        assert adapter.layers.keys() == directions.keys()
+        norms = delta_norms(tensors(world, name))
+        assert sum(norm > 0 for norm in norms) > 0.9 * len(norms)
+        for layer, found in adapter.layers.items():
+            assert float((found.down.flatten(1) @ directions[layer]).norm()) <= 1e-4 * float(found.down.norm()), layer
+
+
+def test_samples_before_the_first_step_make_the_file_to_keep(world):
+    check_keeping(world, train)
+    output = train(world, "no-samples", "--network_args", f"keep={world / 'none.safetensors'}", fails=True)
+    assert "--sample_at_first" in output
+
+
 def test_single_file_is_the_same_model(world):
     """The checkpoint as sd-scripts' own tool writes it from the Diffusers folder."""
     from library import sd
