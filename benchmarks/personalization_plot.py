@@ -161,13 +161,16 @@ def tables(data: Mapping[str, Any]) -> str:
 
     units = len(values("none", 0.0, "likeness"))
     chosen = "the tuning concepts" if data["concepts"]["tuning"] else "the tested concepts themselves"
-    parts.append(f"At each adapter's best rate, chosen on {chosen}: mean over {units} of concept x seed, 95% interval. "
-                 "Likeness, and that of two files in one model, as a share of a render's.")  # fmt: skip
+    parts.append(f"At each adapter's best rate in bold type, chosen on {chosen}, and at others: mean over {units} of "
+                 "concept x seed, 95% interval. Likeness, and that of two files in one model, as a share of a "
+                 "render's.")  # fmt: skip
     head = ["adapter", "size", "parameters", "rate", *COLUMNS]
     rows = [["base model", "", "", "", *row("none", 0.0, list(COLUMNS.values()))]]
     for name in tested:
         size, count = (str(data["adapters"][name][key]) for key in ("size", "parameters"))
-        rows.append([name, size, f"{int(count):,}", f"{best[name]:g}", *row(name, best[name], list(COLUMNS.values()))])
+        for rate in rates_of(name):
+            shown = f"**{rate:g}**" if rate == best[name] else f"{rate:g}"
+            rows.append([name, size, f"{int(count):,}", shown, *row(name, rate, list(COLUMNS.values()))])
     parts.append(table(head, rows))
     if data["concepts"]["tuning"]:
         tuned = data["concepts"]["tuning"]
@@ -193,13 +196,6 @@ def tables(data: Mapping[str, Any]) -> str:
             for n in tested for rate in rates_of(n)
         ]  # fmt: skip
         parts.append(table(["adapter", "rate", "likeness", *AT_LIKENESS], rows))
-    parts.append("All rates tested:")
-    rows = []
-    for name in tested:
-        for rate in rates_of(name):
-            figures = [with_interval(values(name, rate, key)) for key in list(COLUMNS.values())[:5]]
-            rows.append([name, f"{rate:g}{' (best)' if rate == best[name] else ''}", *figures])
-    parts.append(table(["adapter", "rate", *list(COLUMNS)[:5]], rows))
     notes = sorted({f"{run['adapter']} at {run['rate']:g}: diverged" for run in runs.values() if "diverged" in run})
     worst = max((run.get("merge_error", 0.0) for run in runs.values()), default=0.0)
     notes.append(f"merged models' predictions differ from the trained adapters' by at most {worst:.1e}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from networks import deft
+
+PHOTOS = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "photos"
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,55 @@ def model(model_folder):
 @pytest.fixture
 def latents():
     return torch.randn(2, 4, 16, 16)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """The quickstart's pictures, one repeat each."""
+    folder = tmp_path / "photos" / "1_sks cat"
+    shutil.copytree(PHOTOS / "8_sks cat", folder)
+    return folder
+
+
+def arguments(model_folder, photos, tmp_path, **changes) -> list[str]:
+    """Of a short training on the small model."""
+    values = {
+        "pretrained_model_name_or_path": model_folder,
+        "train_data_dir": photos.parent,
+        "output_dir": tmp_path / "out",
+        "output_name": "cat",
+        "resolution": "64",
+        "max_train_steps": 3,
+        "save_precision": "float",
+        "seed": 1,
+    } | changes
+    given: list[str] = []
+    for key, value in values.items():
+        if value is True:
+            given.append(f"--{key}")
+        elif isinstance(value, list):
+            given += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            given += [f"--{key}", str(value)]
+    return given
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps one state for the whole process; it is reset behind a test."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run(model_folder, photos, tmp_path, fresh_accelerator):
+    """Runs the trainer in this process; returns its exit code."""
+    import train_network_deft
+
+    return lambda **changes: train_network_deft.main(arguments(model_folder, photos, tmp_path, **changes))
 
 
 def layer_of(kind: str) -> nn.Module:
