@@ -23,6 +23,7 @@ PLOTS = {"old": "old-world accuracy", "follow": "prompt following with the conce
 SAMPLES = 1000  # of the bootstrap
 REFERENCE = "lora"  # that the others are compared with at their own likeness, between its rates
 CURVES = (REFERENCE, "deft")  # of which rates beside the best are tested
+SHOWN = 0.7  # likeness at the best rate from which an adapter is in the plot
 
 Run = dict[str, Any]
 Unit = tuple[int, int]  # concept and seed
@@ -222,31 +223,40 @@ def draw_plot(data: Mapping[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     runs, test = data["runs"], data["concepts"]["test"]
-    figure, axes = pyplot.subplots(1, len(PLOTS), figsize=(15, 5))
+    tested = [n for n in data["adapters"] if n in data["best"] and select(runs, n, data["best"][n], test)]
+    likeness = {n: mean_of(runs, n, data["best"][n], test, "likeness_share") for n in tested}
+    shown = [n for n in tested if likeness[n] >= SHOWN] or tested
+    keeping, others = ([n for n in shown if ("keep=" in n) == is_so] for is_so in (True, False))
+    others = [n for n in others if n not in CURVES]
+    styles = {n: {"color": pyplot.get_cmap("Dark2")(i % 8), "linewidth": 1, "alpha": 0.7} for i, n in enumerate(others)}
+    styles |= {n: {"color": "black", "linewidth": 2, "marker": m} for n, m in zip(keeping, "sD^", strict=False)}
+    styles |= {n: {"color": colour, "linewidth": 3} for n, colour in zip(CURVES, ("tab:blue", "tab:red"), strict=True)}
+    figure, axes = pyplot.subplots(1, len(PLOTS), figsize=(15, 5.5))
     for axis, (name, title) in zip(axes, PLOTS.items(), strict=True):
-        shown = [n for n in data["adapters"] if n in data["best"] and select(runs, n, data["best"][n], test)]
-        keeping = [adapter for adapter in shown if "keep=" in adapter]
-        for i, adapter in enumerate(shown):
-            found = curves(data, adapter, name)
-            if not found:
-                continue
-            points = mean_curve(found, sorted(found))
-            style = {"color": pyplot.get_cmap("tab20")(i % 20), "linewidth": 2.5 if adapter == "lora" else 1.2}
-            if adapter in keeping:
-                style = {"color": "black", "linewidth": 2.5, "linestyle": ("-", "--", ":")[keeping.index(adapter) % 3]}
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=adapter, **style)
-            x, y = (mean_of(runs, adapter, data["best"][adapter], test, key) for key in ("likeness_share", name))
-            axis.plot([x], [y], marker="o", markersize=9, color=style["color"])
+        lowest, highest = [], []
+        for adapter in shown:
+            rates = sorted({run["rate"] for run in select(runs, adapter, None, test)})
+            points = [
+                tuple(mean_of(runs, adapter, rate, test, key) for key in ("likeness_share", name)) for rate in rates
+            ]
+            style = {"marker": "o", "markersize": 4} | styles.get(adapter, {})
+            axis.plot(*zip(*points, strict=True), label=adapter, **style)
+            best = points[rates.index(data["best"][adapter])]
+            axis.plot(*best, marker=style["marker"], markersize=9, color=axis.lines[-1].get_color())
+            lowest, highest = [*lowest, best[1]], [*highest, best[1]]
         base = mean_of(runs, "none", 0.0, test, name)
         axis.axhline(base, color="black", linewidth=0.8, linestyle=":")
-        if name == "drift":
-            axis.set_yscale("symlog", linthresh=1e-2)
-            axis.set_ylim(bottom=0)
+        margin = 0.1 * (max(*highest, base) - min(*lowest, base)) + 1e-3
+        axis.set_ylim(min(*lowest, base) - margin, max(*highest, base) + margin)
+        if shown != tested:
+            axis.set_xlim(SHOWN - 0.05)
         axis.set_xlabel("likeness, of a render's")
-        axis.set_title(title + (" (dotted: base model)" if name != "drift" else " (lower is better)"), fontsize=10)
+        axis.set_title(title + (" (lower is better)" if name == "drift" else "") + "; dotted: base model", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=7)
-    figure.suptitle(f"large points: each adapter's best rate; {len(test)} concepts", fontsize=10)
+    axes[0].legend(fontsize=8)
+    less = [n for n in tested if n not in shown]
+    note = f"; likeness below {SHOWN:g}: {', '.join(less)}" if less else ""
+    figure.suptitle(f"a curve an adapter, a point a rate, large: its best; {len(test)} concepts{note}", fontsize=10)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     print(f"plot: {file}")
