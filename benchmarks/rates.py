@@ -2,6 +2,7 @@
 
 For every layer shape of SD 1.5, at alpha 1 and alpha = rank, after 1 and 100 AdamW steps: the Frobenius norm of the
 delta, divided by that of a LoRA started as sd-scripts starts it. Both learn the same target from the same inputs.
+Then, on one shape of each kind, with other optimizers; some are in tests/requirements.txt.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import prodigyopt
+import schedulefree
 import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -44,11 +50,27 @@ SHAPES = {
     "text encoder": [(768, 768), (3072, 768), (768, 3072)],
 }
 
+Make = Callable[[list[nn.Parameter]], Any]
+# as sd-scripts makes them, at rates that its users take
+OPTIMIZERS: dict[str, Make] = {
+    "AdamW, 1e-4": lambda parameters: torch.optim.AdamW(parameters, lr=RATE),
+    "Adafactor, 1e-4, relative_step=False scale_parameter=False": lambda parameters: Adafactor(
+        parameters, lr=RATE, relative_step=False, scale_parameter=False
+    ),
+    "Adafactor, 1e-2, relative_step=False": lambda parameters: Adafactor(parameters, lr=1e-2, relative_step=False),
+    "AdamWScheduleFree, 1e-4": lambda parameters: schedulefree.AdamWScheduleFree(parameters, lr=RATE),
+    "Prodigy, 1": lambda parameters: prodigyopt.Prodigy(parameters, lr=1.0),
+    "SGD, 1": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+}
 
-def movement(kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[int, ...]) -> list[float]:
+
+def movement(
+    kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[int, ...], make: Make = OPTIMIZERS["AdamW, 1e-4"]
+) -> list[float]:
     """||delta|| after each number of steps.
 
     :param kind: `lora`, started as sd-scripts' networks.lora, or `deft`, this project's module
+    :param make: the optimizer
     """
     torch.manual_seed(0)
     layer = nn.Linear(n, m, bias=False).requires_grad_(False)
@@ -61,7 +83,9 @@ def movement(kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[in
         config = DeftConfig(dim=rank, alpha=alpha)
         module = DeftModule(Target("x", "x", layer), 1.0, rank, config.scale, config)
         parameters, factors = list(module.parameters()), module.lora_factors
-    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    optimizer = make(parameters)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     norms = []
     for step in range(1, max(steps) + 1):
         x = torch.randn(n, 16)
@@ -91,7 +115,17 @@ def main() -> None:
             print(f"| {name} | {m} x {n} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
     every = [ratio for row in rows for ratio in row["ratios"]]
     print(f"\nsmallest {min(every):.2f}, largest {max(every):.2f}")
+    print("\n| optimizer, rate | step 1 | step 100 |\n|---|---|---|")
+    others: dict[str, list[list[float]]] = {}
+    for name, make in OPTIMIZERS.items():
+        others[name] = []
+        for m, n in (shapes[0] for shapes in SHAPES.values()):
+            lora, deft = (movement(kind, m, n, RANK, RANK, STEPS, make) for kind in ("lora", "deft"))
+            others[name].append([b / a for a, b in zip(lora, deft, strict=True)])
+        columns = (f"{min(c):.2f} to {max(c):.2f}" for c in zip(*others[name], strict=True))
+        print(f"| {name} | " + " | ".join(columns) + " |", flush=True)
     result = {"torch": torch.__version__, "device": "cpu", "rank": RANK, "rate": RATE, "steps": STEPS, "rows": rows}
+    result["optimizers"] = others
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

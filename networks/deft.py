@@ -234,6 +234,8 @@ class DeftNetwork(nn.Module):
         """Gives every adapted layer its own forward back."""
         for module in reversed(self.all_modules):  # several may stand in line before one layer
             module.restore()
+        if self._watch is not None:
+            self._watch.close()
         for batch in self._batches:
             batch.remove()
         self._batches = []

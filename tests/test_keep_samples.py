@@ -72,7 +72,19 @@ def test_the_samples_make_the_file_and_training_goes_by_it(tmp_path, args, optio
         _, down = module.lora_factors()
         assert down.norm() > 1e-3
         assert (down @ directions[module.target.file_name]).norm() < 1e-5 * down.norm()
-    assert not any(target.layer._forward_pre_hooks for target in (m.target for m in net.all_modules))
+    assert not hooks_of(model)
+
+
+def hooks_of(model: Flux) -> list[object]:
+    return [hook for layer in model.modules() for hook in layer._forward_pre_hooks.values()]
+
+
+def test_a_removed_network_looks_no_longer(tmp_path, args):
+    model = Flux()
+    net = made(model, tmp_path / "keep.safetensors", args)
+    assert hooks_of(model)
+    net.remove()
+    assert not hooks_of(model)
 
 
 def test_what_is_refused_before_the_night(tmp_path, args):
