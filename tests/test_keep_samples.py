@@ -174,5 +174,5 @@ def test_two_processes_keep_what_both_have_drawn(tmp_path, args, split):
     assert one.keys() == two.keys() == watch.directions().keys() == directions.keys()
     for name, U in watch.directions().items():
         assert torch.equal(one[name], two[name])
-        assert torch.equal(one[name], directions[name])
+        assert relative_error(one[name], directions[name]) < 1e-5  # QR rounds by the number of threads
         assert relative_error(one[name] @ one[name].mT, U.float() @ U.float().mT) < 1e-2
