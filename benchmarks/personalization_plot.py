@@ -46,6 +46,11 @@ def mean_of(runs: Mapping[str, Run], adapter: str, rate: float, concepts: Sequen
     return _mean([run[name] for run in select(runs, adapter, rate, concepts) if name in run])
 
 
+def rates_of(runs: Mapping[str, Run], adapter: str, concepts: Sequence[int]) -> list[float]:
+    """At which an adapter was trained on these concepts, in rising order."""
+    return sorted({run["rate"] for run in select(runs, adapter, None, concepts)})
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -157,9 +162,6 @@ def tables(data: Mapping[str, Any]) -> str:
     def row(adapter: str, rate: float, columns: Sequence[str]) -> list[str]:
         return [with_interval(values(adapter, rate, name)) for name in columns]
 
-    def rates_of(adapter: str) -> list[float]:
-        return sorted({run["rate"] for run in select(runs, adapter, None, test)})
-
     units = len(values("none", 0.0, "likeness"))
     chosen = "the tuning concepts" if data["concepts"]["tuning"] else "the tested concepts themselves"
     parts.append(f"At each adapter's best rate in bold type, chosen on {chosen}, and at others: mean over {units} of "
@@ -169,7 +171,7 @@ def tables(data: Mapping[str, Any]) -> str:
     rows = [["base model", "", "", "", *row("none", 0.0, list(COLUMNS.values()))]]
     for name in tested:
         size, count = (str(data["adapters"][name][key]) for key in ("size", "parameters"))
-        for rate in rates_of(name):
+        for rate in rates_of(runs, name, test):
             shown = f"**{rate:g}**" if rate == best[name] else f"{rate:g}"
             rows.append([name, size, f"{int(count):,}", shown, *row(name, rate, list(COLUMNS.values()))])
     parts.append(table(head, rows))
@@ -194,7 +196,7 @@ def tables(data: Mapping[str, Any]) -> str:
         rows = [
             [n, f"{rate:g}", f"{_mean(values(n, rate, 'likeness_share')):.3f}",
              *(difference_at_equal_likeness(data, n, rate, key, REFERENCE) for key in AT_LIKENESS.values())]
-            for n in tested for rate in rates_of(n)
+            for n in tested for rate in rates_of(runs, n, test)
         ]  # fmt: skip
         parts.append(table(["adapter", "rate", "likeness", *AT_LIKENESS], rows))
     notes = sorted({f"{run['adapter']} at {run['rate']:g}: diverged" for run in runs.values() if "diverged" in run})
@@ -235,7 +237,7 @@ def draw_plot(data: Mapping[str, Any], file: Path) -> None:
     for axis, (name, title) in zip(axes, PLOTS.items(), strict=True):
         lowest, highest = [], []
         for adapter in shown:
-            rates = sorted({run["rate"] for run in select(runs, adapter, None, test)})
+            rates = rates_of(runs, adapter, test)
             points = [
                 tuple(mean_of(runs, adapter, rate, test, key) for key in ("likeness_share", name)) for rate in rates
             ]

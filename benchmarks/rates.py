@@ -64,9 +64,7 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 
-def movement(
-    kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[int, ...], make: Make = OPTIMIZERS["AdamW, 1e-4"]
-) -> list[float]:
+def movement(kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[int, ...], make: Make) -> list[float]:
     """||delta|| after each number of steps.
 
     :param kind: `lora`, started as sd-scripts' networks.lora, or `deft`, this project's module
@@ -100,6 +98,12 @@ def movement(
     return norms
 
 
+def ratios(m: int, n: int, alpha: float, make: Make = OPTIMIZERS["AdamW, 1e-4"]) -> list[float]:
+    """How far DEFT has moved by how far a LoRA has, after each number of `STEPS`."""
+    lora, deft = (movement(kind, m, n, RANK, alpha, STEPS, make) for kind in ("lora", "deft"))
+    return [b / a for a, b in zip(lora, deft, strict=True)]
+
+
 def main() -> None:
     """Prints the table and writes `rates.json` beside this file."""
     rows = []
@@ -107,21 +111,15 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, shapes in SHAPES.items():
         for m, n in shapes:
-            ratios = []
-            for alpha in (1, RANK):
-                lora, deft = (movement(kind, m, n, RANK, alpha, STEPS) for kind in ("lora", "deft"))
-                ratios += [b / a for a, b in zip(lora, deft, strict=True)]
-            rows.append({"layer": name, "m": m, "n": n, "ratios": ratios})
-            print(f"| {name} | {m} x {n} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
+            found = [ratio for alpha in (1, RANK) for ratio in ratios(m, n, alpha)]
+            rows.append({"layer": name, "m": m, "n": n, "ratios": found})
+            print(f"| {name} | {m} x {n} | " + " | ".join(f"{ratio:.2f}" for ratio in found) + " |", flush=True)
     every = [ratio for row in rows for ratio in row["ratios"]]
     print(f"\nsmallest {min(every):.2f}, largest {max(every):.2f}")
     print("\n| optimizer, rate | step 1 | step 100 |\n|---|---|---|")
     others: dict[str, list[list[float]]] = {}
     for name, make in OPTIMIZERS.items():
-        others[name] = []
-        for m, n in (shapes[0] for shapes in SHAPES.values()):
-            lora, deft = (movement(kind, m, n, RANK, RANK, STEPS, make) for kind in ("lora", "deft"))
-            others[name].append([b / a for a, b in zip(lora, deft, strict=True)])
+        others[name] = [ratios(*shapes[0], RANK, make) for shapes in SHAPES.values()]
         columns = (f"{min(c):.2f} to {max(c):.2f}" for c in zip(*others[name], strict=True))
         print(f"| {name} | " + " | ".join(columns) + " |", flush=True)
     result = {"torch": torch.__version__, "device": "cpu", "rank": RANK, "rate": RATE, "steps": STEPS, "rows": rows}

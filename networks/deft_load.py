@@ -13,12 +13,10 @@ from networks import deft_math
 from networks.deft_config import DeftConfig, DeftError
 from networks.deft_io import AdapterFile, DeftLayer, LoraLayer
 from networks.deft_module import DeftModule
-from networks.deft_ranks import RankAndScale
+from networks.deft_ranks import Chosen
 from networks.deft_targets import Architecture, Part, Target, is_pointwise, looks_made_for, outside_targets, targets
 
 logger = logging.getLogger(__name__)
-
-Chosen = list[tuple[Target, RankAndScale]]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from networks.deft_targets import (
 )
 
 RankAndScale = tuple[int, float]
+Chosen = list[tuple[Target, RankAndScale]]  # layers that are adapted
 Number = TypeVar("Number", int, float)
 _PRESETS = ("cosine", "sine", "linear", "reverse_linear", "zeros")
 
@@ -68,7 +69,7 @@ class Ranks:
         """Whether k x k convolutions are adapted."""
         return self.conv_dims is not None or self.config.conv_dim is not None
 
-    def chosen(self, model: nn.Module, part: Part, denoiser: bool) -> list[tuple[Target, RankAndScale]]:
+    def chosen(self, model: nn.Module, part: Part, denoiser: bool) -> Chosen:
         """The layers of one model, with rank and scale."""
         if part.option and not getattr(self.config, part.option):
             return []
