@@ -64,7 +64,9 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 
-def movement(kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[int, ...], make: Make) -> list[float]:
+def movement(
+    kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[int, ...], make: Make = OPTIMIZERS["AdamW, 1e-4"]
+) -> list[float]:
     """||delta|| after each number of steps.
 
     :param kind: `lora`, started as sd-scripts' networks.lora, or `deft`, this project's module
@@ -98,7 +100,7 @@ def movement(kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[in
     return norms
 
 
-def ratios(m: int, n: int, alpha: float, make: Make = OPTIMIZERS["AdamW, 1e-4"]) -> list[float]:
+def ratios(m: int, n: int, alpha: float, make: Make) -> list[float]:
     """How far DEFT has moved by how far a LoRA has, after each number of `STEPS`."""
     lora, deft = (movement(kind, m, n, RANK, alpha, STEPS, make) for kind in ("lora", "deft"))
     return [b / a for a, b in zip(lora, deft, strict=True)]
@@ -111,7 +113,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, shapes in SHAPES.items():
         for m, n in shapes:
-            found = [ratio for alpha in (1, RANK) for ratio in ratios(m, n, alpha)]
+            found = [ratio for alpha in (1, RANK) for ratio in ratios(m, n, alpha, OPTIMIZERS["AdamW, 1e-4"])]
             rows.append({"layer": name, "m": m, "n": n, "ratios": found})
             print(f"| {name} | {m} x {n} | " + " | ".join(f"{ratio:.2f}" for ratio in found) + " |", flush=True)
     every = [ratio for row in rows for ratio in row["ratios"]]
