@@ -8,6 +8,7 @@ history, and so may be run again at any time (gradient checkpointing).
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from networks.deft_config import DeftError
 
 if TYPE_CHECKING:
     from networks.deft_module import DeftModule
+
+logger = logging.getLogger(__name__)
 
 # E - E0 is of the size of a rate's steps, for float16 a little too small
 FLOAT16_GAIN = 64.0
@@ -80,6 +83,7 @@ class BatchedFactors:
         self._collected: dict[DeftModule, list[Tensor]] = {}
         self._queued = False
         self._checked = False
+        self._told_renewal = False
         for module in self.modules:
             module.batch = self
         self._hook = root.register_forward_hook(self._watch_output)
@@ -202,11 +206,22 @@ class BatchedFactors:
         independence = torch.cat([value for _, value in found])
         if not capturing and not bool((independence > deft_math.LEAST_INDEPENDENCE).all()):  # waits for the GPU
             flat = [module for group in self._P_groups for module in group]
-            for module, value in zip(flat, independence.tolist(), strict=True):
-                if value <= deft_math.LEAST_INDEPENDENCE:
-                    module.mend_basis()
+            weak = [module for module, value in zip(flat, independence.tolist(), strict=True)
+                    if value <= deft_math.LEAST_INDEPENDENCE]  # fmt: skip
+            self._tell_renewal({module: module.mend_basis() for module in weak})
             found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in self._P_groups]
         return [Q for Q, _ in found]
+
+    def _tell_renewal(self, renewed: Mapping[DeftModule, int]) -> None:
+        """Says it once: where it happens, it happens in many steps."""
+        renewed = {module: number for module, number in renewed.items() if number}
+        if renewed and not self._told_renewal:
+            self._told_renewal = True
+            logger.warning(
+                f"{sum(renewed.values())} directions in {len(renewed)} layers had merged with others, in "
+                f"{next(iter(renewed)).lora_name} for one; renewed, now and whenever it happens again. A lower rank or "
+                f"rate avoids it"
+            )
 
     # --- backward --------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class _OrthonormalBasis(torch.autograd.Function):
     def forward(ctx: Any, P: Tensor) -> Tensor:
         Q, independence = cholesky_qr(P)
         if not torch.compiler.is_compiling() and not bool(independence.all()):  # slower, and always there
-            Q = _positive_qr(P)[0]
+            Q = positive_qr(P)[0]
         ctx.save_for_backward(P, Q)
         return Q
 
@@ -105,7 +105,7 @@ def independent_columns(P: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     if not bool(P.isfinite().all()):
         return None
-    Q, T = _positive_qr(P.double().cpu())
+    Q, T = positive_qr(P.double().cpu())
     norms = T.norm(dim=0)
     weak = T.diagonal() <= LEAST_INDEPENDENCE * norms
     if not bool(weak.any()):
@@ -114,7 +114,7 @@ def independent_columns(P: Tensor) -> tuple[Tensor, Tensor] | None:
     return torch.where(weak.to(P.device), (Q * size).to(P), P), weak.to(P.device)
 
 
-def _positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
+def positive_qr(A: Tensor) -> tuple[Tensor, Tensor]:
     """Thin QR with a positive diagonal of the triangular factor: A = Q T."""
     Q, T = torch.linalg.qr(A)
     sign = torch.where(T.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)
@@ -263,7 +263,7 @@ def leading_directions(W: Tensor, rank: int) -> Tensor:
     if W.shape[0] <= W.shape[1]:
         return torch.linalg.eigh(W @ W.mT).eigenvectors[:, -rank:].flip(1)
     right = torch.linalg.eigh(W.mT @ W).eigenvectors[:, -rank:].flip(1)
-    return _positive_qr(W @ right)[0]
+    return positive_qr(W @ right)[0]
 
 
 def minor_directions(W: Tensor, rank: int) -> Tensor:
@@ -303,7 +303,7 @@ def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str, see
     if basis not in ORTHONORMAL:  # a zero column of up still learns through its row of down: only missing are filled
         P = torch.cat([up, 0.02 * torch.randn(m, rank - k, generator=generator).to(up)], dim=1)
         return P, torch.nn.functional.pad(down / scale, (0, 0, 0, rank - k))
-    Q, T = _positive_qr(up)
+    Q, T = positive_qr(up)
     if not _well_conditioned(T):
         U, S, Vh = torch.linalg.svd(up, full_matrices=False)
         spanned = S > 1e-6 * S.max() if k else S > 0

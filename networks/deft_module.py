@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from networks import deft_math
 from networks.deft_batch import BatchedFactors, Handover, LayerFactors, without_autocast
 from networks.deft_config import DeftConfig, DeftError
+from networks.deft_renewal import forget_moments
 from networks.deft_targets import Layer, Target
 
 logger = logging.getLogger(__name__)
@@ -99,13 +99,15 @@ class DeftModule(nn.Module):
         self.register_buffer("E0", torch.zeros(m, rank) if config.removal else None)
         self.register_buffer("kept", None, persistent=False)  # input directions (n, k) that R stays out of
         P = torch.randn(m, rank) / m**0.5
+        if config.basis in deft_math.ORTHONORMAL:  # only the span counts: no column starts out near the others' span
+            P = deft_math.positive_qr(P)[0]
         if config.init in ("svd", "minor"):
             directions = deft_math.leading_directions if config.init == "svd" else deft_math.minor_directions
             P = directions(read_weight(target.layer, target.rows).float(), rank).cpu()
         if config.basis == "nmf":  # the two positive matrices side by side
             P = torch.randn(m, 2 * rank).abs() / m**0.5
         if config.basis == "svd":
-            P = deft_math.spread_columns(deft_math.orthonormal_basis(P))
+            P = deft_math.spread_columns(P)
         self.P = nn.Parameter(P * self.P_size, requires_grad=not config.freeze_basis)
         self.R: nn.Parameter | None = None if config.para else nn.Parameter(torch.zeros(rank, n))
         self.g: nn.Parameter | None = None
@@ -239,16 +241,19 @@ class DeftModule(nn.Module):
             self.E0.copy_(deft_math.scaled_start(self.left_and_eraser()[1], self.E0, rho))
 
     @torch.no_grad()
-    def mend_basis(self) -> None:
+    def mend_basis(self) -> int:
         """Replaces columns of P that have come to depend on those before them, where gradients would explode: basis and
-        delta stay, and the optimizer's memory of these columns is cleared."""
+        delta stay, and the optimizer forgets what it has averaged of these columns.
+
+        :returns: how many
+        """
         replaced = deft_math.independent_columns(self.P)
         if replaced is None:
-            return
+            return 0
         P, new = replaced
         self.P.copy_(P)
-        _clear_optimizer_state(self.P, new)
-        logger.warning(f"{self.lora_name}: {int(new.sum())} of {self.rank} directions had merged with others; renewed")
+        forget_moments(self.P, new)
+        return int(new.sum())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeftModule:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -428,24 +433,6 @@ class AdaptedLinear(torch.autograd.Function):
             if in_graph:  # second derivatives go through z
                 z = x @ down.t() * multiplier
             return dx, None, None, None, None, g.t() @ z, gz.t() @ x
-
-
-def _clear_optimizer_state(parameter: nn.Parameter, columns: Tensor) -> None:
-    """At the next step of the optimizer that has `parameter`, its state for these columns becomes zero.
-
-    States of another shape than the parameter's, such as 8-bit optimizers' blocks, are left.
-    """
-
-    def clear(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        state = optimizer.state.get(parameter)
-        if state is None:
-            return
-        handle.remove()
-        for value in state.values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value[:, columns] = 0
-
-    handle = register_optimizer_step_pre_hook(clear)
 
 
 @torch.no_grad()

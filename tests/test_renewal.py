@@ -1,0 +1,132 @@
+"""Columns of P that come to depend on others are replaced: any rank, any optimizer, any number of layers."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from networks import deft_math
+from networks.deft_renewal import MOMENTS
+from tests.conftest import relative_error
+from tests.test_architectures import Flux, network
+
+STEPS = 50
+
+
+def merge_columns(net) -> int:
+    """Lets the third column of every layer's P repeat the second; how many layers."""
+    with torch.no_grad():
+        for module in net.all_modules:
+            module.P[:, 2] = module.P[:, 1]
+    return len(net.all_modules)
+
+
+def step(model, net, optimizer) -> None:
+    net.on_step_start(None, model)
+    model(torch.randn(2, 5, 4)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("rank", [23, 24, 64])
+def test_ranks_at_and_above_the_layers_sizes_train(rank, caplog):
+    """A fresh P has orthogonal columns, so nothing has to be replaced at a usual rate."""
+    model = Flux()
+    net = network(model, dim=rank, trained=False).train()
+    assert max(module.rank / min(module.target.shape) for module in net.all_modules) == min(rank / 24, 1)
+    assert all(deft_math.cholesky_qr(module.P)[1] > 0.999 for module in net.all_modules)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    caplog.clear()
+    for _ in range(STEPS):
+        step(model, net, optimizer)
+    assert not caplog.messages
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_many_layers_in_one_step_and_many_steps(caplog):
+    model = Flux()
+    net = network(model).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    with caplog.at_level(logging.WARNING, "networks"):
+        for _ in range(STEPS):
+            merge_columns(net)
+            step(model, net, optimizer)
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert ["had merged with others" in line for line in caplog.messages] == [True]  # of a training, not of a step
+
+
+def state_of(optimizer, parameter) -> dict[str, torch.Tensor]:
+    """What the optimizer keeps in the parameter's shape."""
+    kept = optimizer.state[parameter].items()
+    return {name: value for name, value in kept if isinstance(value, torch.Tensor) and value.shape == parameter.shape}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AMSGrad", "SGD", "Adafactor", "Prodigy", "schedule-free AdamW"])
+def test_moments_of_replaced_columns_are_forgotten_and_nothing_else(name):
+    schedulefree, prodigyopt = pytest.importorskip("schedulefree"), pytest.importorskip("prodigyopt")
+    make = {
+        "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
+        "AMSGrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+        "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+        "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+        "Prodigy": lambda p: prodigyopt.Prodigy(p, lr=1.0),
+        "schedule-free AdamW": lambda p: schedulefree.AdamWScheduleFree(p, lr=1e-2),
+    }[name]
+    model = Flux()
+    net = network(model).train()
+    optimizer = make(list(net.parameters()))
+    if name.startswith("schedule-free"):
+        optimizer.train()
+    for _ in range(3):
+        step(model, net, optimizer)
+    merge_columns(net)
+    model(torch.randn(2, 5, 4)).square().mean().backward()  # replaces them
+    before = {module: {n: v.clone() for n, v in state_of(optimizer, module.P).items()} for module in net.all_modules}
+    seen = {}
+    handle = register_optimizer_step_pre_hook(
+        lambda *_: seen.update({m: {n: v.clone() for n, v in state_of(optimizer, m.P).items()} for m in before})
+    )
+    optimizer.step()
+    handle.remove()
+    assert sum(bool(old) for old in before.values()) >= (0 if name == "Adafactor" else 6)
+    for module, old in before.items():
+        for kind, value in seen[module].items():
+            cleared = kind in MOMENTS
+            assert torch.equal(value[:, 2], torch.zeros_like(value[:, 2]) if cleared else old[kind][:, 2]), kind
+            assert torch.equal(value[:, [0, 1, 3]], old[kind][:, [0, 1, 3]]), kind
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+def test_a_replaced_column_keeps_its_size_under_schedule_free(rate):
+    schedulefree = pytest.importorskip("schedulefree")
+    model = Flux()
+    net = network(model).train()
+    optimizer = schedulefree.AdamWScheduleFree(net.parameters(), lr=rate)
+    optimizer.train()
+    for _ in range(3):
+        step(model, net, optimizer)
+    merge_columns(net)
+    sizes = []
+    for _ in range(6):
+        step(model, net, optimizer)
+        sizes.append(torch.stack([module.P[:, 2].norm() / module.P[:, 1].norm() for module in net.all_modules]))
+    assert torch.stack(sizes).min() > 0.5
+
+
+def test_an_optimizer_that_has_not_stepped_yet_is_left_alone():
+    model = Flux()
+    net = network(model).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    merge_columns(net)
+    step(model, net, optimizer)
+    model(torch.randn(2, 5, 4)).square().mean().backward()
+    trained = [module for module in net.all_modules if module.P.grad is not None]
+    first = [optimizer.state[module.P]["exp_avg"].clone() for module in trained]
+    optimizer.step()
+    assert len(trained) >= 6
+    for module, old in zip(trained, first, strict=True):
+        wanted = 0.9 * old + 0.1 * module.P.grad
+        assert relative_error(optimizer.state[module.P]["exp_avg"], wanted) < 1e-5
