@@ -1,15 +1,15 @@
 """Which adapter learns a new thing and forgets least? On the shipped model: `python benchmarks/personalization.py`.
 
-    python benchmarks/personalization.py                              # a GPU: ten concepts, three seeds
+    python benchmarks/personalization.py                              # a GPU: twenty concepts, three seeds
     python benchmarks/personalization.py --reduced --jobs 2           # a CPU with two cores
     python benchmarks/personalization.py --adapters lora --deft "ratio=0.1" "basis=relu dim=4"
 
 Every adapter is trained for the same steps on the same pictures and noise, with as many parameters as a LoRA of rank 8
 (or as near as its sizes allow), at every rate of one grid on tuning concepts. The rate with the highest likeness whose
-old-world accuracy has fallen by at most 0.1 is its best, which is trained on the test concepts; of LoRA and of
-networks.deft its neighbours in the grid as well, so that they can be compared at equal likeness. All adapters are
-merged into the weights before they are measured. Each finished run is written to the results at once; runs that are
-there are not repeated. Tables and plots: `personalization_plot.py`, also by itself.
+old-world accuracy has fallen by at most 0.1 is its best, which is trained on the test concepts; some adapters at
+other rates as well (`BESIDE`), so that they can be compared at equal likeness. All adapters are merged into the
+weights before they are measured. Each finished run is written to the results at once; runs that are there are not
+repeated. Tables and plots: `personalization_plot.py`, also by itself.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ RESULTS = Path(__file__).parent / "results"
 DROP = 0.1  # of old-world accuracy that a best rate may cost
 RATES = (1e-4, 3e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 FULL = {"adapters": ["lora", "dora", "oft", "peft-deft", "para", "full", "deft"],
-        "deft": ["removal=1", "keep=64", "keep=16"], "rates": list(RATES),
-        "concepts": 10, "tuning": 2, "seeds": 3,
-        "steps": 250, "pictures": 12, "tuning_pictures": 6, "neighbours": 1, "sampling": 25}  # fmt: skip
+        "deft": ["removal=1", "removal=0.3", "keep=64", "keep=32", "keep=16"], "rates": list(RATES),
+        "concepts": 20, "skip": 0, "tuning": 2, "seeds": 3,
+        "steps": 250, "pictures": 12, "tuning_pictures": 6, "sampling": 25}  # fmt: skip
+# rates that are tested beside the best: LoRA's make the curve that the others are compared with
+BESIDE = {"lora": (1e-3, 2.5e-3, 3.5e-3, 5e-3, 1e-2), "deft": (5e-3, 1e-2, 2e-2), "deft removal=1": (5e-3, 1e-2),
+          "deft keep=64": (2e-2, 4e-2), "para": (3e-4,), "dora": (2.5e-3,),
+          "full": (3e-4,)}  # fmt: skip
 REDUCED = FULL | {"adapters": ["lora", "deft", "dora"], "deft": [], "rates": [5e-3, 2e-2], "concepts": 2, "tuning": 0,
                   "seeds": 1, "steps": 100, "pictures": 4}  # fmt: skip
 QUICK = REDUCED | {"adapters": ["lora", "deft"], "rates": [2.5e-3], "steps": 2, "pictures": 1,
@@ -156,9 +160,11 @@ class Results:
             self.data["machines"].append(machine)
 
     def add(self, runs: dict[str, dict], pictures: dict[str, Tensor]) -> None:
-        """Takes over finished runs."""
+        """Takes over finished runs, and the contact sheet's pictures."""
         self.data["runs"] |= runs
         self.save()
+        shown = {str(concept) for concept in self.data["concepts"]["test"][: plot.SHOWN_CONCEPTS]}
+        pictures = {key: found for key, found in pictures.items() if key.split("|")[2] in shown}
         if pictures:
             kept = load_file(self.pictures) if self.pictures.is_file() else {}
             self.pictures.parent.mkdir(parents=True, exist_ok=True)
@@ -253,13 +259,6 @@ def best_rates(runs: dict[str, dict], adapters: Sequence[str], concepts: Sequenc
     return chosen
 
 
-def neighbours(rates: Sequence[float], best: float, number: int) -> list[float]:
-    """As many rates of the grid on either side of the best."""
-    grid = sorted({*rates, best})
-    i = grid.index(best)
-    return grid[max(0, i - number) : i] + grid[i + 1 : i + number + 1]
-
-
 def bench(args: argparse.Namespace, results: Results) -> None:
     """Both stages."""
     labels = args.adapters + [f"deft {spec}" for spec in args.deft]
@@ -269,7 +268,9 @@ def bench(args: argparse.Namespace, results: Results) -> None:
             known[name] = table.matched(name)
             print(f"{name}: size {known[name]['size']}, {known[name]['parameters']:,} parameters", flush=True)
     adapters = {name: known[name] for name in labels}
-    tuning, test = measuring.concept_seeds(args.tuning, args.concepts)
+    tuning, test = measuring.concept_seeds(args.tuning, args.skip + args.concepts)
+    test = test[args.skip :]
+    results.data["concepts"] = {"tuning": tuning, "test": test}
     rates = dict.fromkeys(labels, sorted(args.rates))
     if tuning:
         run_all(series_of(adapters, rates, tuning, args, 1, args.tuning_pictures), results, args)
@@ -277,7 +278,7 @@ def bench(args: argparse.Namespace, results: Results) -> None:
         labels = [name for name in labels if name in best]
         adapters = {name: known[name] for name in labels}
         rates = {name: [best[name]] for name in labels}
-        beside = {n: neighbours(args.rates, best[n], args.neighbours) if n in plot.CURVES else [] for n in labels}
+        beside = {name: [rate for rate in BESIDE.get(name, ()) if rate != best[name]] for name in labels}
         for name in labels:
             at_edge = len(args.rates) > 1 and best[name] in (min(args.rates), max(args.rates))
             print(f"{name}: best rate {best[name]:g}{', at the edge of the grid' if at_edge else ''}", flush=True)
@@ -286,7 +287,6 @@ def bench(args: argparse.Namespace, results: Results) -> None:
         run_all(series_of(adapters, beside, test, args, args.seeds, args.pictures), results, args)
     best = best if tuning else best_rates(results.data["runs"], labels, test)
     results.data["best"] = results.data.get("best", {}) | best
-    results.data["concepts"] = {"tuning": tuning, "test": test}
     results.save()
 
 
@@ -304,18 +304,18 @@ def arguments() -> argparse.Namespace:
         help="variants: network_args; keep=N: N directions, shapes=M: of M shapes",
     )
     parser.add_argument("--rates", nargs="+", type=float)
-    for name, meaning in (("concepts", "to test on"), ("tuning", "concepts to choose rates on; 0: the tested"),
-                          ("seeds", "trainings of each"), ("steps", "of a training"),
-                          ("pictures", "of each kind of prompt"),
-                          ("tuning_pictures", "the same while rates are chosen"), ("sampling", "steps of a picture"),
-                          ("neighbours", "rates beside the best of LoRA and the default that are tested")):  # fmt: skip
+    for name, meaning in (("concepts", "to test on"), ("skip", "concepts before them, which are left out"),
+                          ("tuning", "concepts to choose rates on; 0: the tested"), ("seeds", "trainings of each"),
+                          ("steps", "of a training"), ("pictures", "of each kind of prompt"),
+                          ("tuning_pictures", "the same while rates are chosen"),
+                          ("sampling", "steps of a picture")):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, help=meaning)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, help="processes (by default one a GPU: several on one slow each other)")
     parser.add_argument("--lanes", type=int, default=0, help="trainings side by side in a process (GPU: 10, CPU: 2)")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--pictures_file", type=Path, help="for the contact sheet")
-    parser.add_argument("--figures", type=Path, help="folder of the plot and the contact sheet (full form: docs)")
+    parser.add_argument("--figures", type=Path, help="folder of the plot and the contact sheet")
     args = parser.parse_args()
     if args.adapters is not None and args.deft is None:
         args.deft = []
@@ -323,12 +323,13 @@ def arguments() -> argparse.Namespace:
     for option, value in {"quick": QUICK, "reduced": REDUCED, "full": FULL}[name].items():
         if getattr(args, option) is None:
             setattr(args, option, value)
-    suffix, temporary = "" if name == "full" else f"-{name}", ROOT / "output" / "personalization"
+    temporary = ROOT / "output" / "personalization"
     args.jobs = args.jobs or (torch.cuda.device_count() if args.device == "cuda" else 1)
     args.lanes = args.lanes or (10 if args.device == "cuda" else 2)
+    suffix = "" if name == "full" else f"-{name}"
     args.output = args.output or (temporary if args.quick else RESULTS) / f"personalization{suffix}.json"
-    args.pictures_file = args.pictures_file or temporary / f"pictures{suffix}.safetensors"
-    args.figures = args.figures or (ROOT / "docs" if name == "full" else temporary)
+    args.pictures_file = args.pictures_file or plot.pictures_of(args.output)
+    args.figures = args.figures or plot.figures_of(args.output)
     return args
 
 

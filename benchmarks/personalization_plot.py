@@ -18,15 +18,24 @@ COLUMNS = {
 }  # fmt: skip
 PARTS = ("background", "count", "known", "relation", "style", "edit_likeness", "old_colour", "old_shape",
          "old_background")  # fmt: skip
-AT_LIKENESS = {"old world": "old", "old pairs": "old_pair", "prompt followed": "follow", "drift": "drift"}
+AT_LIKENESS = {"old world": "old", "old pairs": "old_pair", "prompt followed": "follow", "drift": "drift",
+               "two files": "compose"}  # fmt: skip
 PLOTS = {"old": "old-world accuracy", "follow": "prompt following with the concept", "drift": "drift"}
 SAMPLES = 1000  # of the bootstrap
 REFERENCE = "lora"  # that the others are compared with at their own likeness, between its rates
-CURVES = (REFERENCE, "deft")  # of which rates beside the best are tested
+CURVES = (REFERENCE, "deft")  # in colours, in the plot
+SUMMARY = {
+    "deft": 1e-2,
+    "deft keep=64": 4e-2,
+    "deft keep=16": 4e-2,
+    "deft removal=1": 1e-2,
+}  # rates of the short tables
+CHOSEN_ON = 10  # of the test concepts, the first, were there when defaults and advised rates were chosen
+SHOWN_CONCEPTS = 2  # on the contact sheet
 SHOWN = 0.7  # likeness at the best rate from which an adapter is in the plot
 
 Run = dict[str, Any]
-Unit = tuple[int, int]  # concept and seed
+Unit = tuple[tuple[int, ...], int]  # a concept, or two whose adapters are in one model; and a seed
 
 
 def select(runs: Mapping[str, Run], adapter: str, rate: float | None, concepts: Sequence[int]) -> list[Run]:
@@ -75,22 +84,30 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def curves(data: Mapping[str, Any], adapter: str, name: str) -> dict[Unit, list[tuple[float, float]]]:
-    """For each concept and seed (likeness, figure) at the rates that all of them have, in rising order, from the base
-    model on, which is rate 0."""
-    found: dict[Unit, dict[float, tuple[float, float]]] = {}
-    test = data["concepts"]["test"]
-    for run in select(data["runs"], adapter, None, test) + select(data["runs"], "none", None, test):
-        if name in run and "concept" in run:
-            by_rate = found.setdefault((run["concept"], run["seed"]), {})
-            by_rate[run["rate"]] = run["likeness_share"], run[name]
-    if not found:
-        return {}
-    found = {unit: by_rate for unit, by_rate in found.items() if len(by_rate) > 1}
-    if not found:
-        return {}
-    rates = sorted(set.intersection(*(set(by_rate) for by_rate in found.values())))
-    return {unit: [by_rate[rate] for rate in rates] for unit, by_rate in found.items()}
+def reference_of(data: Mapping[str, Any], adapter: str) -> str:
+    """What an adapter is compared with: LoRA; where there is none, the same without removal."""
+    return REFERENCE if REFERENCE in data["best"] else adapter.replace(" removal=1", "")
+
+
+def points(
+    data: Mapping[str, Any], adapter: str, rate: float, name: str, concepts: Sequence[int]
+) -> dict[Unit, tuple[float, float]]:
+    """(likeness, figure) of each unit; of two concepts, their mean likeness before their adapters are put together."""
+    runs = select(data["runs"], adapter, rate, concepts)
+    likeness = {(run["concept"], run["seed"]): run["likeness_share"] for run in runs if "concept" in run}
+    return {
+        (group, run["seed"]): (_mean([likeness[concept, run["seed"]] for concept in group]), run[name])
+        for run in runs
+        if name in run
+        for group in [tuple(run.get("concepts") or [run["concept"]])]
+    }
+
+
+def curve(data: Mapping[str, Any], adapter: str, name: str, concepts: Sequence[int]) -> list[dict[Unit, Any]]:
+    """The points of the base model, which is rate 0, and of every rate at which all concepts were trained."""
+    base = points(data, "none", 0.0, name, concepts)
+    found = [points(data, adapter, rate, name, concepts) for rate in rates_of(data["runs"], adapter, concepts)]
+    return [base, *(at_rate for at_rate in found if at_rate.keys() >= base.keys())]
 
 
 def at(points: Sequence[tuple[float, float]], likeness: float) -> float:
@@ -101,49 +118,35 @@ def at(points: Sequence[tuple[float, float]], likeness: float) -> float:
     return min(points, key=lambda point: abs(point[0] - likeness))[1]
 
 
-def mean_curve(found: Mapping[Unit, list[tuple[float, float]]], units: Sequence[Unit]) -> list[tuple[float, float]]:
-    """The mean over units, rate by rate."""
-    return [
-        (_mean([x for x, _ in column]), _mean([y for _, y in column]))
-        for column in zip(*(found[unit] for unit in units), strict=True)
-    ]
+def mean_point(found: Mapping[Unit, tuple[float, float]], units: Sequence[Unit]) -> tuple[float, float]:
+    """The mean over units."""
+    return _mean([found[unit][0] for unit in units]), _mean([found[unit][1] for unit in units])
 
 
-def difference_at_equal_likeness(data: Mapping[str, Any], adapter: str, rate: float, name: str, reference: str) -> str:
+def beside(data: Mapping[str, Any], adapter: str, rate: float, name: str, concepts: Sequence[int]) -> str:
     """A figure at a rate, and how much it differs from the reference's at the same likeness, which is interpolated
     along its rates; with its 95% interval by a bootstrap over concepts. With a star: beside the reference's highest
     likeness, which is lower."""
-    theirs = curves(data, reference, name)
-    ours = {
-        (run["concept"], run["seed"]): (run["likeness_share"], run[name])
-        for run in select(data["runs"], adapter, rate, data["concepts"]["test"])
-        if "concept" in run
-    }
-    units = sorted(theirs.keys() & ours.keys())
-    if not units:
-        return "–"
+    ours, reference = points(data, adapter, rate, name, concepts), reference_of(data, adapter)
+    theirs = curve(data, reference, name, concepts)
+    units = sorted(theirs[0].keys() & ours.keys())
+    if adapter == reference or not units:
+        return f"{mean_point(ours, list(ours))[1]:.3f}" if ours else "–"
 
-    def both(chosen: Sequence[Unit]) -> tuple[float, float]:
-        likeness = _mean([ours[unit][0] for unit in chosen])
-        return _mean([ours[unit][1] for unit in chosen]), at(mean_curve(theirs, chosen), likeness)
+    def difference(chosen: Sequence[Unit]) -> float:
+        likeness, mine = mean_point(ours, chosen)
+        return mine - at([mean_point(at_rate, chosen) for at_rate in theirs], likeness)
 
-    mine, other = both(units)
-    if adapter == reference:
-        return f"{mine:.3f}"
-    likeness, points = _mean([ours[unit][0] for unit in units]), mean_curve(theirs, units)
-    star = "*" if likeness > max(x for x, _ in points) else ""
-    clusters: dict[int, list[Unit]] = {}
+    likeness, mine = mean_point(ours, units)
+    star = "*" if likeness > max(mean_point(at_rate, units)[0] for at_rate in theirs) else ""
+    clusters: dict[tuple[int, ...], list[Unit]] = {}
     for unit in units:
         clusters.setdefault(unit[0], []).append(unit)
-    rng, differences = random.Random(0), []
-    for _ in range(SAMPLES if len(clusters) > 1 else 0):
-        first, second = both([unit for c in rng.choices(list(clusters), k=len(clusters)) for unit in clusters[c]])
-        differences.append(first - second)
-    differences.sort()
-    interval = f" ({mine - other:+.3f}"
-    if differences:
-        interval += f" [{differences[int(0.025 * SAMPLES)]:+.3f}, {differences[int(0.975 * SAMPLES) - 1]:+.3f}]"
-    return f"{mine:.3f}{interval}){star}"
+    rng = random.Random(0)
+    drawn = [rng.choices(list(clusters), k=len(clusters)) for _ in range(SAMPLES if len(clusters) > 1 else 0)]
+    found = sorted(difference([unit for cluster in sample for unit in clusters[cluster]]) for sample in drawn)
+    interval = f" [{found[int(0.025 * SAMPLES)]:+.3f}, {found[int(0.975 * SAMPLES) - 1]:+.3f}]" if found else ""
+    return f"{mine:.3f} ({difference(units):+.3f}{interval}){star}"
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -189,20 +192,27 @@ def tables(data: Mapping[str, Any]) -> str:
     parts.append("What the means are made of:")
     rows = [[name, *row(name, rate, PARTS)] for name, rate in [("none", 0.0), *((n, best[n]) for n in tested)]]
     parts.append(table(["adapter", *PARTS], rows))
-    if REFERENCE in best:
-        parts.append("Beside LoRA at the same likeness, interpolated along LoRA's rates and the base model: in "
-                     "brackets the difference from LoRA and its 95% interval (bootstrap over concepts); * where LoRA "
-                     "has such a likeness at no rate: beside its highest:")  # fmt: skip
-        rows = [
-            [n, f"{rate:g}", f"{_mean(values(n, rate, 'likeness_share')):.3f}",
-             *(difference_at_equal_likeness(data, n, rate, key, REFERENCE) for key in AT_LIKENESS.values())]
-            for n in tested for rate in rates_of(runs, n, test)
-        ]  # fmt: skip
-        parts.append(table(["adapter", "rate", "likeness", *AT_LIKENESS], rows))
+    parts.append("Beside LoRA (where there is none: the same without removal) at the same likeness, interpolated along "
+                 "its rates and the base model: in brackets the difference and its 95% interval (bootstrap over "
+                 "concepts); * where LoRA has such a likeness at no rate: beside its highest:")  # fmt: skip
+    parts.append(_beside_table(data, [(n, rate) for n in tested for rate in rates_of(runs, n, test)], test))
+    short = [(n, rate) for n, rate in SUMMARY.items() if REFERENCE in best and select(runs, n, rate, test)]
+    if short and len(test) > CHOSEN_ON:
+        parts.append(f"The same of the last {len(test) - CHOSEN_ON} concepts alone, by which nothing was chosen:")
+        parts.append(_beside_table(data, short, test[CHOSEN_ON:]))
     notes = sorted({f"{run['adapter']} at {run['rate']:g}: diverged" for run in runs.values() if "diverged" in run})
     worst = max((run.get("merge_error", 0.0) for run in runs.values()), default=0.0)
     notes.append(f"merged models' predictions differ from the trained adapters' by at most {worst:.1e}")
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
+
+
+def _beside_table(data: Mapping[str, Any], rows: Sequence[tuple[str, float]], concepts: Sequence[int]) -> str:
+    return table(
+        ["adapter", "rate", "likeness", *AT_LIKENESS],
+        [[name, f"{rate:g}", f"{mean_of(data['runs'], name, rate, concepts, 'likeness_share'):.3f}",
+          *(beside(data, name, rate, key, concepts) for key in AT_LIKENESS.values())]
+         for name, rate in rows],
+    )  # fmt: skip
 
 
 def report(data: Mapping[str, Any], folder: Path, pictures: Path) -> None:
@@ -217,6 +227,13 @@ def report(data: Mapping[str, Any], folder: Path, pictures: Path) -> None:
         draw_sheet(data, pictures, folder / "personalization_sheet.png")
 
 
+def shown_rates(data: Mapping[str, Any]) -> dict[str, float]:
+    """Each adapter's best rate, or the short tables'."""
+    test = data["concepts"]["test"]
+    tested = {name: rate for name, rate in SUMMARY.items() if select(data["runs"], name, rate, test)}
+    return {name: tested.get(name, rate) for name, rate in data["best"].items()}
+
+
 def draw_plot(data: Mapping[str, Any], file: Path) -> None:
     """Likeness against old-world accuracy, prompt following and drift: a curve an adapter, a point a rate."""
     import matplotlib
@@ -224,7 +241,7 @@ def draw_plot(data: Mapping[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs, test = data["runs"], data["concepts"]["test"]
+    runs, test, marked = data["runs"], data["concepts"]["test"], shown_rates(data)
     tested = [n for n in data["adapters"] if n in data["best"] and select(runs, n, data["best"][n], test)]
     likeness = {n: mean_of(runs, n, data["best"][n], test, "likeness_share") for n in tested}
     shown = [n for n in tested if likeness[n] >= SHOWN] or tested
@@ -243,9 +260,9 @@ def draw_plot(data: Mapping[str, Any], file: Path) -> None:
             ]
             style = {"marker": "o", "markersize": 4} | styles.get(adapter, {})
             axis.plot(*zip(*points, strict=True), label=adapter, **style)
-            best = points[rates.index(data["best"][adapter])]
-            axis.plot(*best, marker=style["marker"], markersize=9, color=axis.lines[-1].get_color())
-            lowest, highest = [*lowest, best[1]], [*highest, best[1]]
+            large = points[rates.index(marked[adapter])]
+            axis.plot(*large, marker=style["marker"], markersize=9, color=axis.lines[-1].get_color())
+            lowest, highest = [*lowest, large[1]], [*highest, large[1]]
         base = mean_of(runs, "none", 0.0, test, name)
         axis.axhline(base, color="black", linewidth=0.8, linestyle=":")
         margin = 0.1 * (max(*highest, base) - min(*lowest, base)) + 1e-3
@@ -258,14 +275,17 @@ def draw_plot(data: Mapping[str, Any], file: Path) -> None:
     axes[0].legend(fontsize=8)
     less = [n for n in tested if n not in shown]
     note = f"; likeness below {SHOWN:g}: {', '.join(less)}" if less else ""
-    figure.suptitle(f"a curve an adapter, a point a rate, large: its best; {len(test)} concepts{note}", fontsize=10)
+    figure.suptitle(
+        f"a curve an adapter, a point a rate, large: the one of the contact sheet; {len(test)} concepts{note}",
+        fontsize=10,
+    )
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     print(f"plot: {file}")
 
 
 def draw_sheet(data: Mapping[str, Any], pictures: Path, file: Path) -> None:
-    """Rows: the training pictures, the base model, adapters at their best rates; for each of two concepts."""
+    """For each of `SHOWN_CONCEPTS`, in rows: its training pictures, the base model, each adapter at one rate."""
     import torch
     from personalization_measure import SHEET, WORDS
     from personalization_train import training_pictures
@@ -273,11 +293,11 @@ def draw_sheet(data: Mapping[str, Any], pictures: Path, file: Path) -> None:
     from safetensors.torch import load_file
 
     kept, size, left, gap = load_file(pictures), 96, 150, 4
-    shown = data["concepts"]["test"][:2]
+    shown = data["concepts"]["test"][:SHOWN_CONCEPTS]
     rows: list[tuple[str, list[Any]]] = []
     for which, concept in enumerate(shown):
         rows.append((f"trained on, {WORDS[which]}", list(training_pictures(concept, "")[0])))
-        for name, rate in [("none", 0.0), *data["best"].items()]:
+        for name, rate in [("none", 0.0), *shown_rates(data).items()]:
             found = kept.get(f"{name}|{rate:g}|{concept}|0")
             if found is not None:
                 rows.append(("base model" if name == "none" else f"{name}\n{rate:g}", list(found / 127.5 - 1)))
@@ -297,14 +317,21 @@ def draw_sheet(data: Mapping[str, Any], pictures: Path, file: Path) -> None:
     print(f"contact sheet: {file}")
 
 
+def pictures_of(results: Path) -> Path:
+    """Where the pictures for the contact sheet lie."""
+    return ROOT / "output" / "personalization" / f"pictures{results.stem.removeprefix('personalization')}.safetensors"
+
+
+def figures_of(results: Path) -> Path:
+    """The folder of plot and contact sheet: the full form's are the documentation's."""
+    return ROOT / "docs" if results.stem == "personalization" else pictures_of(results).parent
+
+
 def main() -> None:
     """From a results file alone."""
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "personalization.json"
-    suffix = file.stem.removeprefix("personalization")
-    pictures = ROOT / "output" / "personalization" / f"pictures{suffix}.safetensors"
-    folder = pictures.parent if suffix else ROOT / "docs"
-    report(json.loads(file.read_text(encoding="utf-8")), folder, pictures)
+    report(json.loads(file.read_text(encoding="utf-8")), figures_of(file), pictures_of(file))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,29 @@ def test_quick_writes_what_is_promised_and_repeats_nothing(tmp_path):
     assert "trainings in" not in _run(tmp_path, "--deft", "ratio=0.5"), "all runs are there"
 
 
+def test_figures_beside_loras_at_the_same_likeness(monkeypatch):
+    """An adapter on LoRA's curve differs by nothing, whatever creatures are drawn; of two files as of one."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import personalization_plot as plot
+
+    def runs_of(adapter, rate, likeness):
+        for concept in (1, 2, 3, 4):
+            share = likeness + 0.01 * concept
+            run = {"adapter": adapter, "rate": rate, "seed": 0}
+            yield f"{adapter}|{rate}|{concept}", run | {"concept": concept, "likeness_share": share, "old": 1 - share}
+        for pair in ([1, 2], [3, 4]):
+            share = likeness + 0.01 * sum(pair) / 2
+            yield f"{adapter}|{rate}|{pair}", run | {"concepts": pair, "compose": share / 2}
+
+    points = [("none", 0.0, 0.0), ("lora", 0.1, 0.4), ("lora", 0.2, 0.8), ("deft", 0.1, 0.6), ("deft", 0.2, 0.9)]
+    data = {"runs": {key: run for point in points for key, run in runs_of(*point)}, "best": {"lora": 0.1, "deft": 0.1}}
+    for name, mean in (("old", "0.375"), ("compose", "0.312")):
+        text = plot.beside(data, "deft", 0.1, name, [1, 2, 3, 4]).replace("-", "+")
+        assert text == f"{mean} (+0.000 [+0.000, +0.000])"
+    assert plot.beside(data, "deft", 0.2, "old", [1, 2]).endswith("*"), "LoRA is nowhere so like"
+    assert plot.beside(data, "lora", 0.1, "old", [3, 4]) == "0.565"
+
+
 def test_loss_is_the_trainers(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import personalization_train as training
