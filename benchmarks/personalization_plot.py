@@ -24,12 +24,8 @@ PLOTS = {"old": "old-world accuracy", "follow": "prompt following with the conce
 SAMPLES = 1000  # of the bootstrap
 REFERENCE = "lora"  # that the others are compared with at their own likeness, between its rates
 CURVES = (REFERENCE, "deft")  # in colours, in the plot
-SUMMARY = {
-    "deft": 1e-2,
-    "deft keep=64": 4e-2,
-    "deft keep=16": 4e-2,
-    "deft removal=1": 1e-2,
-}  # rates of the short tables
+SUMMARY = {"deft": 1e-2, "deft keep=64": 4e-2, "deft keep=32": 4e-2, "deft keep=16": 4e-2,
+           "deft removal=1": 1e-2}  # rates of the short table, the contact sheet and the plot  # fmt: skip
 CHOSEN_ON = 10  # of the test concepts, the first, were there when defaults and advised rates were chosen
 SHOWN_CONCEPTS = 2  # on the contact sheet
 SHOWN = 0.7  # likeness at the best rate from which an adapter is in the plot
@@ -103,11 +99,19 @@ def points(
     }
 
 
+def mean_point(found: Mapping[Unit, tuple[float, float]], units: Sequence[Unit]) -> tuple[float, float]:
+    """The mean over units."""
+    return _mean([found[unit][0] for unit in units]), _mean([found[unit][1] for unit in units])
+
+
 def curve(data: Mapping[str, Any], adapter: str, name: str, concepts: Sequence[int]) -> list[dict[Unit, Any]]:
-    """The points of the base model, which is rate 0, and of every rate at which all concepts were trained."""
+    """The points of the base model, which is rate 0, and of the rates at which all concepts were trained, up to the one
+    of highest likeness: nobody would go further, but in a few samples of a bootstrap likeness still rises there."""
     base = points(data, "none", 0.0, name, concepts)
-    found = [points(data, adapter, rate, name, concepts) for rate in rates_of(data["runs"], adapter, concepts)]
-    return [base, *(at_rate for at_rate in found if at_rate.keys() >= base.keys())]
+    rates = [points(data, adapter, rate, name, concepts) for rate in rates_of(data["runs"], adapter, concepts)]
+    found = [base, *(at_rate for at_rate in rates if at_rate.keys() >= base.keys())]
+    likeness = [mean_point(at_rate, list(base))[0] for at_rate in found]
+    return found[: likeness.index(max(likeness)) + 1] if base else []
 
 
 def at(points: Sequence[tuple[float, float]], likeness: float) -> float:
@@ -118,18 +122,13 @@ def at(points: Sequence[tuple[float, float]], likeness: float) -> float:
     return min(points, key=lambda point: abs(point[0] - likeness))[1]
 
 
-def mean_point(found: Mapping[Unit, tuple[float, float]], units: Sequence[Unit]) -> tuple[float, float]:
-    """The mean over units."""
-    return _mean([found[unit][0] for unit in units]), _mean([found[unit][1] for unit in units])
-
-
 def beside(data: Mapping[str, Any], adapter: str, rate: float, name: str, concepts: Sequence[int]) -> str:
     """A figure at a rate, and how much it differs from the reference's at the same likeness, which is interpolated
     along its rates; with its 95% interval by a bootstrap over concepts. With a star: beside the reference's highest
     likeness, which is lower."""
     ours, reference = points(data, adapter, rate, name, concepts), reference_of(data, adapter)
     theirs = curve(data, reference, name, concepts)
-    units = sorted(theirs[0].keys() & ours.keys())
+    units = sorted(theirs[0].keys() & ours.keys()) if theirs else []
     if adapter == reference or not units:
         return f"{mean_point(ours, list(ours))[1]:.3f}" if ours else "–"
 
@@ -192,9 +191,10 @@ def tables(data: Mapping[str, Any]) -> str:
     parts.append("What the means are made of:")
     rows = [[name, *row(name, rate, PARTS)] for name, rate in [("none", 0.0), *((n, best[n]) for n in tested)]]
     parts.append(table(["adapter", *PARTS], rows))
-    parts.append("Beside LoRA (where there is none: the same without removal) at the same likeness, interpolated along "
-                 "its rates and the base model: in brackets the difference and its 95% interval (bootstrap over "
-                 "concepts); * where LoRA has such a likeness at no rate: beside its highest:")  # fmt: skip
+    parts.append("Beside LoRA (where there is none: the same without removal) at the same likeness, interpolated from "
+                 "the base model along its rates up to its highest likeness: in brackets the difference and its 95% "
+                 "interval (bootstrap over concepts); * where it has such a likeness at no rate: beside its "
+                 "highest:")  # fmt: skip
     parts.append(_beside_table(data, [(n, rate) for n in tested for rate in rates_of(runs, n, test)], test))
     short = [(n, rate) for n, rate in SUMMARY.items() if REFERENCE in best and select(runs, n, rate, test)]
     if short and len(test) > CHOSEN_ON:
