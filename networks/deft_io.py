@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 OPTIONS_KEY = "deft_options"  # JSON of DeftConfig
 LAYERS_KEY = "deft_layers"  # JSON: layer -> [rank without padding, s of the training, exponent of balancing_exponent]
 BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
+EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 reads from a LoRA's file
 KEPT_KEY = "deft_kept_layers"  # JSON: layer -> tensor
 
 
@@ -146,9 +147,16 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], so
     :raises DeftError: for any other kind of adapter, and for damaged ones
     """
     grouped: dict[str, dict[str, Tensor]] = {}
+    embeddings = [key for key in tensors if key.startswith(EMBEDDINGS)]
+    if embeddings:
+        logger.warning(
+            f"{source}: {len(embeddings)} tensors of embeddings, {embeddings[0]} for one, are passed over: they are no "
+            f"part of a LoRA, and what is saved will not hold them"
+        )
     for key, value in tensors.items():
         layer, _, part = key.partition(".")
-        grouped.setdefault(layer, {})[part] = value
+        if key not in embeddings:
+            grouped.setdefault(layer, {})[part] = value
     options, recorded = _parse_metadata(metadata, source)
     layers: dict[str, LoraLayer | DeftLayer] = {}
     for name, parts in grouped.items():

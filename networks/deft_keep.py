@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, read_text
 from networks.deft_targets import Target
 
 DIRECTIONS = 64  # a layer, and at most a quarter of its inputs
@@ -144,11 +144,8 @@ def check_samples(keep: str, args: argparse.Namespace) -> None:
             f"keep={keep}: no such file; make it with `python -m library.keep` of the DEFT project, or let this "
             f"training make it: --sample_at_first --sample_prompts keep.txt, with what the model is to go on drawing"
         )
-    try:
-        lines = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeftError(f"--sample_prompts {prompts}: cannot be read ({error})") from None
-    number = sum(not line.startswith("#") for line in lines)
+    lines = read_text(prompts, f"--sample_prompts {prompts}:").split("\n")
+    number = sum(bool(line.strip()) and not line.startswith("#") for line in lines)
     if Path(prompts).suffix != ".txt" or number < FEWEST:
         raise DeftError(
             f"keep={keep}: no such file, and to make it from --sample_prompts {prompts}, that has to be a .txt of "

@@ -136,3 +136,35 @@ def test_fingerprint_is_that_of_the_bits():
     changed[2, 3] = torch.nextafter(changed[2, 3], torch.tensor(9.0))
     assert one != deft_io.base_fingerprint([("a", changed)])
     assert one != deft_io.base_fingerprint([("a", weight.to(torch.bfloat16))])
+
+
+@pytest.mark.parametrize("save_format", ["lora", "deft"])
+def test_an_adapter_that_has_learnt_nothing_is_not_saved_without_a_word(model, tmp_path, caplog, save_format):
+    network = network_of(model, trained=False, removal="0", save_format=save_format)
+    base = {m: m.base_weight().norm() for m in network.all_modules}
+    dtype = torch.float16
+    told = []
+    for size in (0, 1e-7, 1e-2):  # of the weights' own; float16 rounds 5e-4 away
+        with torch.no_grad():
+            for module, norm in base.items():
+                module.R.fill_(1)
+                module.R.mul_(size * norm / (module.effective_R.norm() * module.scale))
+        caplog.clear()
+        save(network, tmp_path, dtype=dtype)
+        told.append([line for line in caplog.messages if "nothing has been learnt yet" in line])
+    assert ["every delta is 0" in line for line in told[0]] == [True]
+    assert ["largest delta is 1e-07 of its weight" in line for line in told[1]] == [True]
+    assert told[2] == []
+
+
+def test_a_training_without_effect_says_so(run, caplog):
+    """At a rate of nearly 0: of the file and of the loss; at a usual one, nothing is said."""
+    said = []
+    for rate in (1e-30, 1e-3):
+        caplog.clear()
+        assert run(learning_rate=rate) == 0
+        said.append([line for line in caplog.messages if "nothing has been learnt" in line])
+    assert len(said[0]) == 2
+    assert "does not change the loss on the first batch" in said[0][0]
+    assert said[0][1].split(": ")[0].endswith("cat.safetensors")
+    assert said[1] == []
