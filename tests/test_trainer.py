@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import train_network_deft
 from library import options, sampling, sd, setup
-from library.dataset import CachedLatents, TrainImage, find_images, load_image
+from library.data.folders import TrainImage
+from library.data.latents import CachedLatents, pixels_of
+from library.data.pixels import read_picture
 from library.noise import diffusion_loss
+from library.prompts import Prompt, read_prompts
 from networks import deft, deft_io
 from networks.deft_config import DeftError
 from tests.conftest import arguments, network_of, relative_error
@@ -73,7 +76,7 @@ def test_trains_from_a_config_file_and_its_lora_is_the_network(model_folder, pho
     drawn = sorted((tmp_path / "out" / "sample").iterdir())
     assert [path.name.split("_")[1] for path in drawn] == ["000000", "000040"]
 
-    prompt = sampling.read_prompts(str(prompts), (64, 64))
+    prompt = read_prompts(str(prompts), (64, 64))
     fresh = sd.load(str(model_folder))
     before = sampling.draw(fresh.pipeline, prompt)[0]
     fresh.pipeline.load_lora_weights(str(tmp_path / "out"), weight_name="cat.safetensors")
@@ -242,7 +245,7 @@ def test_latents_and_repeats(model, photos):
     images = [TrainImage(path, "x", 3, "f") for path in sorted(photos.glob("*.jpg"))]
     data = CachedLatents(images, (64, 64), model.encode_image)
     assert len(data) == 15
-    distribution = model.vae.encode(load_image(images[0].path, (64, 64))[None]).latent_dist
+    distribution = model.vae.encode(pixels_of(read_picture(images[0].path).image, (64, 64))[None]).latent_dist
     spread = distribution.std * model.vae.config.scaling_factor
     error = (data[0][0] - distribution.mean[0] * model.vae.config.scaling_factor) / spread[0]
     assert 0.5 < error.std() < 1.5  # a draw from the encoder's distribution, scaled
@@ -285,12 +288,13 @@ def test_min_snr_weights_the_error_of_the_picture(model, prediction):
 
 
 def test_samples_are_drawn_without_dropout(model):
-    prompt = [sampling.Prompt("a", width=64, height=64, guidance=1, steps=2, seed=1)]
+    prompt = [Prompt("a", width=64, height=64, guidance=1, steps=2, seed=1)]
     drawn = []
     for dropout in ("0", "0.9"):
         torch.manual_seed(0)
         network = network_of(model, module_dropout=dropout).train()
-        drawn.append(sampling.draw_in_training(model, network, prompt, Accelerator(cpu=True))[0].tobytes())
+        with sampling.drawing_in_training(model, network, Accelerator(cpu=True)):
+            drawn.append(sampling.draw(model.pipeline, prompt)[0].tobytes())
         network.remove()
     assert drawn[0] == drawn[1]
 
@@ -392,48 +396,6 @@ def test_tokenizer_comes_from_sd_scripts_cache_folder(model_folder, tmp_path):
     assert sd.find_tokenizer(None, str(tmp_path)).model_max_length == 77
 
 
-def test_image_folders(tmp_path):
-    for folder in ("3_sks cat", "1_a_b", "0_none", "plain"):
-        (tmp_path / folder).mkdir()
-    image = Image.new("RGB", (40, 20), (255, 0, 0))
-    image.paste((0, 0, 255), (0, 0, 10, 20))
-    image.save(tmp_path / "3_sks cat" / "a.PNG")
-    image.save(tmp_path / "1_a_b" / "b.webp")
-    image.save(tmp_path / "plain" / "c.png")
-    (tmp_path / "1_a_b" / "b.txt").write_text("\ufefffirst line\nsecond", encoding="utf-8")
-    found = find_images(str(tmp_path), ".txt")
-    assert [(i.path.name, i.caption, i.repeats, i.folder) for i in found] == [
-        ("b.webp", "first line", 1, "1_a_b"),
-        ("a.PNG", "sks cat", 3, "3_sks cat"),
-    ]
-    pixels = load_image(tmp_path / "3_sks cat" / "a.PNG", (16, 16))
-    assert pixels.shape == (3, 16, 16)
-    assert pixels[0].mean() > 0.9  # the blue edge is cropped away: the middle 20 of 40 columns are red
-
-
-def test_image_rotation_is_honoured(tmp_path):
-    image = Image.new("RGB", (16, 16), (255, 0, 0))
-    image.paste((0, 0, 255), (0, 0, 16, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    pixels = load_image(tmp_path / "a.jpg", (16, 16))
-    assert pixels[2, :6].mean() < -0.5 < 0.5 < pixels[2, 10:].mean()
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("a cat", {"text": "a cat", "width": 64, "height": 32}),
-        ("a well--made cat --n blurry, bad --d 5", {"text": "a well--made cat", "negative": "blurry, bad", "seed": 5}),
-        ("x --w 128 --h 256 --l 7.5 --s 28", {"width": 128, "height": 256, "guidance": 7.5, "steps": 28}),
-    ],
-)
-def test_prompt_lines(line, expected):
-    prompt = sampling.parse_prompt(line, (64, 32))
-    assert {key: getattr(prompt, key) for key in expected} == expected
-
-
 def test_sampling_leaves_the_trainings_random_numbers_alone(model):
     network = deft.create_network(1.0, 4, 4, None, model.text_encoder, model.unet)
     network.apply_to(model.text_encoder, model.unet)
@@ -441,8 +403,9 @@ def test_sampling_leaves_the_trainings_random_numbers_alone(model):
     torch.manual_seed(3)
     wanted = torch.rand(3)
     torch.manual_seed(3)
-    prompt = sampling.Prompt("a", width=64, height=64, guidance=1, steps=2)
-    sampling.draw_in_training(model, network, [prompt], Accelerator(cpu=True))
+    prompt = Prompt("a", width=64, height=64, guidance=1, steps=2)
+    with sampling.drawing_in_training(model, network, Accelerator(cpu=True)):
+        sampling.draw(model.pipeline, [prompt])
     assert torch.equal(torch.rand(3), wanted)
     assert network.training
 
