@@ -43,7 +43,8 @@ def run(name: str) -> int:
     """Trains, loads the file through diffusers, draws before and after, prints the table."""
     import toml
 
-    from library import sampling, sd, tiny_model
+    from library import sampling, sd
+    from library.world import tiny_model
 
     start = time.time()
     config = CONFIGS / f"{name}.toml"
