@@ -43,8 +43,9 @@ def run(name: str) -> int:
     """Trains, loads the file through diffusers, draws before and after, prints the table."""
     import toml
 
-    from library import sampling, sd, tiny_model
+    from library import sampling, sd
     from library.prompts import read_prompts
+    from library.world import tiny_model
 
     start = time.time()
     config = CONFIGS / f"{name}.toml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from library.noise import diffusion_loss
 from library.prompts import Prompt, read_prompts
 from networks import deft, deft_io
 from networks.deft_config import DeftError
-from tests.conftest import arguments, network_of, relative_error
+from tests.conftest import arguments, in_two_processes, network_of, relative_error
 from tests.test_files import deltas_of_lora
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,19 +250,24 @@ def test_latents_and_repeats(model, photos):
     assert 0.5 < error.std() < 1.5  # a draw from the encoder's distribution, scaled
 
 
+def sure_of(picture, scheduler, seen):
+    """A model that takes every noisy input for this picture's; it notes the timesteps that it has seen."""
+
+    def predict(noisy, timesteps):
+        seen.append(timesteps)
+        a = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
+        b = (1 - a**2).sqrt()
+        noise = (noisy - a * picture) / b
+        return noise if scheduler.config.prediction_type == "epsilon" else a * noise - b * picture
+
+    return predict
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_loss_is_zero_for_the_right_prediction_at_every_timestep(model, prediction):
     scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type=prediction)
     latents, seen = torch.randn(400, 4, 2, 2), []
-
-    def oracle(noisy, timesteps):
-        seen.append(timesteps)
-        a = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
-        b = (1 - a**2).sqrt()
-        noise = (noisy - a * latents) / b
-        return noise if prediction == "epsilon" else a * noise - b * latents
-
-    assert diffusion_loss(oracle, latents, scheduler) < 1e-4
+    assert diffusion_loss(sure_of(latents, scheduler, seen), latents, scheduler) < 1e-4
     assert seen[0].min() < 30
     assert seen[0].max() > 970
 
@@ -273,16 +277,7 @@ def test_min_snr_weights_the_error_of_the_picture(model, prediction):
     """Whatever is predicted, a picture that is off by 1 everywhere costs min(SNR, gamma)."""
     scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type=prediction)
     latents, seen = torch.randn(400, 4, 2, 2), []
-
-    def off_by_one(noisy, timesteps):
-        seen.append(timesteps)
-        a = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
-        b = (1 - a**2).sqrt()
-        picture = latents + 1
-        noise = (noisy - a * picture) / b
-        return noise if prediction == "epsilon" else a * noise - b * picture
-
-    loss = diffusion_loss(off_by_one, latents, scheduler, min_snr_gamma=5.0)
+    loss = diffusion_loss(sure_of(latents + 1, scheduler, seen), latents, scheduler, min_snr_gamma=5.0)
     kept = scheduler.alphas_cumprod[seen[0]]
     assert loss == pytest.approx(float((kept / (1 - kept)).clamp(max=5).mean()), rel=1e-3)
 
@@ -338,33 +333,26 @@ def test_a_grad_scalers_own_skips_do_not_count(model_folder, photos, tmp_path):
 
 
 TWO_PROCESSES = """
-import pathlib, sys
-sys.path.insert(0, {root!r})
+import pathlib
 import train_network_deft as trainer
 run = trainer.TrainingLoop.run
 def and_tell(self):
     run(self)
     total = sum(p.detach().double().sum().item() for p in self.network.parameters())
-    told = pathlib.Path(__file__).with_name(f"process{{self.accelerator.process_index}}.txt")
-    told.write_text(f"{{self.accelerator.num_processes}} {{self.step}} {{total!r}}")
+    told = pathlib.Path(__file__).with_name(f"process{self.accelerator.process_index}.txt")
+    told.write_text(f"{self.accelerator.num_processes} {self.step} {total!r}")
 trainer.TrainingLoop.run = and_tell
 sys.exit(trainer.main(sys.argv[1:]))
 """
 
 
-def test_two_processes_end_with_the_same_network(model_folder, photos, tmp_path):
+def test_two_processes_end_with_the_same_network(model_folder, photos, tmp_path, monkeypatch):
     """Also where dropout skips a layer in one process and not in the other, and where one makes a file for both."""
     prompts = tmp_path / "keep.txt"
     prompts.write_text("a dog --s 2\n", encoding="utf-8")
-    script = tmp_path / "train.py"
-    script.write_text(TWO_PROCESSES.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     options = ["module_dropout=0.4", f"keep={prompts}"]
-    command += [str(script), *arguments(model_folder, photos, tmp_path, network_args=options)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(tmp_path, TWO_PROCESSES, *arguments(model_folder, photos, tmp_path, network_args=options))
     told = [path.read_text().split() for path in sorted(tmp_path.glob("process*.txt"))]  # one pipe would mix them up
     assert len(told) == 2
     assert told[0] == told[1]
