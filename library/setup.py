@@ -127,6 +127,7 @@ def tell_what_is_cut(model: StableDiffusion, captions: Mapping[str, str]) -> Non
     rests = {name: rest for name, text in captions.items() if (rest := model.text_beyond(text))}
     if rests:
         name, rest = next(iter(rests.items()))
+        rest = rest if len(rest) <= 60 else f"... {rest[-60:]}"  # a trigger word stands last as often as first
         logger.warning(
             f"{len(rests)} of {len(captions)} captions and prompts are longer than the text encoder's {model.tokens} "
             f"tokens, what is behind is not read: '{rest}' in {name} for one"

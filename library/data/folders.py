@@ -40,7 +40,7 @@ class Remarks:
     def lines(self) -> list[str]:
         """In the order in which the kinds came up."""
         return [
-            kind.format(n=len(files), s="s" if len(files) > 1 else "", one=files[0])
+            kind.format(n=len(files), s="s" * (len(files) > 1), one=f"{files[0]}{', ...' * (len(files) > 1)}")
             for kind, files in self.files.items()
         ]
 
