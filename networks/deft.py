@@ -108,7 +108,8 @@ class DeftNetwork(nn.Module):
 
         def build(model: nn.Module | None, part: Part) -> list[DeftModule]:
             modules = []
-            for target, (rank, scale) in [] if model is None else chosen(model, part, part is denoiser):
+            layers = [] if model is None else chosen(model, part, part is denoiser)
+            for target, (rank, scale) in progress(layers, "making the network"):
                 if source is not None:
                     deft_load.check_shape(source, target)
                 largest = min(target.shape)

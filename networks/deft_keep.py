@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.deft_config import DeftError, read_text
+from networks.deft_progress import progress
 from networks.deft_targets import Target
 
 DIRECTIONS = 64  # a layer, and at most a quarter of its inputs
@@ -129,7 +130,8 @@ class Watch:
         for name, sketch in self.sketches.items():
             if not bool(sketch.product.isfinite().all()):
                 raise DeftError(f"{name}: its inputs are not finite; use bfloat16, or with library.keep --device cpu")
-        return {name: sketch.directions() for name, sketch in self.sketches.items() if bool(sketch.product.any())}
+        finding = progress(list(self.sketches.items()), "finding directions")
+        return {name: sketch.directions() for name, sketch in finding if bool(sketch.product.any())}
 
 
 def check_samples(keep: str, args: argparse.Namespace) -> None:

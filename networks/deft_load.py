@@ -13,6 +13,7 @@ from networks import deft_math
 from networks.deft_config import DeftConfig, DeftError
 from networks.deft_io import AdapterFile, DeftLayer, LoraLayer
 from networks.deft_module import DeftModule
+from networks.deft_progress import progress
 from networks.deft_ranks import Chosen
 from networks.deft_targets import Architecture, Part, Target, looks_made_for, outside_targets, targets
 
@@ -61,7 +62,8 @@ def load(
     refuse_unknown(adapter, modules, architecture, halves)
     for module in found.values():
         check_shape(adapter, module.target)
-    errors = {name: _load_layer(module, adapter, config) for name, module in found.items()}
+    loading = progress(list(found.items()), "loading the adapter")
+    errors = {name: _load_layer(module, adapter, config) for name, module in loading}
     truncated = {name: error for name, error in errors.items() if error is not None}
     for name, error in truncated.items():
         logger.info(f"truncated {name}: relative error {error:.2e}")
