@@ -462,6 +462,7 @@ class DeftNetwork(nn.Module):
             before = recorded.get(name, [0])[0]
             recorded[name] = [before + m.rank, m.scale, exponents.get(name, 0)]
         full = {key: str(value) for key, value in (metadata or {}).items()}
+        full |= {deft_io.VERSION_KEY: deft_io.VERSION}
         full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
         full |= self._base_metadata()
         full |= deft_io.webui_hashes(tensors, full)

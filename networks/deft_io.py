@@ -28,6 +28,8 @@ from networks.deft_targets import Target, looks_made_for
 
 logger = logging.getLogger(__name__)
 
+VERSION = "0.3.0"  # of the project, as CHANGELOG.md has it; here, since networks/ is copied without the rest
+VERSION_KEY = "deft_version"  # for people: reading does not depend on it
 OPTIONS_KEY = "deft_options"  # JSON of DeftConfig
 LAYERS_KEY = "deft_layers"  # JSON: layer -> [rank without padding, s of the training, exponent of balancing_exponent]
 BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
@@ -314,7 +316,7 @@ def kept_tensors(directions: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
         content = f"{tuple(half.shape)}".encode() + half.numpy().tobytes()
         key = by_content.setdefault(hashlib.sha256(content).digest(), f"kept.{len(tensors)}")
         tensors[key], layers[name] = half, key
-    return tensors, {KEPT_KEY: json.dumps(layers)}
+    return tensors, {VERSION_KEY: VERSION, KEPT_KEY: json.dumps(layers)}
 
 
 def are_prompts(keep: str | os.PathLike) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -15,7 +17,8 @@ from safetensors.torch import save_file
 
 from networks import deft_io
 from networks.deft_config import DeftError
-from tests.conftest import network_of
+from tests.conftest import deltas, largest_error, network_of
+from tests.test_architectures import Flux, network
 from tests.test_files import loaded_from, metadata_of, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +49,30 @@ def test_metadata_brings_deft_back_and_leaves_the_trainers_alone(model, tmp_path
     network.remove()
     again = loaded_from(file, model)
     assert {m.lora_name: m.scale for m in again.all_modules} == {m.lora_name: m.scale for m in network.all_modules}
+
+
+@pytest.mark.parametrize("save_format", ["lora", "deft"])
+def test_files_carry_the_version_and_one_of_a_newer_version_is_read(tmp_path, monkeypatch, save_format):
+    file = str(tmp_path / "a.safetensors")
+    model = Flux()
+    trained = network(copy.deepcopy(model), save_format=save_format)
+    for version in (deft_io.VERSION, "99.0.0"):
+        monkeypatch.setattr(deft_io, "VERSION", version)
+        trained.save_weights(file, None, None)
+        assert metadata_of(file)["deft_version"] == version
+        again = network(copy.deepcopy(model), trained=False)
+        again.load_weights(file)
+        assert largest_error(deltas(again), deltas(trained)) < 1e-5
+        tensors, metadata = deft_io.kept_tensors({"lora_unet_x": torch.eye(4)[:, :2]})
+        assert metadata["deft_version"] == version
+        assert deft_io.kept_directions(tensors, metadata)["lora_unet_x"].shape == (4, 2)
+
+
+def test_the_version_is_that_of_the_newest_entry_in_the_change_log():
+    entries = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert entries[0] == deft_io.VERSION
+    numbers = [tuple(map(int, entry.split("."))) for entry in entries]
+    assert numbers == sorted(numbers, reverse=True)
 
 
 def test_base_hash_follows_the_weights_as_the_forward_pass_sees_them(model, tmp_path):
