@@ -56,6 +56,27 @@ def large_world(kind: str) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A full-size SD 1.5 with random weights, and pictures; test_sdxl.py and test_flux.py have others."""
+    folder = tmp_path_factory.mktemp("sd15")
+    run_script(SIDE, "model", folder, with_deft=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kept(world) -> Path:
+    """A file of directions to keep, made by `library.keep` from that model."""
+    from library import keep
+
+    prompts, file = world / "prompts.txt", world / "keep.safetensors"
+    prompts.write_text("a photo of a cat --d 1 --s 2\na red car --d 2 --s 2\n", encoding="utf-8")
+    options = {"pretrained_model_name_or_path": world / "model", "prompts": prompts, "output": file,
+               "resolution": 64, "device": "cpu", "directions": 16}  # fmt: skip
+    assert keep.main([word for key, value in options.items() for word in (f"--{key}", str(value))]) == 0
+    return file
+
+
 def train(
     world: Path,
     name: str,
@@ -150,17 +171,20 @@ def check_keeping(world: Path, train: Callable[..., str]) -> None:
         check_kept(world, name, file)
 
 
-def draw(script: str, world: Path, ways: list[tuple[str, ...]], *options: str) -> dict[tuple[str, ...], torch.Tensor]:
-    """Pixels that a generator of sd-scripts draws: (network module, further options) -> values from 0 to 255."""
+def draw(
+    script: str, world: Path, ways: list[tuple[str, ...]], *options: str, run: str = "base"
+) -> dict[tuple[str, ...], torch.Tensor]:
+    """Pixels that a generator of sd-scripts draws with the file of a run: (network module, further options) -> values
+    from 0 to 255."""
     images = {}
     for name, *more in ways:
-        folder = world / "generated" / "".join([name, *more])
+        folder = world / "generated" / run / "".join([name, *more])
         command = ["--ckpt", str(world / "model"), "--outdir", str(folder), "--no_preview"]
         command += ["--tokenizer_cache_dir", str(world / "tokenizers"), "--prompt", "sks thing", "--sampler", "ddim"]
         command += ["--W", "64", "--H", "64", "--seed", "1", *options]
         if name != "none":
             command += ["--network_module", name, "--network_mul", "0.7", *more]
-            command += ["--network_weights", str(world / "out" / "base.safetensors")]
+            command += ["--network_weights", str(world / "out" / f"{run}.safetensors")]
         run_script(script, *command)
         (path,) = folder.glob("*.png")
         pixels = torch.tensor(list(Image.open(path).convert("RGB").tobytes()), dtype=torch.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,13 +32,6 @@ from tests.integration.conftest import (
 )
 
 pytestmark = needs_sd_scripts
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sd15")
-    run_script(SIDE, "model", folder, with_deft=False)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -147,23 +139,10 @@ def test_gen_img_draws_with_the_file_what_it_draws_with_networks_lora(world, tra
         assert float((pixels - images[("networks.lora",)]).abs().max()) < 3
 
 
-def test_stays_out_of_the_directions_that_the_model_draws_with(world):
+def test_stays_out_of_the_directions_that_the_model_draws_with(world, kept):
     """`library.keep` on the full-size model, then a training with its file."""
-    from library import keep
-
-    prompts, file = world / "prompts.txt", world / "keep.safetensors"
-    prompts.write_text("a photo of a cat --d 1 --s 2\na red car --d 2 --s 2\n", encoding="utf-8")
-    command = [
-        "--pretrained_model_name_or_path",
-        str(world / "model"),
-        "--prompts",
-        str(prompts),
-        "--output",
-        str(file),
-    ]
-    assert keep.main([*command, "--resolution", "64", "--device", "cpu", "--directions", "16"]) == 0
-    train(world, "kept", "--network_args", f"keep={file}")
-    check_kept(world, "kept", file)
+    train(world, "kept", "--network_args", f"keep={kept}")
+    check_kept(world, "kept", kept)
 
 
 def test_samples_before_the_first_step_make_the_file_to_keep(world):
