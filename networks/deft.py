@@ -23,7 +23,7 @@ from networks.deft_load import LoadResult
 from networks.deft_module import DeftModule, add_to_weight
 from networks.deft_progress import progress
 from networks.deft_ranks import Ranks
-from networks.deft_targets import Part, Target, as_list, looks_made_for, recognise
+from networks.deft_targets import Part, Target, as_list, base_metadata, looks_made_for, recognise
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ class DeftNetwork(nn.Module):
         self._weight_norms: Tensor | None = None
         self._base_norms: Tensor | None = None
         architecture, denoiser = recognise(unet)
+        self._known_as = base_metadata(unet, denoiser)
         self.ranks = Ranks(config, architecture)
         of_file = None if source is None else deft_load.layers_of_file(source, architecture, config.split_qkv)
         chosen = of_file or self.ranks.chosen
@@ -437,7 +438,8 @@ class DeftNetwork(nn.Module):
         """Writes a plain LoRA, or with `save_format=deft` the formula's matrices in float32; whole or not at all.
 
         :param dtype: of the LoRA's tensors; None is float32
-        :param metadata: of the trainer; DEFT's own fields are added to a copy
+        :param metadata: of the trainer; DEFT's own fields are added to a copy, and what model the file is for where
+            they do not say it, as those of train_leco.py
         :raises DeftError: for non-finite parameters or a failing disk; what was in the file's place stays
         """
         self._check_finite(file)
@@ -461,7 +463,7 @@ class DeftNetwork(nn.Module):
             name = m.lora_name if self.config.save_format == "deft" else m.target.file_name
             before = recorded.get(name, [0])[0]
             recorded[name] = [before + m.rank, m.scale, exponents.get(name, 0)]
-        full = {key: str(value) for key, value in (metadata or {}).items()}
+        full = self._known_as | {key: str(value) for key, value in (metadata or {}).items()}
         full |= {deft_io.VERSION_KEY: deft_io.VERSION}
         full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
         full |= self._base_metadata()

@@ -334,6 +334,11 @@ def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
             f"keep={path}: only train_network_deft.py takes prompts; make a file with `python -m library.keep "
             f"--prompts {path}` of the DEFT project, and give that"
         )
+    if not Path(path).exists():
+        raise DeftError(
+            f"keep={path}: no such file; `python -m library.keep` of the DEFT project makes one, or the samples of a "
+            f"training on pictures in sd-scripts"
+        )
     tensors, metadata = read_tensors(path)
     if KEPT_KEY not in metadata:
         raise DeftError(f"keep={path}: no file of directions to keep; `python -m library.keep` makes one")

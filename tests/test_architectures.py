@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from networks import deft, deft_io
 from networks.deft_config import DeftError, parse_options
 from networks.deft_ranks import numbers_of, weights_of
+from networks.deft_targets import base_metadata, recognise
 from tests.conftest import deltas, largest_error, perturb, relative_error
 
 diffusers = pytest.importorskip("diffusers")
+
+
+def sd_unet(text_width: int) -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=text_width,
+    )  # fmt: skip
 
 
 def sdxl_unet() -> nn.Module:
@@ -29,11 +38,11 @@ def sdxl_unet() -> nn.Module:
     ).requires_grad_(False)  # fmt: skip
 
 
-def flux_transformer(double: int = 2, single: int = 2, heads: int = 2) -> nn.Module:
+def flux_transformer(double: int = 2, single: int = 2, heads: int = 2, guidance: bool = True) -> nn.Module:
     return diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=double, num_single_layers=single, attention_head_dim=128 // 8 * heads,
         num_attention_heads=heads, joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(8, 12, 12),
-        guidance_embeds=True,
+        guidance_embeds=guidance,
     ).requires_grad_(False)  # fmt: skip
 
 
@@ -427,6 +436,25 @@ def test_sdxl_encoders_have_their_own_names():
     names = [m.lora_name for m in net.text_encoder_modules]
     assert [name.split("_")[1] for name in names] == ["te1"] * 6 + ["te2"] * 6
     assert names[0] == "lora_te1_text_model_encoder_layers_0_self_attn_k_proj"
+
+
+@pytest.mark.parametrize(
+    ("make", "v2", "version", "architecture"),
+    [
+        (lambda: sd_unet(768), "False", "sd_v1", "stable-diffusion-v1/lora"),
+        (lambda: sd_unet(1024), "True", "sd_v2", None),  # whether it predicts v cannot be seen
+        (sdxl_unet, "False", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+        (flux_transformer, "False", "flux1", "flux-1-dev/lora"),
+        (lambda: flux_transformer(guidance=False), "False", "flux1", "flux-1-schnell/lora"),
+    ],
+    ids=["1.x", "2.x", "sdxl", "dev", "schnell"],
+)
+def test_files_say_what_model_they_are_for(make, v2, version, architecture):
+    """In the words of sd-scripts' own trainers; for its own classes see test_layers_and_ranks_of_every_architecture."""
+    unet = make()
+    found = base_metadata(unet, recognise(unet)[1])
+    assert (found["ss_v2"], found["ss_base_model_version"]) == (v2, version)
+    assert found.get("modelspec.architecture") == architecture
 
 
 def test_norms_only_for_trackers():

@@ -75,6 +75,16 @@ def test_the_version_is_that_of_the_newest_entry_in_the_change_log():
     assert numbers == sorted(numbers, reverse=True)
 
 
+def test_files_say_what_model_they_are_for_where_the_trainer_does_not(model, tmp_path):
+    network = network_of(model)
+    found = metadata_of(save(network, tmp_path, metadata={"ss_leco_prompt_count": "4"}))
+    known = {"ss_v2": "False", "ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    assert (known | {"ss_leco_prompt_count": "4"}).items() <= found.items()
+    assert known.items() <= metadata_of(save(network, tmp_path, metadata=None)).items()
+    given = {"ss_v2": "True", "ss_base_model_version": "sd_v2_v", "modelspec.architecture": "x"}
+    assert given.items() <= metadata_of(save(network, tmp_path, metadata=given)).items()
+
+
 def test_base_hash_follows_the_weights_as_the_forward_pass_sees_them(model, tmp_path):
     network = network_of(model)
     hashes = [metadata_of(save(network, tmp_path))["deft_base_hash"] for _ in range(2)]

@@ -200,7 +200,7 @@ def test_prompts_to_keep_become_directions_once_a_base_model(run, model_folder, 
     prompts.write_text("a dog --s 1\n", encoding="utf-8")
     assert run(output_name="fourth", **kept) == 0
     assert len(list((tmp_path / "out").glob("keep-*.safetensors"))) == 3
-    for wrong, line in (("nowhere.safetensors", "no such adapter file: nowhere.safetensors"),
+    for wrong, line in (("nowhere.safetensors", "keep=nowhere.safetensors: no such file"),
                         ("nowhere.txt", "--network_args keep: no such file: nowhere.txt")):  # fmt: skip
         assert run(network_args=[f"keep={wrong}"], pretrained_model_name_or_path="nowhere") == 2
         assert line in capsys.readouterr().err
