@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,9 +25,6 @@ from networks import deft, deft_io
 from networks.deft_config import DeftError
 from tests.conftest import arguments, in_two_processes, network_of, relative_error
 from tests.test_files import deltas_of_lora
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -294,39 +289,26 @@ def test_samples_are_drawn_without_dropout(model):
     assert drawn[0] == drawn[1]
 
 
-SCALED = """
-import sys, contextlib, torch
-sys.path.insert(0, {root!r})
-import train_network_deft as trainer
-from library import loop, setup
-prepare = setup.prepare_accelerator
-def with_scaler(args):
-    accelerator = prepare(args)
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    return accelerator
-setup.prepare_accelerator = with_scaler
-update, moved = loop.TrainingLoop._update, []
-def overflowing(self):
-    for p in self.network.parameters():
-        if p.grad is not None:
-            p.grad[p.grad.abs() > 65504] = float("inf")  # as float16 would
-    before = self.network.unet_modules[0].R.detach().clone()
-    update(self)
-    moved.append(not torch.equal(before, self.network.unet_modules[0].R))
-loop.TrainingLoop._update = overflowing
-code = trainer.main(sys.argv[1:])
-print("moved", moved)
-sys.exit(code)
-"""
-
-
-def test_a_grad_scalers_own_skips_do_not_count(model_folder, photos, tmp_path):
+def test_a_grad_scalers_own_skips_do_not_count(run, monkeypatch):
     """On a CPU, with gradients made to overflow as float16's would until the scale has come down."""
-    command = [sys.executable, "-c", SCALED.format(root=str(ROOT))]
-    command += arguments(model_folder, photos, tmp_path, max_train_steps=26, max_nan_steps=2)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    moved = json.loads(done.stdout.split("moved ")[1].lower())
+    prepare, update, moved = setup.prepare_accelerator, train_network_deft.TrainingLoop._update, []
+
+    def with_scaler(args):
+        accelerator = prepare(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        return accelerator
+
+    def overflowing(self):
+        for p in self.network.parameters():
+            if p.grad is not None:
+                p.grad[p.grad.abs() > 65504] = float("inf")  # as float16 would
+        before = self.network.unet_modules[0].R.detach().clone()
+        update(self)
+        moved.append(not torch.equal(before, self.network.unet_modules[0].R))
+
+    monkeypatch.setattr(setup, "prepare_accelerator", with_scaler)
+    monkeypatch.setattr(train_network_deft.TrainingLoop, "_update", overflowing)
+    assert run(max_train_steps=26, max_nan_steps=2) == 0
     assert moved[0] is False
     assert moved[-1] is True
     assert moved.index(True) > 2
