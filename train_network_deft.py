@@ -14,9 +14,10 @@ if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "lib
     print(f"error: found another project's library/ at {library.__path__[0]}; take it off PYTHONPATH", file=sys.stderr)
     sys.exit(2)
 
-from library import options, sampling, sd, setup
+from library import options, sd, setup
 from library.checkpoints import Checkpoints, TrainingStopped, training_metadata
 from library.loop import TrainingLoop
+from library.prompts import read_prompts
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,14 @@ def train(args: argparse.Namespace) -> Path:
     :raises DeftError: for mistakes in options, data or files, before the first step
     :raises TrainingStopped: when the training cannot go on, or its result cannot be written
     """
+    setup.log_from_main_process()
     images = setup.check(args)
     accelerator = setup.prepare_accelerator(args)
     seed = setup.seed_everything(args)
-    prompts = sampling.read_prompts(args.sample_prompts, args.resolution) if args.sample_prompts else []
+    prompts = read_prompts(args.sample_prompts, args.resolution) if args.sample_prompts else []
     model = sd.load(args.pretrained_model_name_or_path, args.tokenizer, args.tokenizer_cache_dir)
+    texts = {str(image.path): image.caption for image in images}
+    setup.tell_what_is_cut(model, texts | {f"{args.sample_prompts}": p.text for p in prompts})
     data = setup.cache_latents(args, images, model, accelerator)
     network = setup.build_network(args, model, accelerator)
     setup.place_model(args, model, accelerator)

@@ -19,7 +19,8 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from library import keep, sampling, sd
+from library import keep, sd
+from library.prompts import Prompt
 from library.world import measure, scenes
 from networks import deft, deft_io
 
@@ -59,7 +60,7 @@ def kept(k: int, shapes: int) -> Path:
         drawn = (scenes.draw_scene(rng) for _ in itertools.count())
         known = (scene for scene in drawn if all(thing.shape in some for thing in scene.things))
         texts = [scenes.caption(scene, rng) for scene in itertools.islice(known, 64)]
-        prompts = [sampling.Prompt(text, width=64, height=64, seed=i, steps=10) for i, text in enumerate(texts)]
+        prompts = [Prompt(text, width=64, height=64, seed=i, steps=10) for i, text in enumerate(texts)]
         pipeline = sd.load(str(measure.MODEL)).pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         keep.write(keep.directions_to_keep(pipeline, prompts, k), file)
     return file

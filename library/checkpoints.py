@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from library.dataset import CachedLatents
+from library.data.latents import CachedLatents
 from library.sd import StableDiffusion
 from networks.deft import DeftNetwork
 from networks.deft_config import DeftError
+from networks.deft_progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ def training_metadata(
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, Bar(path.stat().st_size, f"hashing {path.name}", "B", unit_scale=True) as bar:
         while block := file.read(1 << 20):
             digest.update(block)
+            bar.add(len(block))
     return digest.hexdigest()

@@ -24,27 +24,31 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from library import sampling, sd
+from library import prompts as prompts_file
+from library import sd
+from library.prompts import Prompt
+from library.sampling import counted_by
 from networks import deft_io, deft_targets
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, reason_of
 from networks.deft_keep import DIRECTIONS, Watch
+from networks.deft_progress import Bar
 
 PROMPTS = Path(__file__).resolve().parents[1] / "configs" / "keep.txt"
 STEPS = 10  # of a picture
 PIXELS = 2 * 512 * 512  # drawn at once, for 8 GB
 
 
-def read_prompts(path: str | os.PathLike, size: tuple[int, int], option: str = "--prompts") -> list[sampling.Prompt]:
+def read_prompts(path: str | os.PathLike, size: tuple[int, int], option: str = "--prompts") -> list[Prompt]:
     """A prompts file's lines; `STEPS` of those that do not say how many, and the same seeds every time.
 
     :param size: width and height of lines without --w and --h
     :raises DeftError: when it cannot be read, or has a wrong line
     """
-    found = sampling.read_prompts(str(path), size, option, STEPS)
+    found = prompts_file.read_prompts(str(path), size, option, STEPS)
     return [prompt if prompt.seed is not None else replace(prompt, seed=i) for i, prompt in enumerate(found)]
 
 
-def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.Prompt], k: int) -> dict[str, Tensor]:
+def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], k: int) -> dict[str, Tensor]:
     """Key name -> directions (n, k) of every layer that can be adapted, from drawing these prompts with the pipeline's
     own scheduler; those that differ in text and seed only are drawn together.
 
@@ -57,7 +61,8 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.P
     layers = [
         target for model, its in models for target in deft_targets.targets(model, its, True, its.optional_containers)
     ]
-    with Watch(layers, k) as watch, torch.no_grad():
+    total = sum(prompt.steps for prompt in prompts)
+    with Watch(layers, k) as watch, torch.no_grad(), Bar(total, "drawing what to keep", "steps") as bar:
         for alike, group in itertools.groupby(prompts, lambda p: replace(p, text="", seed=None)):
             together = list(group)
             number = max(1, PIXELS // (alike.width * alike.height))
@@ -70,6 +75,7 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[sampling.P
                     guidance_scale=alike.guidance,
                     generator=[prompt.generator() for prompt in part],
                     output_type="latent",
+                    callback_on_step_end=counted_by(bar, len(part)),
                     **({"negative_prompt": [alike.negative] * len(part)} if alike.negative else {}),
                 )
     return watch.directions()
@@ -103,11 +109,9 @@ def load(path: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, torch_dtype=dtype, safety_checker=None
-        )
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **sd.of_folder(Path(path)))
     except Exception as error:  # of many kinds
-        raise DeftError(f"{path}: not a readable Diffusers folder ({str(error).splitlines()[0]})") from error
+        raise DeftError(f"{path}: not a readable Diffusers folder ({reason_of(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from library import sampling
 from library.checkpoints import Checkpoints, TrainingStopped
 from library.noise import diffusion_loss
+from library.prompts import Prompt
 from library.sd import StableDiffusion
 from networks.deft import DeftNetwork
 
@@ -43,11 +44,12 @@ class TrainingLoop:
     group_names: list[str]
     noise_scheduler: DDPMScheduler
     checkpoints: Checkpoints
-    prompts: list[sampling.Prompt]
+    prompts: list[Prompt]
     steps: int
     epochs: int
     step: int = 0
     epoch: int = 0
+    first_batch: tuple[Tensor, list[str]] | tuple[()] = ()
     has_gradients: bool = False  # of the step that is under way
     non_finite: str = ""  # what was not finite in it
     non_finite_in_a_row: int = 0
@@ -77,23 +79,30 @@ class TrainingLoop:
                     if self.step >= self.steps:
                         break
                 self._after_epoch()
+        self._warn_where_nothing_moved()
 
     @property
     def average_loss(self) -> float:
         """Of the last 100 batches."""
         return sum(self.recent_losses) / max(len(self.recent_losses), 1)
 
-    def _batch(self, latents: Tensor, captions: list[str]) -> float:
-        """Forward, backward and, where gradients are complete, the update; returns the loss over all processes."""
-        self.network.on_step_start(self.model.text_encoder, self.model.unet)
+    def _loss(self, latents: Tensor, captions: list[str]) -> Tensor:
+        """The objective at random noise and timesteps."""
         with self.accelerator.autocast():
             text = self.model.encode_text(captions)
-            loss = diffusion_loss(
+            return diffusion_loss(
                 lambda noisy, timesteps: self.model.predict(noisy, timesteps, text),
                 latents.to(self.accelerator.device),
                 self.noise_scheduler,
                 self.args.min_snr_gamma or None,
             )
+
+    def _batch(self, latents: Tensor, captions: list[str]) -> float:
+        """Forward, backward and, where gradients are complete, the update; returns the loss over all processes."""
+        self.network.on_step_start(self.model.text_encoder, self.model.unet)
+        if not self.first_batch:
+            self.first_batch = (latents, captions)
+        loss = self._loss(latents, captions)
         value = self.accelerator.gather(loss.detach()).mean().item()  # one value, so that all processes agree
         if math.isfinite(value):
             self.recent_losses.append(value)
@@ -109,6 +118,23 @@ class TrainingLoop:
         self.schedule.step()
         self.optimizer.zero_grad()
         return value
+
+    @torch.no_grad()
+    def _warn_where_nothing_moved(self) -> None:
+        """Where the loss on the first batch is what it is without the adapter, at the same noise."""
+        training, losses = self.network.training, []
+        self.network.eval()
+        for multiplier in (0.0, 1.0):
+            self.network.set_multiplier(multiplier)
+            with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
+                torch.manual_seed(0)
+                losses.append(float(self._loss(*self.first_batch)))
+        self.network.train(training)
+        if abs(losses[1] - losses[0]) <= 1e-6 * abs(losses[0]):
+            logger.warning(
+                f"the adapter does not change the loss on the first batch, {losses[0]:.6f}: nothing has been learnt. "
+                f"A higher learning rate, more steps or another --mixed_precision may help"
+            )
 
     def _update(self) -> None:
         """Averages the gradients over processes, clips them, and steps unless they are not finite."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import toml
+from PIL import ImageColor
 
-from networks.deft_config import DeftError, nearest
+from networks.deft_config import DeftError, nearest, read_text, reason_of
 
 _AT_LEAST_ONE = (
     "train_batch_size",
@@ -31,6 +34,7 @@ _AT_LEAST_ZERO = (
     "min_snr_gamma",
     "scale_weight_norms",
 )
+_BACKSLASH = re.compile(r'"[^"\n]*\\[^"\n]*"')  # in double quotes
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
 
 
@@ -47,12 +51,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     :raises DeftError: for an unknown option or key, a wrong value, or a missing one
     """
     parser = build_parser()
+    # argparse takes -1e-05 and -inf for options
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$", re.IGNORECASE)
     config_file = parser.parse_known_args(argv)[0].config_file
     from_file = _config_arguments(config_file, parser) if config_file else []
     args, unknown = parser.parse_known_args([*from_file, *argv])
     if unknown:
         names = [s for action in parser._actions for s in action.option_strings]
-        raise DeftError(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], names)}")
+        given = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown
+        raise DeftError(f"unknown option {', '.join(word + nearest(word, names) for word in given)}")
     _check(args)
     return args
 
@@ -73,6 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = group("data")
     add("--train_data_dir", metavar="DIR", help="folder of folders named REPEATS_NAME, e.g. 10_sks cat")
     add("--caption_extension", default=".txt", help="captions beside the images (default: %(default)s)")
+    add(
+        "--transparent_background",
+        default="white",
+        metavar="COLOUR",
+        help="behind transparent pictures, a name or #RRGGBB (default: %(default)s)",
+    )
     add("--resolution", default="512", help="WIDTH,HEIGHT or one number for both (default: %(default)s)")
     add("--train_batch_size", type=int, default=1, help="images a step and device (default: %(default)s)")
 
@@ -128,20 +141,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """The options of a TOML file as command-line arguments, so that they are checked alike."""
-    if not Path(path).is_file():
-        raise DeftError(f"--config_file: no such file: {path}")
-    try:
-        content = toml.load(path)
-    except (toml.TomlDecodeError, UnicodeDecodeError) as error:
-        raise DeftError(f"--config_file {path}: {error}") from None
     values: dict[str, Any] = {}
-    for key, value in content.items():
+    for key, value in _read_toml(path).items():
         values.update(value if isinstance(value, dict) else {key: value})
     known = {action.dest for action in parser._actions} - {"help", "config_file"}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        told = ", ".join(f"'{key}'{nearest(key, known)}" for key in unknown)
+        raise DeftError(f"{path}: unknown key{'s' if len(unknown) > 1 else ''} {told}")
     arguments: list[str] = []
     for key, value in values.items():
-        if key not in known:
-            raise DeftError(f"{path}: unknown key '{key}'{nearest(key, known)}")
         if isinstance(value, bool):
             switches = {a.dest for a in parser._actions if a.nargs == 0}
             if key not in switches:
@@ -154,6 +163,30 @@ def _config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
         else:
             arguments.append(f"--{key}={value}")
     return arguments
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    """:raises DeftError: when it is missing or no TOML, with a hint where a Windows path is the likely reason"""
+    if not Path(path).is_file():
+        raise DeftError(f"--config_file: no such file: {path}")
+    text = read_text(path, f"--config_file {path}:")
+    hint = "; in double quotes, backslashes have to be doubled: write 'C:\\path' in single quotes"
+    try:
+        content = toml.loads(text)
+    except Exception as error:  # of many kinds
+        raise DeftError(f"--config_file {path}: {reason_of(error)}{hint if _BACKSLASH.search(text) else ''}") from None
+    for key, value in _strings_in(content):
+        if any(ord(letter) < 32 for letter in value) and _BACKSLASH.search(text):  # as \t and \n of "C:\training\new"
+            raise DeftError(f"--config_file {path}: {key} = {value!r}{hint}")
+    return content
+
+
+def _strings_in(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, (dict, list)):
+        for name, value in content.items() if isinstance(content, dict) else ((key, value) for value in content):
+            yield from _strings_in(value, name)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -182,7 +215,15 @@ def _check(args: argparse.Namespace) -> None:
     for argument in args.network_args:
         if "=" not in argument:
             raise DeftError(f"--network_args {argument}: must be KEY=VALUE")
+    if not all(map(math.isfinite, args.base_weights_multiplier)):
+        raise DeftError(f"--base_weights_multiplier {args.base_weights_multiplier}: must be finite numbers")
     args.resolution = parse_resolution(args.resolution)
+    try:
+        args.transparent_background = ImageColor.getrgb(args.transparent_background)[:3]
+    except ValueError:
+        raise DeftError(
+            f"--transparent_background {args.transparent_background}: must be a colour's name or #RRGGBB"
+        ) from None
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

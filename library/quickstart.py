@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from PIL import Image
 
-    from library.sampling import Prompt
+    from library.prompts import Prompt
 
 CONFIGS = Path("configs/quickstart")
 NAMES = ("creature", "photos")
@@ -43,7 +43,9 @@ def run(name: str) -> int:
     """Trains, loads the file through diffusers, draws before and after, prints the table."""
     import toml
 
-    from library import sampling, sd, tiny_model
+    from library import sampling, sd
+    from library.prompts import read_prompts
+    from library.world import tiny_model
 
     start = time.time()
     config = CONFIGS / f"{name}.toml"
@@ -62,7 +64,7 @@ def run(name: str) -> int:
     samples = sorted((output / "sample").glob(f"*_{settings['max_train_steps']:06d}_*.png"))
     newest = {path.name.rsplit("_", 3)[1]: path for path in samples}
     size = int(settings["resolution"])
-    prompts = sampling.read_prompts(settings["sample_prompts"], (size, size))
+    prompts = read_prompts(settings["sample_prompts"], (size, size))
     pipeline = sd.load(str(model)).pipeline
     before = sampling.draw(pipeline, prompts)
     rows = check_layers(pipeline, lora)
@@ -177,13 +179,12 @@ def draw_picture(
     prompts: list[Prompt], before: list[Image.Image], after: list[Image.Image], data: Path, picture: Path
 ) -> None:
     """The training pictures, and below them what was drawn before and after."""
-    from PIL import Image
-
     from library import sampling
-    from library.dataset import find_images
+    from library.data.folders import find_images
+    from library.data.pixels import read_picture
 
     size = before[0].size
-    trained_on = [Image.open(image.path).convert("RGB").resize(size) for image in find_images(str(data), ".txt")]
+    trained_on = [read_picture(image.path).image.resize(size) for image in find_images(str(data), ".txt")]
     columns = {"before": before, "after": after}
     sampling.grid([prompt.text for prompt in prompts], columns, trained_on).save(picture)
 

@@ -1,132 +1,73 @@
-"""Sample images during training, from a prompts file in sd-scripts' format."""
+"""Pictures that a model draws, and sample images during training."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+from library.prompts import Prompt
 from library.sd import StableDiffusion
 from networks.deft import DeftNetwork
-from networks.deft_config import DeftError
+from networks.deft_config import reason_of
+from networks.deft_progress import Bar
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One line of a prompts file; the letters of the options are sd-scripts'."""
-
-    text: str
-    negative: str = ""  # --n
-    width: int = 512  # --w
-    height: int = 512  # --h
-    seed: int | None = None  # --d
-    guidance: float = 7.5  # --l
-    steps: int = 30  # --s
-
-    def generator(self) -> torch.Generator:
-        """Of the picture's noise, the same on every device; from a seed of its own where there is none."""
-        generator = torch.Generator("cpu")
-        generator.manual_seed(self.seed) if self.seed is not None else generator.seed()
-        return generator
-
-
-_LETTERS = {
-    "n": ("negative", str),
-    "w": ("width", int),
-    "h": ("height", int),
-    "d": ("seed", int),
-    "l": ("guidance", float),
-    "s": ("steps", int),
-}
-
-
-def read_prompts(
-    path: str, size: tuple[int, int], option: str = "--sample_prompts", steps: int = Prompt.steps
-) -> list[Prompt]:
-    """The prompts of a text file; empty lines and those that begin with # are passed over.
-
-    :param size: (width, height) where a line gives none
-    :param option: that names the file, for errors
-    :param steps: where a line gives none
-    :raises DeftError: for a missing or empty file, or a line that cannot be read
-    """
-    if not Path(path).is_file():
-        raise DeftError(f"{option}: no such file: {path}")
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise DeftError(f"{option} {path}: the file is not UTF-8 text") from None
-    prompts = [parse_prompt(line, size, option, steps) for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise DeftError(f"{option} {path}: no prompts in it")
-    return prompts
-
-
-def parse_prompt(
-    line: str, size: tuple[int, int], option: str = "--sample_prompts", steps: int = Prompt.steps
-) -> Prompt:
-    """`a cat --n blurry --w 512 --h 512 --d 1 --l 7.5 --s 28` as a Prompt."""
-    text, *options = re.split(r"\s--(?=\w+\s)", line)
-    values: dict[str, object] = {"width": size[0], "height": size[1], "steps": steps}
-    for given in options:
-        letter, _, value = given.partition(" ")
-        if letter not in _LETTERS:
-            raise DeftError(f"{option}: unknown option --{letter} in '{line}'; known: --{' --'.join(_LETTERS)}")
-        name, kind = _LETTERS[letter]
-        try:
-            values[name] = kind(value.strip())
-        except ValueError:
-            raise DeftError(f"{option}: --{letter} {value} is no number in '{line}'") from None
-    prompt = Prompt(text.strip(), **values)  # type: ignore[arg-type]
-    if min(prompt.width, prompt.height, prompt.steps) < 1 or prompt.width % 8 or prompt.height % 8:
-        raise DeftError(f"{option}: --w and --h must be multiples of 8, and --s at least 1, in '{line}'")
-    return prompt
-
-
 @torch.no_grad()
-def draw(pipeline: StableDiffusionPipeline, prompts: list[Prompt]) -> list[Image.Image]:
+def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt]) -> list[Image.Image]:
     """One image a prompt, by DDIM."""
     trained_scheduler = pipeline.scheduler
     pipeline.scheduler = DDIMScheduler.from_config(trained_scheduler.config)
     images = []
     try:
-        for prompt in prompts:
-            images += pipeline(
-                prompt.text,
-                negative_prompt=prompt.negative,
-                width=prompt.width,
-                height=prompt.height,
-                guidance_scale=prompt.guidance,
-                num_inference_steps=prompt.steps,
-                generator=prompt.generator(),
-            ).images
+        with Bar(sum(prompt.steps for prompt in prompts), "drawing", "steps") as bar:
+            for prompt in prompts:
+                images += pipeline(
+                    prompt.text,
+                    negative_prompt=prompt.negative,
+                    width=prompt.width,
+                    height=prompt.height,
+                    guidance_scale=prompt.guidance,
+                    num_inference_steps=prompt.steps,
+                    generator=prompt.generator(),
+                    callback_on_step_end=counted_by(bar),
+                ).images
     finally:
         pipeline.scheduler = trained_scheduler
     return images
 
 
-def draw_in_training(
-    model: StableDiffusion, network: DeftNetwork, prompts: list[Prompt], accelerator: Accelerator
-) -> list[Image.Image]:
-    """`draw` with the network as it is now, dropout off; the training's random numbers stay untouched."""
+def counted_by(bar: Bar, number: int = 1) -> Callable[..., dict[str, Any]]:
+    """A callback that a pipeline calls after each step of `number` pictures."""
+
+    def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        bar.add(number)
+        return tensors
+
+    return after_step
+
+
+@contextlib.contextmanager
+def drawing_in_training(model: StableDiffusion, network: DeftNetwork, accelerator: Accelerator) -> Iterator[None]:
+    """Within it, `draw` uses the network as it is now, dropout off; the training's random numbers stay untouched."""
     training, vae_device = network.training, model.vae.device
     network.eval()
     model.vae.to(accelerator.device)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     try:
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), accelerator.autocast():
-            return draw(model.pipeline, prompts)
+            yield
     finally:
         model.vae.to(vae_device)
         network.train(training)
@@ -177,17 +118,16 @@ def save_samples(
 ) -> None:
     """Draws and writes `sample/<label>_<number>_<time>[_<seed>].png`, sd-scripts' names.
 
-    A picture that cannot be written is reported, and does not end a training.
+    A picture that cannot be drawn or written is reported, and does not end a training.
     """
     folder = Path(output_dir) / "sample"
     now = time.strftime("%Y%m%d%H%M%S")
-    for i, (prompt, image) in enumerate(
-        zip(prompts, draw_in_training(model, network, prompts, accelerator), strict=True)
-    ):
-        seed = "" if prompt.seed is None else f"_{prompt.seed}"
-        path = folder / f"{label}_{i:02d}_{now}{seed}.png"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-        except OSError as error:
-            logger.error(f"{path}: not written ({error})")
+    with drawing_in_training(model, network, accelerator):
+        for i, prompt in enumerate(prompts):
+            seed = "" if prompt.seed is None else f"_{prompt.seed}"
+            path = folder / f"{label}_{i:02d}_{now}{seed}.png"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                draw(model.pipeline, [prompt])[0].save(path)
+            except Exception as error:  # out of memory, a full disk, whatever a pipeline raises
+                logger.error(f"{path}: not drawn ({reason_of(error)})")

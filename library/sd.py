@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, read_text, reason_of
+from networks.deft_io import is_adapter_dict
 
 CLIP_L = "openai/clip-vit-large-patch14"
 CONFIGS = Path(__file__).parent / "model_configs" / "sd15"
+
+
+# diffusers' names of single files' models, in words
+_KINDS = {"v2": "a single file of Stable Diffusion 2.x", "xl_base": "SDXL", "xl_refiner": "SDXL's refiner",
+          "inpainting": "an inpainting model", "flux-dev": "FLUX.1 dev", "flux-schnell": "FLUX.1 schnell",
+          "sd3": "Stable Diffusion 3", "controlnet": "a ControlNet"}  # fmt: skip
 
 
 @dataclass
@@ -61,6 +72,16 @@ class StableDiffusion:
         )
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0]
 
+    @property
+    def tokens(self) -> int:
+        """That the text encoder reads of a caption, the two at its ends not counted."""
+        return self.text_encoder.config.max_position_embeddings - 2
+
+    def text_beyond(self, caption: str) -> str:
+        """What of a caption is cut."""
+        ids = self.tokenizer(caption, verbose=False).input_ids[1:-1]
+        return str(self.tokenizer.decode(ids[self.tokens :])).strip()
+
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """The U-Net's prediction, in the shape of the latents."""
         return self.unet(noisy_latents, timesteps, text.to(noisy_latents.dtype)).sample
@@ -82,28 +103,76 @@ def load(path: str, tokenizer: str | None = None, tokenizer_cache_dir: str | Non
         raise DeftError(f"{path}: only .safetensors checkpoints are read, since others can run code; convert it first")
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
-    shared = {"safety_checker": None, "local_files_only": True}
+    _refuse_other_models(location)
     try:
         if location.is_dir():
             given = {"tokenizer": _tokenizer_from(tokenizer)} if tokenizer else {}
-            pipeline = StableDiffusionPipeline.from_pretrained(str(location), use_safetensors=True, **shared, **given)
+            pipeline = StableDiffusionPipeline.from_pretrained(str(location), **of_folder(location), **given)
         else:
             found = find_tokenizer(tokenizer, tokenizer_cache_dir)
             pipeline = StableDiffusionPipeline.from_single_file(
-                str(location), config=str(CONFIGS), tokenizer=found, **shared
+                str(location), config=str(CONFIGS), tokenizer=found, safety_checker=None, local_files_only=True
             )
     except DeftError:
         raise
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DeftError(f"{path}: not a readable Stable Diffusion 1.x or 2.x model ({reason})") from error
+        raise DeftError(f"{path}: not a readable Stable Diffusion 1.x or 2.x model ({reason_of(error)})") from error
     _check_tokenizer(pipeline.tokenizer, path)
+    channels = pipeline.unet.config.in_channels
+    if channels != pipeline.vae.config.latent_channels:
+        raise DeftError(f"{path}: its U-Net takes {channels} channels, as for inpainting, which is not trained here")
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval().float()
     return StableDiffusion(
         location.name, location, pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline
     )
+
+
+def of_folder(folder: Path) -> dict[str, Any]:
+    """Options for a pipeline's `from_pretrained`: no hub and no pickles, none of the parts that only look at finished
+    pictures, and the variant (such as fp16) where a part is there in no other."""
+    index = _index_of(folder)
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    options |= dict.fromkeys(index.keys() & {"safety_checker", "feature_extractor", "image_encoder"})
+    for part in (folder / name for name in index):
+        names = [path.name.removesuffix(".safetensors") for path in part.glob("*model*.safetensors")]
+        if names and all("." in name for name in names):  # diffusion_pytorch_model.fp16-00001-of-00002
+            options["variant"] = names[0].split(".")[1].split("-0")[0]
+    return options
+
+
+def _refuse_other_models(location: Path) -> None:
+    """:raises DeftError: for a model that is something else than Stable Diffusion 1.x or 2.x, saying what"""
+    if location.is_dir():
+        kind = str(_index_of(location).get("_class_name"))
+        known = kind == StableDiffusionPipeline.__name__
+    else:
+        try:
+            with safe_open(str(location), "pt") as file:
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise DeftError(f"{location}: not a whole safetensors file ({reason_of(error)})") from None
+        kind = infer_diffusers_model_type({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+        known = kind == "v1" and not is_adapter_dict(shapes)
+        kind = "an adapter, no model" if is_adapter_dict(shapes) else _KINDS.get(kind, kind)
+    if not known:
+        raise DeftError(
+            f"{location}: this looks like {kind}; so far, Stable Diffusion 1.x is trained here, and 2.x from Diffusers "
+            f"folders. sd-scripts trains others with --network_module networks.deft"
+        )
+
+
+def _index_of(folder: Path) -> dict[str, Any]:
+    """A Diffusers folder's list of parts.
+
+    :raises DeftError: when it cannot be read
+    """
+    try:
+        index = json.loads(read_text(folder / "model_index.json", f"{folder / 'model_index.json'}:"))
+    except json.JSONDecodeError as error:
+        raise DeftError(f"{folder / 'model_index.json'}: no JSON ({reason_of(error)})") from None
+    return index if isinstance(index, dict) else {}
 
 
 def find_tokenizer(tokenizer: str | None, cache_dir: str | None) -> CLIPTokenizer:
@@ -129,7 +198,7 @@ def _tokenizer_from(folder: str) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of many kinds, by transformers' version
-        raise DeftError(f"{folder}: no CLIP tokenizer there ({str(error).splitlines()[0]})") from None
+        raise DeftError(f"{folder}: no CLIP tokenizer there ({reason_of(error)})") from None
     _check_tokenizer(tokenizer, folder)
     return tokenizer
 

@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,27 @@ from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
-from library import keep, sampling
-from library.dataset import CachedLatents, TrainImage, find_images
+from library import keep
+from library.data.folders import TrainImage, find_images
+from library.data.latents import CachedLatents
+from library.prompts import Prompt
 from library.sd import StableDiffusion
 from networks import deft_io
 from networks.deft import DeftNetwork
-from networks.deft_config import DeftError, parse_options, user_options
+from networks.deft_config import DeftError, parse_options, reason_of, user_options
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def log_from_main_process() -> None:
+    """Messages to the terminal, those of other processes only where something has failed."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    main = int(os.environ.get("RANK", "0")) == 0
+    logging.getLogger().setLevel(logging.INFO if main else logging.ERROR)
+    for chatty in ("httpx", "PIL", "diffusers", "transformers", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 def check(args: argparse.Namespace) -> list[TrainImage]:
@@ -67,7 +79,7 @@ def _dropout(args: argparse.Namespace) -> dict[str, float]:
 
 
 def prepare_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Devices, precision and logging.
+    """Devices, precision and trackers.
 
     :raises DeftError: when the device cannot train in the precision that is asked for
     """
@@ -79,10 +91,6 @@ def prepare_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with="tensorboard" if args.logging_dir else None,
         project_dir=args.logging_dir,
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    for chatty in ("httpx", "PIL", "diffusers", "transformers", "accelerate"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     return accelerator
 
 
@@ -105,13 +113,28 @@ def cache_latents(
     if any(side % step for side in args.resolution):
         raise DeftError(f"--resolution {args.resolution[0]},{args.resolution[1]}: both must be multiples of {step}")
     model.vae.to(accelerator.device)
-    data = CachedLatents(images, args.resolution, model.encode_image)
+    data = CachedLatents(images, args.resolution, model.encode_image, args.transparent_background)
     model.vae.to("cpu")
     logger.info(f"{len(data.images)} images, {len(data)} with repeats, latents cached")
     return data
 
 
-def _prompts_to_keep(keep_file: str, args: argparse.Namespace) -> list[sampling.Prompt]:
+def tell_what_is_cut(model: StableDiffusion, captions: Mapping[str, str]) -> None:
+    """One line where texts are longer than the text encoder reads.
+
+    :param captions: what a user knows a text by -> the text
+    """
+    rests = {name: rest for name, text in captions.items() if (rest := model.text_beyond(text))}
+    if rests:
+        name, rest = next(iter(rests.items()))
+        rest = rest if len(rest) <= 60 else f"... {rest[-60:]}"  # a trigger word stands last as often as first
+        logger.warning(
+            f"{len(rests)} of {len(captions)} captions and prompts are longer than the text encoder's {model.tokens} "
+            f"tokens, what is behind is not read: '{rest}' in {name} for one"
+        )
+
+
+def _prompts_to_keep(keep_file: str, args: argparse.Namespace) -> list[Prompt]:
     return keep.read_prompts(keep_file, args.resolution, "--network_args keep")
 
 
@@ -175,7 +198,7 @@ def place_model(args: argparse.Namespace, model: StableDiffusion, accelerator: A
         try:
             model.unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:
-            raise DeftError(f"--xformers: {str(error).strip().splitlines()[0]}; leave the option out") from None
+            raise DeftError(f"--xformers: {reason_of(error)}; leave the option out") from None
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
         model.unet.train()

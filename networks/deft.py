@@ -21,8 +21,9 @@ from networks.deft_config import DeftConfig, DeftError, options_of_file, parse_o
 from networks.deft_io import AdapterFile, DeftLayer
 from networks.deft_load import LoadResult
 from networks.deft_module import DeftModule, add_to_weight
+from networks.deft_progress import progress
 from networks.deft_ranks import Ranks
-from networks.deft_targets import Part, Target, as_list, looks_made_for, recognise
+from networks.deft_targets import Part, Target, as_list, base_metadata, looks_made_for, recognise
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class DeftNetwork(nn.Module):
         self._weight_norms: Tensor | None = None
         self._base_norms: Tensor | None = None
         architecture, denoiser = recognise(unet)
+        self._known_as = base_metadata(unet, denoiser)
         self.ranks = Ranks(config, architecture)
         of_file = None if source is None else deft_load.layers_of_file(source, architecture, config.split_qkv)
         chosen = of_file or self.ranks.chosen
@@ -107,7 +109,8 @@ class DeftNetwork(nn.Module):
 
         def build(model: nn.Module | None, part: Part) -> list[DeftModule]:
             modules = []
-            for target, (rank, scale) in [] if model is None else chosen(model, part, part is denoiser):
+            layers = [] if model is None else chosen(model, part, part is denoiser)
+            for target, (rank, scale) in progress(layers, "making the network"):
                 if source is not None:
                     deft_load.check_shape(source, target)
                 largest = min(target.shape)
@@ -412,8 +415,6 @@ class DeftNetwork(nn.Module):
         zero = torch.zeros((), device=self.device)
         self._grad_norms = torch.stack([torch.stack([g.norm() for g in some] or [zero]).norm() for some in gradients])
         self._weight_norms = torch.stack([deft_math.delta_norm(*module.lora_factors()) for module in self.all_modules])
-        if self._base_norms is None:  # of frozen weights: once is enough
-            self._base_norms = torch.stack([module.base_weight().float().norm() for module in self.all_modules])
 
     def grad_norms(self) -> Tensor | None:
         """Norm of each module's gradients (modules,) at the last step; None where no tracker is active."""
@@ -426,9 +427,9 @@ class DeftNetwork(nn.Module):
     def combined_weight_norms(self) -> Tensor | None:
         """sqrt(||W||^2 + ||delta||^2) of each module (modules,), which networks.lora_flux calls by this name; None
         where no tracker is active."""
-        if self._weight_norms is None or self._base_norms is None:
+        if self._weight_norms is None:
             return None
-        return torch.hypot(self._base_norms.to(self._weight_norms), self._weight_norms)
+        return torch.hypot(self._norms_of_base().to(self._weight_norms), self._weight_norms)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -437,16 +438,18 @@ class DeftNetwork(nn.Module):
         """Writes a plain LoRA, or with `save_format=deft` the formula's matrices in float32; whole or not at all.
 
         :param dtype: of the LoRA's tensors; None is float32
-        :param metadata: of the trainer; DEFT's own fields are added to a copy
+        :param metadata: of the trainer; DEFT's own fields are added to a copy, and what model the file is for where
+            they do not say it, as those of train_leco.py
         :raises DeftError: for non-finite parameters or a failing disk; what was in the file's place stays
         """
         self._check_finite(file)
         dtype = dtype or torch.float32
         exponents: Mapping[str, int] = {}
+        factors = self._file_factors()
+        self._warn_of_nothing_learnt(file, dtype)
         if self.config.save_format == "deft":
             tensors = deft_io.deft_tensors({m.lora_name: _as_deft_layer(m) for m in self.all_modules})
         else:
-            factors = self._file_factors()
             for line in self.ranks.architecture.warnings(factors):
                 logger.warning(f"{file}: {line}")
             tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
@@ -460,7 +463,8 @@ class DeftNetwork(nn.Module):
             name = m.lora_name if self.config.save_format == "deft" else m.target.file_name
             before = recorded.get(name, [0])[0]
             recorded[name] = [before + m.rank, m.scale, exponents.get(name, 0)]
-        full = {key: str(value) for key, value in (metadata or {}).items()}
+        full = self._known_as | {key: str(value) for key, value in (metadata or {}).items()}
+        full |= {deft_io.VERSION_KEY: deft_io.VERSION}
         full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
         full |= self._base_metadata()
         full |= deft_io.webui_hashes(tensors, full)
@@ -476,6 +480,28 @@ class DeftNetwork(nn.Module):
             up, down = deft_io.fuse(pieces)
             factors[name] = (up, down, (up.shape[0], *pieces[0][2].layer.weight.shape[1:]))
         return factors
+
+    def _warn_of_nothing_learnt(self, file: str, dtype: torch.dtype) -> None:
+        """Where no weight of a model in `dtype` would change by it, or hardly one."""
+        sizes = torch.stack([deft_math.delta_norm(*module.lora_factors()) for module in self.all_modules])
+        largest = float((sizes / self._norms_of_base().to(sizes).clamp(min=1e-30)).max())
+        if largest >= torch.finfo(dtype).eps / 8:
+            return
+        size = (
+            "every delta is 0"
+            if largest == 0
+            else f"the largest delta is {largest:.0e} of its weight, which is rounded away"
+        )
+        logger.warning(
+            f"{file}: nothing has been learnt yet, {size}. Where that stays so: a rate of 0 or far too low, "
+            f"gradients that underflow in fp16 (use bf16), or a dropout of everything"
+        )
+
+    def _norms_of_base(self) -> Tensor:
+        """Frobenius norm of each module's weight (modules,), taken once: they are frozen."""
+        if self._base_norms is None:
+            self._base_norms = torch.stack([module.base_weight().float().norm() for module in self.all_modules])
+        return self._base_norms
 
     def _check_finite(self, file: str) -> None:
         for name, tensor in self.state_dict().items():
@@ -496,7 +522,7 @@ class DeftNetwork(nn.Module):
     def _base_metadata(self) -> dict[str, str]:
         weights = [(m.lora_name, deft_module.rows_of(m.org_module.weight, m.target.rows)) for m in self.all_modules]
         return {
-            deft_io.BASE_HASH_KEY: deft_io.base_fingerprint(weights),
+            deft_io.BASE_HASH_KEY: deft_io.base_fingerprint(progress(weights, "hashing the base weights")),
             deft_io.BASE_DTYPE_KEY: ",".join(sorted({str(w.dtype).removeprefix("torch.") for _, w in weights})),
         }
 
@@ -520,7 +546,7 @@ class DeftNetwork(nn.Module):
         :param device: not needed: each weight is changed where it is
         """
         adapter = deft_io.parse_adapter(weights_sd, {}, "the given weights")
-        for module in self.all_modules:
+        for module in progress(self.all_modules, "merging"):
             layer = adapter.layer_of(module.target)
             if layer is None:
                 continue
@@ -540,7 +566,7 @@ class DeftNetwork(nn.Module):
 
     def pre_calculation(self) -> None:
         """Merges the deltas into the base weights that `backup_weights` has kept."""
-        for module in self.all_modules:
+        for module in progress(self.all_modules, "merging"):
             module.pre_calculate()
 
     def set_region(self, sub_prompt_index: int, is_last_network: bool, mask: Tensor) -> None:

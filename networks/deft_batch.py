@@ -7,19 +7,18 @@ history, and so may be run again at any time (gradient checkpointing).
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from networks import deft_math
+from networks.deft_autograd import LayerFactors
 from networks.deft_config import DeftError
-
-if TYPE_CHECKING:
-    from networks.deft_module import DeftModule
+from networks.deft_module import DeftModule
 
 logger = logging.getLogger(__name__)
 
@@ -27,38 +26,6 @@ logger = logging.getLogger(__name__)
 FLOAT16_GAIN = 64.0
 # so many numbers of P or R at a time: a dozen intermediate results of their size are alive
 AT_ONCE = 2**24
-
-
-class LayerFactors:
-    """One layer's factors for one pass.
-
-    `up` (m, r) and `down` (r, n) are in the compute dtype, without history, and scaled by `gain`. Where something is
-    removed, `change` is (E - E0) in the compute dtype until `down` is formed. `trained` holds P, R, g and the batch's
-    probe, which the layer's graph ends in.
-    """
-
-    __slots__ = ("change", "down", "entered", "gain", "is_trained", "removes", "trained", "up")
-
-    def __init__(self, module: DeftModule, up: Tensor, change: Tensor | None, gain: float, probe: Tensor) -> None:
-        self.up, self.gain = up, gain
-        self.change: Any = change  # None when `down` is there
-        self.down: Any = None
-        self.entered = False
-        self.trained = (module.P, module.R, module.g, probe)
-        self.removes = module.P.requires_grad and module.config.removal > 0
-        self.is_trained = any(p is not None and p.requires_grad for p in self.trained[:3])
-
-    def form(self, module: DeftModule, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """up and down, which is formed now where it was not with the other layers'.
-
-        :param weight: W (m, n) in the compute dtype, if it is at hand
-        """
-        if self.down is None:
-            with torch.inference_mode(False), torch.no_grad(), without_autocast(self.up):
-                weight = module.weight_in(self.up.dtype) if weight is None else weight
-                removed = torch.mm(self.change.t(), weight)
-                self.down, self.change = _down([module], self.up.dtype, removed.unsqueeze(0))[0], None
-        return self.up, self.down
 
 
 class BatchedFactors:
@@ -184,7 +151,8 @@ class BatchedFactors:
                     changes = change.to(dtype).unbind()
                 _divide_by_gains(Q, group, dtype)
                 for module, up, changed in zip(group, Q.to(dtype).unbind(), changes, strict=True):
-                    factors[module] = LayerFactors(module, up, changed, module.gain(dtype), self._probe)
+                    finish = functools.partial(_down_of_one, module, dtype)
+                    factors[module] = LayerFactors(module, up, changed, finish, module.gain(dtype), self._probe)
             # a weight that is not at hand now (block swap) is read when its layer's turn has come, and so are all
             # others then: one that is at hand may be on its way out. One that has to be converted is so once, there
             weights = [m.org_module.weight for m in self.modules]
@@ -332,6 +300,11 @@ def _down(group: list[DeftModule], dtype: torch.dtype, removed: Tensor | None = 
     return (down * gain if gain != 1 else down).to(dtype)
 
 
+def _down_of_one(module: DeftModule, dtype: torch.dtype, removed: Tensor) -> Tensor:
+    """down (r, n) of one module whose (E - E0)^T W comes later than the others'."""
+    return _down([module], dtype, removed.unsqueeze(0))[0]
+
+
 def _divide_by_gains(stacked: Tensor, group: list[DeftModule], dtype: torch.dtype) -> None:
     """In place, each module's part (modules, m, r) of what `gain` takes from up."""
     if dtype == torch.float16:
@@ -386,33 +359,6 @@ class Delivery(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.found  # emptied here: a gradient that nobody else holds becomes `.grad` without a copy
         return None, *(found.pop(parameter) for parameter in list(found))
-
-
-class Handover(torch.autograd.Function):
-    """up and down without history on their way into a layer's own operations, and their gradients on their way back.
-
-    Inputs: the layer's factors, its module, and P, R, g and the probe. Outputs: up and down.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, factors: LayerFactors, module: DeftModule, *trained: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.factors, ctx.module = factors, module
-        return factors.up.detach(), factors.down.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (d_up, d_down), module = grads, ctx.module
-        with without_autocast(d_up):
-            weight = None
-            if ctx.factors.removes:
-                weight, d_up = module.weight_in(d_down.dtype), d_up.clone()
-            return None, None, *module.batch.receive(module, ctx.factors, d_up, d_down, weight), None
-
-
-def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A backward pass that is called within autocast would compute in its dtype."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _grouped(

@@ -6,14 +6,38 @@ import ast
 import contextlib
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 
 class DeftError(ValueError):
     """A mistake of the user's: one line that names the option, file or layer and says what to do."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What another program's error says, in one line."""
+    lines = [line for line in str(error).strip().split("\n") if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def read_text(path: str | os.PathLike, source: str) -> str:
+    """A text file in UTF-8, with or without a byte order mark; its lines end in \\n however they did in the file.
+
+    Split it at \\n: `str.splitlines` also ends lines where nobody sees it, at U+2028 for one.
+
+    :param source: how errors begin
+    :raises DeftError: when it cannot be read
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DeftError(f"{source} the file is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise DeftError(f"{source} cannot be read ({error.strerror or error})") from None
 
 
 def nearest(word: str, allowed: Any) -> str:

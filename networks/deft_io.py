@@ -28,9 +28,12 @@ from networks.deft_targets import Target, looks_made_for
 
 logger = logging.getLogger(__name__)
 
+VERSION = "0.3.0"  # of the project, as CHANGELOG.md has it; here, since networks/ is copied without the rest
+VERSION_KEY = "deft_version"  # for people: reading does not depend on it
 OPTIONS_KEY = "deft_options"  # JSON of DeftConfig
 LAYERS_KEY = "deft_layers"  # JSON: layer -> [rank without padding, s of the training, exponent of balancing_exponent]
 BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
+EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 reads from a LoRA's file
 KEPT_KEY = "deft_kept_layers"  # JSON: layer -> tensor
 
 
@@ -146,9 +149,16 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], so
     :raises DeftError: for any other kind of adapter, and for damaged ones
     """
     grouped: dict[str, dict[str, Tensor]] = {}
+    embeddings = [key for key in tensors if key.startswith(EMBEDDINGS)]
+    if embeddings:
+        logger.warning(
+            f"{source}: {len(embeddings)} tensors of embeddings, {embeddings[0]} for one, are passed over: they are no "
+            f"part of a LoRA, and what is saved will not hold them"
+        )
     for key, value in tensors.items():
         layer, _, part = key.partition(".")
-        grouped.setdefault(layer, {})[part] = value
+        if key not in embeddings:
+            grouped.setdefault(layer, {})[part] = value
     options, recorded = _parse_metadata(metadata, source)
     layers: dict[str, LoraLayer | DeftLayer] = {}
     for name, parts in grouped.items():
@@ -306,7 +316,7 @@ def kept_tensors(directions: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
         content = f"{tuple(half.shape)}".encode() + half.numpy().tobytes()
         key = by_content.setdefault(hashlib.sha256(content).digest(), f"kept.{len(tensors)}")
         tensors[key], layers[name] = half, key
-    return tensors, {KEPT_KEY: json.dumps(layers)}
+    return tensors, {VERSION_KEY: VERSION, KEPT_KEY: json.dumps(layers)}
 
 
 def are_prompts(keep: str | os.PathLike) -> bool:
@@ -323,6 +333,11 @@ def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
         raise DeftError(
             f"keep={path}: only train_network_deft.py takes prompts; make a file with `python -m library.keep "
             f"--prompts {path}` of the DEFT project, and give that"
+        )
+    if not Path(path).exists():
+        raise DeftError(
+            f"keep={path}: no such file; `python -m library.keep` of the DEFT project makes one, or the samples of a "
+            f"training on pictures in sd-scripts"
         )
     tensors, metadata = read_tensors(path)
     if KEPT_KEY not in metadata:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, read_text
+from networks.deft_progress import progress
 from networks.deft_targets import Target
 
 DIRECTIONS = 64  # a layer, and at most a quarter of its inputs
@@ -129,7 +130,8 @@ class Watch:
         for name, sketch in self.sketches.items():
             if not bool(sketch.product.isfinite().all()):
                 raise DeftError(f"{name}: its inputs are not finite; use bfloat16, or with library.keep --device cpu")
-        return {name: sketch.directions() for name, sketch in self.sketches.items() if bool(sketch.product.any())}
+        finding = progress(list(self.sketches.items()), "finding directions")
+        return {name: sketch.directions() for name, sketch in finding if bool(sketch.product.any())}
 
 
 def check_samples(keep: str, args: argparse.Namespace) -> None:
@@ -144,11 +146,8 @@ def check_samples(keep: str, args: argparse.Namespace) -> None:
             f"keep={keep}: no such file; make it with `python -m library.keep` of the DEFT project, or let this "
             f"training make it: --sample_at_first --sample_prompts keep.txt, with what the model is to go on drawing"
         )
-    try:
-        lines = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeftError(f"--sample_prompts {prompts}: cannot be read ({error})") from None
-    number = sum(not line.startswith("#") for line in lines)
+    lines = read_text(prompts, f"--sample_prompts {prompts}:").split("\n")
+    number = sum(bool(line.strip()) and not line.startswith("#") for line in lines)
     if Path(prompts).suffix != ".txt" or number < FEWEST:
         raise DeftError(
             f"keep={keep}: no such file, and to make it from --sample_prompts {prompts}, that has to be a .txt of "

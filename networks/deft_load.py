@@ -13,8 +13,9 @@ from networks import deft_math
 from networks.deft_config import DeftConfig, DeftError
 from networks.deft_io import AdapterFile, DeftLayer, LoraLayer
 from networks.deft_module import DeftModule
+from networks.deft_progress import progress
 from networks.deft_ranks import Chosen
-from networks.deft_targets import Architecture, Part, Target, is_pointwise, looks_made_for, outside_targets, targets
+from networks.deft_targets import Architecture, Part, Target, looks_made_for, outside_targets, targets
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def load(
     refuse_unknown(adapter, modules, architecture, halves)
     for module in found.values():
         check_shape(adapter, module.target)
-    errors = {name: _load_layer(module, adapter, config) for name, module in found.items()}
+    loading = progress(list(found.items()), "loading the adapter")
+    errors = {name: _load_layer(module, adapter, config) for name, module in loading}
     truncated = {name: error for name, error in errors.items() if error is not None}
     for name, error in truncated.items():
         logger.info(f"truncated {name}: relative error {error:.2e}")
@@ -100,15 +102,19 @@ def check_shape(adapter: AdapterFile, target: Target) -> None:
         expected: tuple[int, ...] = target.shape
         shape: tuple[int, ...] = (found.P.shape[0], expected[1] if found.R is None else found.R.shape[1])
     elif found is not None:
-        expected = (target.shape[0], *target.layer.weight.shape[1:])
-        shape = (found.up.shape[0], *found.kernel)
-        if len(shape) == 2 and is_pointwise(target.layer):  # some programs write a 1x1 convolution as a matrix
-            expected = expected[:2]
+        # some programs write a 1x1 convolution as a matrix, or a matrix as a 1x1 convolution
+        expected = _without_ones((target.shape[0], *target.layer.weight.shape[1:]))
+        shape = _without_ones((found.up.shape[0], *found.kernel))
     if found is not None and shape != expected:
         raise DeftError(
             f"{adapter.source}: {target.name} is made for a weight of {shape}, this model has "
             f"{expected}; the file looks made for {looks_made_for(adapter.tensors)}"
         )
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A weight's shape without a kernel of 1 x 1."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def factors_of(layer: LoraLayer | DeftLayer, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,13 @@ import logging
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import deft_math
-from networks.deft_batch import BatchedFactors, Handover, LayerFactors, without_autocast
+from networks.deft_autograd import AdaptedLinear, Batch, Handover, adapted_linear
 from networks.deft_config import DeftConfig, DeftError
 from networks.deft_renewal import forget_moments
 from networks.deft_targets import Layer, Target
@@ -83,7 +82,7 @@ class DeftModule(nn.Module):
         self.multiplier = multiplier
         self.enabled = True
         self._is_plain_linear = False
-        self.batch: BatchedFactors | None = None  # which computes this layer's factors together with others'
+        self.batch: Batch | None = None  # which computes this layer's factors together with others'
         self.rank, self.scale, self.config = rank, scale, config
         m, n = target.shape
         self.P_size = deft_math.direction_size(m, n, scale, config.ratio)
@@ -358,81 +357,6 @@ class DeftModule(nn.Module):
         if not kept["_lora_restored"]:
             self.org_module.weight.data.copy_(kept["_lora_org_weight"])
             kept["_lora_restored"] = True
-
-
-def adapted_linear(
-    x: Tensor, up: Tensor, down: Tensor, weight: Tensor, bias: Tensor | None, multiplier: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = W x + b + multiplier * up (down x), the sum within the last product.
-
-    :param x: (..., n), of the dtype of W (m, n), up (m, r) and down (r, n)
-    :returns: y (..., m); x as a matrix (k, n); and multiplier * down x as one (k, r)
-    """
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    z = torch.mm(flat, down.t())
-    if multiplier != 1:
-        z *= multiplier
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    y = F.linear(flat, weight, bias).addmm_(z, up.t())
-    if x.dim() != 2:  # no view, since a model may change what it gets in place
-        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-    return y, flat, z
-
-
-class AdaptedLinear(torch.autograd.Function):
-    """`adapted_linear` with its derivative: x is kept for the backward pass, as a LoRA keeps it, and W read anew.
-
-    Inputs: x; the module; W; the multiplier; then either the module's factors for this pass, None, None, P, R, g and
-    the batch's probe; or None, up and down.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        module: DeftModule,
-        weight: Tensor,
-        multiplier: float,
-        factors: LayerFactors | None,
-        up: Tensor,
-        down: Tensor,
-        *trained: Tensor,
-    ) -> Tensor:
-        ctx.module, ctx.multiplier, ctx.factors, ctx.shape = module, multiplier, factors, x.shape
-        if factors is not None:
-            up, down = factors.up, factors.down
-        y, flat, z = adapted_linear(x, up, down, weight, module.org_module.bias, multiplier)
-        ctx.save_for_backward(flat, z, *(() if factors is not None else (up, down)))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, *own = ctx.saved_tensors
-        module, factors, multiplier = ctx.module, ctx.factors, ctx.multiplier
-        up, down = own if factors is None else (factors.up, factors.down)
-        g = grads[0]
-        if g.dim() != 2:
-            g = g.reshape(-1, g.shape[-1])
-        in_graph = torch.is_grad_enabled()
-        with without_autocast(x):
-            weight = module.weight_in(g.dtype)
-            gz = torch.mm(g, up)
-            if multiplier != 1:
-                gz = gz * multiplier
-            dx = None
-            if ctx.needs_input_grad[0]:
-                dx = torch.mm(gz, down)  # first: the large product then hides the reading of this one
-                dx = (torch.addmm(dx, g, weight) if in_graph else dx.addmm_(g, weight)).view(ctx.shape)
-            if factors is not None:
-                found: tuple[Tensor | None, ...] = (None, None, None)
-                if factors.is_trained:
-                    d_up, d_down = torch.mm(g.t(), z), torch.mm(gz.t(), x)
-                    found = module.batch.receive(module, factors, d_up, d_down, weight if factors.removes else None)
-                return dx, None, None, None, None, None, None, *found, None
-            if in_graph:  # second derivatives go through z
-                z = x @ down.t() * multiplier
-            return dx, None, None, None, None, g.t() @ z, gz.t() @ x
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from networks.deft_config import DeftError
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
+# a denoiser -> `ss_base_model_version`, and `modelspec.architecture` without "/lora", "" where it cannot be seen
+Base: TypeAlias = Callable[[nn.Module], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Part:
         this order; `#k` at the end of a path: the layer is the k-th part of the weight that files know
     :param option: option without which the part is left alone
     :param optional_containers: option -> further containers
+    :param base: of a denoiser, what sd-scripts calls the model in a file's metadata
     """
 
     prefix: str
@@ -41,6 +44,7 @@ class Part:
     renames: tuple[tuple[str, str], ...] = ()
     option: str | None = None
     optional_containers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    base: Base | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,34 @@ _FLUX_RENAMES = (
     (r"^time_text_embed\.text_embedder\.linear_2$", "vector_in.out_layer"),
 )
 
+_CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
+
+
+def _base(version: str, architecture: str) -> Base:
+    return lambda unet: (version, architecture)
+
+
+def _sd_base(unet: nn.Module) -> tuple[str, str]:
+    """1.x or 2.x by the width of the text; whether a 2.x predicts v cannot be seen."""
+    widths = [layer.weight.shape[1] for path, layer in unet.named_modules() if path.endswith("attn2.to_k")]
+    if widths and _CROSS_ATTENTION_WIDTHS.get(widths[0]) == "Stable Diffusion 2.x":
+        return "sd_v2", ""
+    return "sd_v1", "stable-diffusion-v1"
+
+
+def _flux_base(transformer: nn.Module) -> tuple[str, str]:
+    """dev has layers for the guidance, schnell has none."""
+    guided = any(re.search(r"guidance_(in|embedder)\.", path) for path, _ in transformer.named_modules())
+    return "flux1", "flux-1-dev" if guided else "flux-1-schnell"
+
+
+def _sd3_base(transformer: nn.Module) -> tuple[str, str]:
+    kind = str(getattr(transformer, "model_type", "m"))
+    return kind, f"stable-diffusion-3-{kind}"
+
+
+_SDXL_BASE = _base("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
+_FLUX_CONTAINERS = ("DoubleStreamBlock", "SingleStreamBlock")
 _FLUX_INPUTS = ("_img_in", "_time_in", "_vector_in", "_guidance_in", "_txt_in")
 
 ARCHITECTURES = (
@@ -204,6 +236,7 @@ ARCHITECTURES = (
                 ("UNet2DConditionModel", "InferUNet2DConditionModel"),  # the second wraps it in gen_img.py
                 _UNET_CONTAINERS,
                 _UNET_CONV_CONTAINERS,
+                base=_sd_base,
             ),
         ),
         (_clip("lora_te"),),
@@ -217,6 +250,7 @@ ARCHITECTURES = (
                 ("SdxlUNet2DConditionModel", "InferSdxlUNet2DConditionModel"),
                 _UNET_CONTAINERS,
                 _UNET_CONV_CONTAINERS,
+                base=_SDXL_BASE,
             ),
             Part(
                 "lora_unet",
@@ -224,6 +258,7 @@ ARCHITECTURES = (
                 _UNET_CONTAINERS,
                 _UNET_CONV_CONTAINERS,
                 renames=_sdxl_renames(),
+                base=_SDXL_BASE,
             ),
         ),
         (_clip("lora_te1"), _clip("lora_te2")),
@@ -232,12 +267,14 @@ ARCHITECTURES = (
     Architecture(
         "FLUX.1 or Chroma",
         (
-            Part("lora_unet", ("Flux", "Chroma"), ("DoubleStreamBlock", "SingleStreamBlock")),
+            Part("lora_unet", ("Flux",), _FLUX_CONTAINERS, base=_flux_base),
+            Part("lora_unet", ("Chroma",), _FLUX_CONTAINERS, base=_base("chroma", "chroma")),
             Part(
                 "lora_unet",
                 ("FluxTransformer2DModel",),
                 ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
                 renames=_FLUX_RENAMES,
+                base=_flux_base,
             ),
         ),
         (_clip("lora_te1"), _T5),
@@ -267,7 +304,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "Stable Diffusion 3",
-        (Part("lora_unet", ("MMDiT",), ("SingleDiTBlock",)),),
+        (Part("lora_unet", ("MMDiT",), ("SingleDiTBlock",), base=_sd3_base),),
         (_clip("lora_te1"), _clip("lora_te2"), _T5),
         kinds={
             "context_attn_dim": ("context_block", "attn"),
@@ -294,7 +331,14 @@ ARCHITECTURES = (
     ),
     Architecture(
         "Lumina 2",
-        (Part("lora_unet", ("NextDiT",), ("JointTransformerBlock", "FinalLayer")),),
+        (
+            Part(
+                "lora_unet",
+                ("NextDiT",),
+                ("JointTransformerBlock", "FinalLayer"),
+                base=_base("lumina2", "lumina-2"),
+            ),
+        ),
         (
             Part(
                 "lora_te",
@@ -319,7 +363,14 @@ ARCHITECTURES = (
     ),
     Architecture(
         "HunyuanImage 2.1",
-        (Part("lora_unet", ("HYImageDiffusionTransformer",), ("MMDoubleStreamBlock", "MMSingleStreamBlock")),),
+        (
+            Part(
+                "lora_unet",
+                ("HYImageDiffusionTransformer",),
+                ("MMDoubleStreamBlock", "MMSingleStreamBlock"),
+                base=_base("hunyuan-image-2.1", "hunyuan-image-2.1"),
+            ),
+        ),
         fused={r"_double_blocks_.*qkv$": False, r"_single_blocks_.*linear1$": True},
     ),
     Architecture(
@@ -330,6 +381,7 @@ ARCHITECTURES = (
                 ("Anima",),
                 ("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer"),
                 optional_containers={"train_llm_adapter": ("LLMAdapterTransformerBlock",)},
+                base=_base("anima", "anima-preview"),
             ),
         ),
         (
@@ -352,7 +404,6 @@ _FILE_SIGNS = (
     ("Stable Diffusion 1.x or 2.x in Diffusers' key names", r"^(unet|text_encoder)\.|\.processor\."),
     ("Stable Diffusion 1.x or 2.x", r"lora_unet_(down_blocks|up_blocks|mid_block)_|lora_te_text_model"),
 )
-_CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 
 
 def recognise(unet: nn.Module) -> tuple[Architecture, Part]:
@@ -369,6 +420,16 @@ def recognise(unet: nn.Module) -> tuple[Architecture, Part]:
                     return architecture, part
     known = ", ".join(a.name for a in ARCHITECTURES)
     raise DeftError(f"networks.deft does not adapt {type(unet).__name__}; it adapts {known}")
+
+
+def base_metadata(unet: nn.Module, denoiser: Part) -> dict[str, str]:
+    """The fields by which UIs know what model a LoRA is for, as sd-scripts' train_network.py and its like write them.
+
+    :param denoiser: what `recognise` found
+    """
+    version, architecture = denoiser.base(unet) if denoiser.base else ("", "")
+    fields = {"ss_v2": str(version == "sd_v2"), "ss_base_model_version": version}
+    return fields | ({"modelspec.architecture": f"{architecture}/lora"} if architecture else {})
 
 
 @dataclass(frozen=True)

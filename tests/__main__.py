@@ -12,6 +12,8 @@ import time
 from library.bootstrap import ROOT, ensure_environment, run_environment
 
 TYPED = ("networks", "library", "train_network_deft.py")
+# a worker for every core; each takes a gigabyte of memory and some seconds to start
+PARALLEL = ("--numprocesses=logical", "--maxprocesses=8", "--dist=worksteal")
 
 
 def main(pytest_arguments: list[str]) -> int:
@@ -22,7 +24,7 @@ def main(pytest_arguments: list[str]) -> int:
         "lint": [python, "-m", "ruff", "check", "."],
         "format": [python, "-m", "ruff", "format", "--check", "."],
         "types": [python, "-m", "mypy", *TYPED],
-        "tests": [python, "-m", "pytest", "--durations=10", *pytest_arguments],
+        "tests": [python, "-m", "pytest", "--durations=10", *PARALLEL, *pytest_arguments],
     }
     times = {"environment": time.time() - start}
     failed = []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ from torch import Tensor, nn
 
 from networks import deft
 
-PHOTOS = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "photos"
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOS = ROOT / "configs" / "quickstart" / "photos"
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +25,7 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    tiny_model = pytest.importorskip("library.tiny_model")
+    tiny_model = pytest.importorskip("library.world.tiny_model")
     return tiny_model.build(tmp_path_factory.mktemp("model"))
 
 
@@ -84,6 +88,30 @@ def run(model_folder, photos, tmp_path, fresh_accelerator):
     import train_network_deft
 
     return lambda **changes: train_network_deft.main(arguments(model_folder, photos, tmp_path, **changes))
+
+
+def in_two_processes(folder: Path, code: str, *arguments: str) -> None:
+    """Runs a script in two processes of one training, as torchrun starts them, but without its own process.
+
+    :param folder: where the script is written to
+    """
+    script = folder / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}", encoding="utf-8")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # keeps its free port
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+              "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    children, told = [], [folder / f"errors{rank}.txt" for rank in range(2)]
+    for rank, errors in enumerate(told):
+        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with open(errors, "w") as file:
+            children.append(subprocess.Popen([sys.executable, str(script), *arguments], env=environment, stderr=file))
+    try:
+        for child, errors in zip(children, told, strict=True):
+            assert child.wait(timeout=300) == 0, errors.read_text(errors="replace")[-3000:]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 def layer_of(kind: str) -> nn.Module:

@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from networks import deft, deft_io
 from networks.deft_config import DeftError, parse_options
 from networks.deft_ranks import numbers_of, weights_of
+from networks.deft_targets import base_metadata, recognise
 from tests.conftest import deltas, largest_error, perturb, relative_error
 
 diffusers = pytest.importorskip("diffusers")
+
+
+def sd_unet(text_width: int) -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=text_width,
+    )  # fmt: skip
 
 
 def sdxl_unet() -> nn.Module:
@@ -29,11 +38,11 @@ def sdxl_unet() -> nn.Module:
     ).requires_grad_(False)  # fmt: skip
 
 
-def flux_transformer(double: int = 2, single: int = 2, heads: int = 2) -> nn.Module:
+def flux_transformer(double: int = 2, single: int = 2, heads: int = 2, guidance: bool = True) -> nn.Module:
     return diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=double, num_single_layers=single, attention_head_dim=128 // 8 * heads,
         num_attention_heads=heads, joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(8, 12, 12),
-        guidance_embeds=True,
+        guidance_embeds=guidance,
     ).requires_grad_(False)  # fmt: skip
 
 
@@ -290,21 +299,21 @@ def test_gradients_of_split_weights():
         assert relative_error(m.R.grad.double(), R.grad) < 1e-4, m.lora_name
 
 
-def test_options_of_other_architectures_are_refused():
-    with pytest.raises(DeftError, match=r"network_args img_attn_dim: an option for FLUX.1 or Chroma, not for SDXL"):
-        network(sdxl_unet(), img_attn_dim="4")
-    with pytest.raises(DeftError, match=r"block_dims: an option for Stable Diffusion 1.x or 2.x, SDXL, not for FLUX"):
-        network(Flux(), block_dims="1,2")
-    with pytest.raises(DeftError, match="block_dims: SDXL needs 23 numbers, not 2"):
-        network(sdxl_unet(), block_dims="1,2")
-    with pytest.raises(DeftError, match=r"train_blocks=twice: allowed are all, double, single"):
-        network(Flux(), train_blocks="twice")
-    with pytest.raises(DeftError, match=r"ggpo_sigma=0.03: GGPO"):
-        network(Flux(), ggpo_sigma="0.03")
-    with pytest.raises(DeftError, match=r"network_reg_dims: \(\( is no regular expression"):
-        network(Flux(), network_reg_dims="((=4")
-    with pytest.raises(DeftError, match="in_dims: needs 5 ranks"):
-        network(Flux(), in_dims="4,4")
+@pytest.mark.parametrize(
+    ("build", "option", "value", "line"),
+    [
+        (sdxl_unet, "img_attn_dim", "4", "network_args img_attn_dim: an option for FLUX.1 or Chroma, not for SDXL"),
+        (Flux, "block_dims", "1,2", "block_dims: an option for Stable Diffusion 1.x or 2.x, SDXL, not for FLUX"),
+        (sdxl_unet, "block_dims", "1,2", "block_dims: SDXL needs 23 numbers, not 2"),
+        (Flux, "train_blocks", "twice", "train_blocks=twice: allowed are all, double, single"),
+        (Flux, "ggpo_sigma", "0.03", "ggpo_sigma=0.03: GGPO"),
+        (Flux, "network_reg_dims", "((=4", "network_reg_dims: (( is no regular expression"),
+        (Flux, "in_dims", "4,4", "in_dims: needs 5 ranks"),
+    ],
+)
+def test_options_of_other_architectures_are_refused(build, option, value, line):
+    with pytest.raises(DeftError, match=re.escape(line)):
+        network(build(), **{option: value})
 
 
 def test_patterns_and_selections_together():
@@ -427,6 +436,25 @@ def test_sdxl_encoders_have_their_own_names():
     names = [m.lora_name for m in net.text_encoder_modules]
     assert [name.split("_")[1] for name in names] == ["te1"] * 6 + ["te2"] * 6
     assert names[0] == "lora_te1_text_model_encoder_layers_0_self_attn_k_proj"
+
+
+@pytest.mark.parametrize(
+    ("make", "v2", "version", "architecture"),
+    [
+        (lambda: sd_unet(768), "False", "sd_v1", "stable-diffusion-v1/lora"),
+        (lambda: sd_unet(1024), "True", "sd_v2", None),  # whether it predicts v cannot be seen
+        (sdxl_unet, "False", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+        (flux_transformer, "False", "flux1", "flux-1-dev/lora"),
+        (lambda: flux_transformer(guidance=False), "False", "flux1", "flux-1-schnell/lora"),
+    ],
+    ids=["1.x", "2.x", "sdxl", "dev", "schnell"],
+)
+def test_files_say_what_model_they_are_for(make, v2, version, architecture):
+    """In the words of sd-scripts' own trainers; for its own classes see test_layers_and_ranks_of_every_architecture."""
+    unet = make()
+    found = base_metadata(unet, recognise(unet)[1])
+    assert (found["ss_v2"], found["ss_base_model_version"]) == (v2, version)
+    assert found.get("modelspec.architecture") == architecture
 
 
 def test_norms_only_for_trackers():

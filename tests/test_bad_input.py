@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,24 @@ def sdxl_file(photos: Path) -> None:
     save_file(tensors, photos.parent / "sdxl.safetensors")
 
 
+def folder_of(kind: str):
+    def make(photos: Path) -> None:
+        (photos.parent / "model").mkdir()
+        (photos.parent / "model" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+
+    return make
+
+
+def checkpoint_of(**shapes: tuple[int, ...]):
+    return lambda photos: save_file(
+        {key.replace("__", "."): torch.zeros(shape) for key, shape in shapes.items()}, photos.parent / "m.safetensors"
+    )
+
+
+MODEL = {"pretrained_model_name_or_path": "DATA/model"}
+CHECKPOINT = {"pretrained_model_name_or_path": "DATA/m.safetensors", "tokenizer": "MODEL/tokenizer"}
+
+
 def config_of(text: str):
     return lambda photos: (photos.parent / "c.toml").write_text(text)
 
@@ -64,10 +83,41 @@ BAD_INPUT = {
         {"pretrained_model_name_or_path": "DATA/m.ckpt"},
         "only .safetensors checkpoints are read",
     ),
-    "a file that is no model": (
+    "a file that is no model": (checkpoint_of(x=(1,)), CHECKPOINT, "not a readable Stable Diffusion"),
+    "an adapter for a model": (
         sdxl_file,
-        {"pretrained_model_name_or_path": "DATA/sdxl.safetensors", "tokenizer": "MODEL/tokenizer"},
-        "not a readable Stable Diffusion",
+        {"pretrained_model_name_or_path": "DATA/sdxl.safetensors"},
+        "this looks like an adapter, no model",
+    ),
+    "a folder of SDXL": (
+        folder_of("StableDiffusionXLPipeline"),
+        MODEL,
+        "this looks like StableDiffusionXLPipeline; so far",
+    ),
+    "a folder of FLUX": (folder_of("FluxPipeline"), MODEL, "this looks like FluxPipeline; so far"),
+    "a damaged folder": (
+        lambda photos: (photos.parent / "model_index.json").write_text("{"),
+        {"pretrained_model_name_or_path": "DATA"},
+        "model_index.json: no JSON",
+    ),
+    "a file of SDXL": (
+        checkpoint_of(conditioner__embedders__1__model__transformer__resblocks__9__mlp__c_proj__bias=(1280,)),
+        CHECKPOINT,
+        "this looks like SDXL",
+    ),
+    "a file of FLUX": (
+        checkpoint_of(
+            double_blocks__0__img_attn__norm__key_norm__scale=(128,),
+            guidance_in__in_layer__bias=(8,),
+            img_in__weight=(8, 64),
+        ),
+        CHECKPOINT,
+        "this looks like FLUX.1 dev",
+    ),
+    "a file for inpainting": (
+        checkpoint_of(model__diffusion_model__input_blocks__0__0__weight=(320, 9, 3, 3)),
+        CHECKPOINT,
+        "this looks like an inpainting model",
     ),
     "no data folder": (None, {"train_data_dir": "nowhere"}, "--train_data_dir: no such folder: nowhere"),
     "no images": (no_images, {}, "no images; they belong into folders named as in"),
@@ -98,6 +148,42 @@ BAD_INPUT = {
         config_of("seed = true"),
         CONFIG,
         "seed takes a value, not true",
+    ),
+    "two unknown config keys": (
+        config_of("[a]\nlerning_rate = 1\n[b]\nLoRA_type = 'Standard'\nseeed = 1"),
+        CONFIG,
+        "unknown keys 'lerning_rate' (did you mean 'learning_rate'?), 'LoRA_type', 'seeed' (did you mean 'seed'?)",
+    ),
+    "two unknown options": (
+        None,
+        {"learning_rat": "1", "sed": 3},
+        "--learning_rat (did you mean '--learning_rate'?), --sed",
+    ),
+    "a Windows path in double quotes": (
+        config_of('train_data_dir = "C:\\Users\\me\\photos"'),
+        CONFIG,
+        "write 'C:\\path' in single quotes",
+    ),
+    "a Windows path that TOML reads": (
+        config_of('train_data_dir = "C:\\new\\training"'),
+        CONFIG,
+        "train_data_dir = 'C:\\new\\training'; in double quotes, backslashes have to be doubled",
+    ),
+    "an infinite strength": (
+        None,
+        {"base_weights_multiplier": ["-inf"]},
+        "--base_weights_multiplier [-inf]: must be finite",
+    ),
+    "no colour": (None, {"transparent_background": "whit"}, "--transparent_background whit: must be a colour's name"),
+    "a sampler's steps": (
+        lambda photos: (photos.parent / "p.txt").write_text("a --s 1001"),
+        {"sample_prompts": "DATA/p.txt"},
+        "--s 1001 must be from 1 to 1000",
+    ),
+    "a seed of 20 digits": (
+        lambda photos: (photos.parent / "p.txt").write_text("a --d 99999999999999999999"),
+        {"sample_prompts": "DATA/p.txt"},
+        "--d 99999999999999999999 must be from 0",
     ),
     "no TOML": (config_of("= ="), CONFIG, "c.toml: "),
     "no such config": (None, {"config_file": "nowhere.toml"}, "--config_file: no such file: nowhere.toml"),
@@ -177,3 +263,41 @@ def test_another_projects_library_is_named(tmp_path):
     )
     assert done.returncode == 2
     assert f"found another project's library/ at {tmp_path / 'library'}" in done.stderr
+
+
+def test_a_config_from_notepad_is_read(run, photos, tmp_path):
+    """With a byte order mark and Windows' line ends; a number that argparse takes for an option."""
+    text = "\ufeff[a]\r\nmax_train_steps = 1\r\nbase_weights_multiplier = [-1e-05]\r\noutput_name = 'of config'\r\n"
+    (photos.parent / "c.toml").write_bytes(text.encode("utf-8"))
+    assert run(config_file=photos.parent / "c.toml", output_name=None, max_train_steps=None) == 0
+    assert (tmp_path / "out" / "of config.safetensors").is_file()
+
+
+@pytest.mark.parametrize("number", ["-1e-05", "-1E5", "-.5", "-2"])
+def test_negative_numbers_of_every_form(number):
+    from library import options
+
+    args = options.parse(["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o",
+                          "--base_weights_multiplier", number, "1"])  # fmt: skip
+    assert args.base_weights_multiplier == [float(number), 1.0]
+
+
+def test_half_precision_folders_without_what_looks_at_pictures(model_folder, tmp_path):
+    """As `save_pretrained(variant="fp16")` writes them, in one file or in parts; the index names what is not there."""
+    from library import sd
+
+    whole = sd.load(str(model_folder))
+    for parts in (None, "300KB"):
+        folder = tmp_path / f"model {parts}"
+        whole.pipeline.save_pretrained(folder, variant="fp16", **({} if parts is None else {"max_shard_size": parts}))
+        assert not list(folder.rglob("*model.safetensors"))
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"],
+                  "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+                  "image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}  # fmt: skip
+        (folder / "model_index.json").write_text(json.dumps(index))
+        found = sd.load(str(folder))
+        for part in ("unet", "vae", "text_encoder"):
+            ours, theirs = getattr(found, part).state_dict(), getattr(whole, part).state_dict()
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from networks import deft_batch, deft_math
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule
-from tests.conftest import relative_error
+from tests.conftest import in_two_processes, relative_error
 from tests.test_architectures import Flux, network
 from tests.test_conditions import gradients
 
@@ -337,8 +334,6 @@ def test_grad_scaler_skips_a_step_with_an_infinite_micro_batch():
 
 
 DATA_PARALLEL = """
-import sys
-sys.path[:0] = [{root!r}]
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -373,13 +368,8 @@ torch.distributed.destroy_process_group()
 
 def test_distributed_data_parallel(tmp_path):
     """In two processes under torch's own wrapper, which counts every parameter's gradient as it comes."""
-    script, told = tmp_path / "parallel.py", tmp_path / "told"
-    root = Path(__file__).resolve().parents[1]
-    script.write_text(DATA_PARALLEL.format(root=str(root), told=str(told)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    told = tmp_path / "told"
+    in_two_processes(tmp_path, DATA_PARALLEL.format(told=str(told)))
     for rank in range(2):
         number, error = Path(f"{told}{rank}").read_text().split()
         assert int(number) > 8

@@ -70,7 +70,7 @@ def test_compiled(options):
     """One graph, the same numbers, and none compiled anew when the parameters move."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, x = Flux(), torch.randn(2, 5, 4)
+    model, x = Flux(double=1, single=1), torch.randn(2, 5, 4)
     net = network(model, **options).train()
     compiled = torch.compile(model, backend="aot_eager")
     for _ in range(3):
@@ -90,7 +90,7 @@ def test_compiled(options):
 
 def test_a_compiled_model_is_kept_from_degenerate_bases_too():
     torch._dynamo.reset()
-    model, x = Flux(), torch.randn(2, 5, 4)
+    model, x = Flux(double=1, single=1), torch.randn(2, 5, 4)
     net = network(model).train()
     with torch.no_grad():
         for module in net.all_modules:

@@ -138,8 +138,9 @@ def test_pad_false_keeps_each_layers_rank(model, tmp_path):
 
 def test_loads_in_diffusers_with_every_module_and_the_same_output(model, tmp_path):
     from library import sampling
+    from library.prompts import Prompt
 
-    prompts = [sampling.Prompt("sks cat", width=128, height=128, seed=3, guidance=2.0, steps=3)]
+    prompts = [Prompt("sks cat", width=128, height=128, seed=3, guidance=2.0, steps=3)]
     base = sampling.draw(model.pipeline, prompts)[0]
     network = network_of(model, conv_dim="2", dim=8, alpha=8)
     wanted, ours = deltas(network), sampling.draw(model.pipeline, prompts)[0]

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from library import keep
+from library import keep, sampling
+from library.prompts import Prompt
 from library.world import measure
 from library.world import tokenizer as clip_tokenizer
 from networks import deft, deft_io, deft_keep
@@ -144,7 +145,7 @@ def test_what_is_refused(file, tmp_path):
         kept_network(Flux(), trained)
     with pytest.raises(DeftError, match="has 32 inputs, the file is made for a model with 24"):
         kept_network(Flux(dim=32), file)
-    with pytest.raises(DeftError, match="no such adapter file"):
+    with pytest.raises(DeftError, match=r"keep=nowhere.safetensors: no such file"):
         kept_network(Flux(), "nowhere.safetensors")
     with pytest.raises(
         DeftError, match=r"keep=x.txt: only train_network_deft.py takes prompts; make a file with `python -m"
@@ -193,7 +194,7 @@ def test_directions_of_other_pipelines(make, tmp_path):
     torch.manual_seed(0)
     pipeline = make(tokenizer, clip)
     pipeline.set_progress_bar_config(disable=True)
-    found = keep.directions_to_keep(pipeline, [keep.sampling.Prompt("a cat", width=64, height=64, steps=2)], 8)
+    found = keep.directions_to_keep(pipeline, [Prompt("a cat", width=64, height=64, steps=2)], 8)
     tensors, metadata = deft_io.kept_tensors(found)
     file = str(tmp_path / "keep.safetensors")
     deft_io.write_safetensors(tensors, file, metadata)
@@ -237,9 +238,9 @@ def test_prompts_repeat(tmp_path):
 
 def test_pictures_drawn_together_are_those_drawn_alone(monkeypatch):
     pipeline = keep.load(str(measure.MODEL), "cpu", torch.float32)
-    prompts = [keep.sampling.Prompt(text, width=64, height=64, seed=i, steps=2) for i, text in enumerate(("a red star",
+    prompts = [Prompt(text, width=64, height=64, seed=i, steps=2) for i, text in enumerate(("a red star",
                "two blue rings", "a sketch of a moon"))]  # fmt: skip
-    prompts.append(keep.sampling.Prompt("a heart", width=32, height=64, seed=7, steps=1, negative="a star"))
+    prompts.append(Prompt("a heart", width=32, height=64, seed=7, steps=1, negative="a star"))
     calls, call = [], type(pipeline).__call__
     monkeypatch.setattr(type(pipeline), "__call__", lambda *args, **rest: calls.append(args[1]) or call(*args, **rest))
     together, number = keep.directions_to_keep(pipeline, prompts, 8), len(calls)
@@ -272,7 +273,7 @@ def test_directions_of_the_shipped_model(tmp_path, capsys):
 
     for module in net.all_modules:
         module.org_module.register_forward_pre_hook(lambda layer, args, module=module: look(module, layer, args))
-    keep.sampling.draw(pipeline, [keep.sampling.Prompt("three blue rings", width=64, height=64, seed=3, steps=3)])
+    sampling.draw(pipeline, [Prompt("three blue rings", width=64, height=64, seed=3, steps=3)])
     assert len(shares) == len(net.all_modules)
     assert statistics.median(shares.values()) > 0.6 > 2 * statistics.median(by_chance.values())  # of another picture
 

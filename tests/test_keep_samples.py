@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +10,9 @@ import torch
 
 from networks import deft, deft_io, deft_keep
 from networks.deft_config import DeftError
-from tests.conftest import relative_error
+from tests.conftest import in_two_processes, relative_error
 from tests.test_architectures import Flux
 
-ROOT = Path(__file__).resolve().parents[1]
 UNUSED = "lora_unet_single_blocks_0_modulation_lin"  # by the small model's forward
 
 
@@ -121,8 +116,7 @@ def test_a_training_that_goes_on_needs_the_file(tmp_path, args):
 
 
 TWO_PROCESSES = """
-import argparse, os, sys, torch
-sys.path.insert(0, {root!r})
+import argparse, torch
 from tests.test_architectures import Flux
 from tests.test_keep_samples import made
 torch.distributed.init_process_group("gloo")
@@ -145,25 +139,8 @@ torch.distributed.destroy_process_group()
 @pytest.mark.parametrize("split", [True, False])
 def test_two_processes_keep_what_both_have_drawn(tmp_path, args, split):
     file = str(tmp_path / "keep.safetensors")
-    code = TWO_PROCESSES.format(
-        root=str(ROOT), file=file, prompts=args.sample_prompts, folder=tmp_path.as_posix(), split=split
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | common | {"RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for child in children:
-        errors = child.communicate(timeout=120)[1]
-        assert child.returncode == 0, errors[-3000:]
+    code = TWO_PROCESSES.format(file=file, prompts=args.sample_prompts, folder=tmp_path.as_posix(), split=split)
+    in_two_processes(tmp_path, code)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.manual_seed(0)
     model = Flux(double=0, single=1)

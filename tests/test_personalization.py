@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,17 +21,24 @@ FIGURES = ("likeness", "likeness_share", "background", "count", "known", "relati
            "old", "old_pair", "drift", "parameters")  # fmt: skip
 
 
-def _run(folder: Path, *options: str) -> str:
-    command = [sys.executable, "benchmarks/personalization.py", "--quick", "--output", str(folder / "results.json")]
-    command += ["--pictures_file", str(folder / "pictures.safetensors"), "--figures", str(folder), "--jobs", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--device", "cpu", *options], cwd=ROOT, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    return done.stdout.decode()
+@pytest.fixture
+def bench(monkeypatch, tmp_path, capsys):
+    """Runs the bench in this process, its trainings in one of their own; returns what it printed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import personalization
+
+    def run(*options: str) -> str:
+        argv = ["personalization.py", "--quick", "--output", str(tmp_path / "results.json"), "--jobs", "1"]
+        argv += ["--pictures_file", str(tmp_path / "pictures.safetensors"), "--figures", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu", *options])
+        assert personalization.main() == 0
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_quick_writes_what_is_promised_and_repeats_nothing(tmp_path):
-    printed = _run(tmp_path, "--deft", "ratio=0.5")
+def test_quick_writes_what_is_promised_and_repeats_nothing(bench, tmp_path):
+    printed = bench("--deft", "ratio=0.5")
     data = json.loads((tmp_path / "results.json").read_text())
     names = ("lora", "deft", "deft ratio=0.5")
     concepts = data["concepts"]["test"]
@@ -51,7 +56,7 @@ def test_quick_writes_what_is_promised_and_repeats_nothing(tmp_path):
     assert data["machines"][0].keys() >= {"device", "torch", "diffusers", "peft"}
     assert "| deft ratio=0.5 |" in printed
     assert (tmp_path / "personalization_sheet.png").is_file()
-    assert "trainings in" not in _run(tmp_path, "--deft", "ratio=0.5"), "all runs are there"
+    assert "trainings in" not in bench("--deft", "ratio=0.5"), "all runs are there"
 
 
 def test_figures_beside_loras_at_the_same_likeness(monkeypatch):

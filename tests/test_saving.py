@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -15,7 +17,8 @@ from safetensors.torch import save_file
 
 from networks import deft_io
 from networks.deft_config import DeftError
-from tests.conftest import network_of
+from tests.conftest import deltas, largest_error, network_of
+from tests.test_architectures import Flux, network
 from tests.test_files import loaded_from, metadata_of, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +49,40 @@ def test_metadata_brings_deft_back_and_leaves_the_trainers_alone(model, tmp_path
     network.remove()
     again = loaded_from(file, model)
     assert {m.lora_name: m.scale for m in again.all_modules} == {m.lora_name: m.scale for m in network.all_modules}
+
+
+@pytest.mark.parametrize("save_format", ["lora", "deft"])
+def test_files_carry_the_version_and_one_of_a_newer_version_is_read(tmp_path, monkeypatch, save_format):
+    file = str(tmp_path / "a.safetensors")
+    model = Flux()
+    trained = network(copy.deepcopy(model), save_format=save_format)
+    for version in (deft_io.VERSION, "99.0.0"):
+        monkeypatch.setattr(deft_io, "VERSION", version)
+        trained.save_weights(file, None, None)
+        assert metadata_of(file)["deft_version"] == version
+        again = network(copy.deepcopy(model), trained=False)
+        again.load_weights(file)
+        assert largest_error(deltas(again), deltas(trained)) < 1e-5
+        tensors, metadata = deft_io.kept_tensors({"lora_unet_x": torch.eye(4)[:, :2]})
+        assert metadata["deft_version"] == version
+        assert deft_io.kept_directions(tensors, metadata)["lora_unet_x"].shape == (4, 2)
+
+
+def test_the_version_is_that_of_the_newest_entry_in_the_change_log():
+    entries = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert entries[0] == deft_io.VERSION
+    numbers = [tuple(map(int, entry.split("."))) for entry in entries]
+    assert numbers == sorted(numbers, reverse=True)
+
+
+def test_files_say_what_model_they_are_for_where_the_trainer_does_not(model, tmp_path):
+    network = network_of(model)
+    found = metadata_of(save(network, tmp_path, metadata={"ss_leco_prompt_count": "4"}))
+    known = {"ss_v2": "False", "ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    assert (known | {"ss_leco_prompt_count": "4"}).items() <= found.items()
+    assert known.items() <= metadata_of(save(network, tmp_path, metadata=None)).items()
+    given = {"ss_v2": "True", "ss_base_model_version": "sd_v2_v", "modelspec.architecture": "x"}
+    assert given.items() <= metadata_of(save(network, tmp_path, metadata=given)).items()
 
 
 def test_base_hash_follows_the_weights_as_the_forward_pass_sees_them(model, tmp_path):
@@ -136,3 +173,35 @@ def test_fingerprint_is_that_of_the_bits():
     changed[2, 3] = torch.nextafter(changed[2, 3], torch.tensor(9.0))
     assert one != deft_io.base_fingerprint([("a", changed)])
     assert one != deft_io.base_fingerprint([("a", weight.to(torch.bfloat16))])
+
+
+@pytest.mark.parametrize("save_format", ["lora", "deft"])
+def test_an_adapter_that_has_learnt_nothing_is_not_saved_without_a_word(model, tmp_path, caplog, save_format):
+    network = network_of(model, trained=False, removal="0", save_format=save_format)
+    base = {m: m.base_weight().norm() for m in network.all_modules}
+    dtype = torch.float16
+    told = []
+    for size in (0, 1e-7, 1e-2):  # of the weights' own; float16 rounds 5e-4 away
+        with torch.no_grad():
+            for module, norm in base.items():
+                module.R.fill_(1)
+                module.R.mul_(size * norm / (module.effective_R.norm() * module.scale))
+        caplog.clear()
+        save(network, tmp_path, dtype=dtype)
+        told.append([line for line in caplog.messages if "nothing has been learnt yet" in line])
+    assert ["every delta is 0" in line for line in told[0]] == [True]
+    assert ["largest delta is 1e-07 of its weight" in line for line in told[1]] == [True]
+    assert told[2] == []
+
+
+def test_a_training_without_effect_says_so(run, caplog):
+    """At a rate of nearly 0: of the file and of the loss; at a usual one, nothing is said."""
+    said = []
+    for rate in (1e-30, 1e-3):
+        caplog.clear()
+        assert run(learning_rate=rate) == 0
+        said.append([line for line in caplog.messages if "nothing has been learnt" in line])
+    assert len(said[0]) == 2
+    assert "does not change the loss on the first batch" in said[0][0]
+    assert said[0][1].split(": ")[0].endswith("cat.safetensors")
+    assert said[1] == []

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,15 +16,15 @@ from safetensors.torch import load_file, save_file
 
 import train_network_deft
 from library import options, sampling, sd, setup
-from library.dataset import CachedLatents, TrainImage, find_images, load_image
+from library.data.folders import TrainImage
+from library.data.latents import CachedLatents, pixels_of
+from library.data.pixels import read_picture
 from library.noise import diffusion_loss
+from library.prompts import Prompt, read_prompts
 from networks import deft, deft_io
 from networks.deft_config import DeftError
-from tests.conftest import arguments, network_of, relative_error
+from tests.conftest import arguments, in_two_processes, network_of, relative_error
 from tests.test_files import deltas_of_lora
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -73,7 +70,7 @@ def test_trains_from_a_config_file_and_its_lora_is_the_network(model_folder, pho
     drawn = sorted((tmp_path / "out" / "sample").iterdir())
     assert [path.name.split("_")[1] for path in drawn] == ["000000", "000040"]
 
-    prompt = sampling.read_prompts(str(prompts), (64, 64))
+    prompt = read_prompts(str(prompts), (64, 64))
     fresh = sd.load(str(model_folder))
     before = sampling.draw(fresh.pipeline, prompt)[0]
     fresh.pipeline.load_lora_weights(str(tmp_path / "out"), weight_name="cat.safetensors")
@@ -198,7 +195,7 @@ def test_prompts_to_keep_become_directions_once_a_base_model(run, model_folder, 
     prompts.write_text("a dog --s 1\n", encoding="utf-8")
     assert run(output_name="fourth", **kept) == 0
     assert len(list((tmp_path / "out").glob("keep-*.safetensors"))) == 3
-    for wrong, line in (("nowhere.safetensors", "no such adapter file: nowhere.safetensors"),
+    for wrong, line in (("nowhere.safetensors", "keep=nowhere.safetensors: no such file"),
                         ("nowhere.txt", "--network_args keep: no such file: nowhere.txt")):  # fmt: skip
         assert run(network_args=[f"keep={wrong}"], pretrained_model_name_or_path="nowhere") == 2
         assert line in capsys.readouterr().err
@@ -242,25 +239,30 @@ def test_latents_and_repeats(model, photos):
     images = [TrainImage(path, "x", 3, "f") for path in sorted(photos.glob("*.jpg"))]
     data = CachedLatents(images, (64, 64), model.encode_image)
     assert len(data) == 15
-    distribution = model.vae.encode(load_image(images[0].path, (64, 64))[None]).latent_dist
+    distribution = model.vae.encode(pixels_of(read_picture(images[0].path).image, (64, 64))[None]).latent_dist
     spread = distribution.std * model.vae.config.scaling_factor
     error = (data[0][0] - distribution.mean[0] * model.vae.config.scaling_factor) / spread[0]
     assert 0.5 < error.std() < 1.5  # a draw from the encoder's distribution, scaled
+
+
+def sure_of(picture, scheduler, seen):
+    """A model that takes every noisy input for this picture's; it notes the timesteps that it has seen."""
+
+    def predict(noisy, timesteps):
+        seen.append(timesteps)
+        a = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
+        b = (1 - a**2).sqrt()
+        noise = (noisy - a * picture) / b
+        return noise if scheduler.config.prediction_type == "epsilon" else a * noise - b * picture
+
+    return predict
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_loss_is_zero_for_the_right_prediction_at_every_timestep(model, prediction):
     scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type=prediction)
     latents, seen = torch.randn(400, 4, 2, 2), []
-
-    def oracle(noisy, timesteps):
-        seen.append(timesteps)
-        a = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
-        b = (1 - a**2).sqrt()
-        noise = (noisy - a * latents) / b
-        return noise if prediction == "epsilon" else a * noise - b * latents
-
-    assert diffusion_loss(oracle, latents, scheduler) < 1e-4
+    assert diffusion_loss(sure_of(latents, scheduler, seen), latents, scheduler) < 1e-4
     assert seen[0].min() < 30
     assert seen[0].max() > 970
 
@@ -270,97 +272,69 @@ def test_min_snr_weights_the_error_of_the_picture(model, prediction):
     """Whatever is predicted, a picture that is off by 1 everywhere costs min(SNR, gamma)."""
     scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type=prediction)
     latents, seen = torch.randn(400, 4, 2, 2), []
-
-    def off_by_one(noisy, timesteps):
-        seen.append(timesteps)
-        a = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
-        b = (1 - a**2).sqrt()
-        picture = latents + 1
-        noise = (noisy - a * picture) / b
-        return noise if prediction == "epsilon" else a * noise - b * picture
-
-    loss = diffusion_loss(off_by_one, latents, scheduler, min_snr_gamma=5.0)
+    loss = diffusion_loss(sure_of(latents + 1, scheduler, seen), latents, scheduler, min_snr_gamma=5.0)
     kept = scheduler.alphas_cumprod[seen[0]]
     assert loss == pytest.approx(float((kept / (1 - kept)).clamp(max=5).mean()), rel=1e-3)
 
 
 def test_samples_are_drawn_without_dropout(model):
-    prompt = [sampling.Prompt("a", width=64, height=64, guidance=1, steps=2, seed=1)]
+    prompt = [Prompt("a", width=64, height=64, guidance=1, steps=2, seed=1)]
     drawn = []
     for dropout in ("0", "0.9"):
         torch.manual_seed(0)
         network = network_of(model, module_dropout=dropout).train()
-        drawn.append(sampling.draw_in_training(model, network, prompt, Accelerator(cpu=True))[0].tobytes())
+        with sampling.drawing_in_training(model, network, Accelerator(cpu=True)):
+            drawn.append(sampling.draw(model.pipeline, prompt)[0].tobytes())
         network.remove()
     assert drawn[0] == drawn[1]
 
 
-SCALED = """
-import sys, contextlib, torch
-sys.path.insert(0, {root!r})
-import train_network_deft as trainer
-from library import loop, setup
-prepare = setup.prepare_accelerator
-def with_scaler(args):
-    accelerator = prepare(args)
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    return accelerator
-setup.prepare_accelerator = with_scaler
-update, moved = loop.TrainingLoop._update, []
-def overflowing(self):
-    for p in self.network.parameters():
-        if p.grad is not None:
-            p.grad[p.grad.abs() > 65504] = float("inf")  # as float16 would
-    before = self.network.unet_modules[0].R.detach().clone()
-    update(self)
-    moved.append(not torch.equal(before, self.network.unet_modules[0].R))
-loop.TrainingLoop._update = overflowing
-code = trainer.main(sys.argv[1:])
-print("moved", moved)
-sys.exit(code)
-"""
-
-
-def test_a_grad_scalers_own_skips_do_not_count(model_folder, photos, tmp_path):
+def test_a_grad_scalers_own_skips_do_not_count(run, monkeypatch):
     """On a CPU, with gradients made to overflow as float16's would until the scale has come down."""
-    command = [sys.executable, "-c", SCALED.format(root=str(ROOT))]
-    command += arguments(model_folder, photos, tmp_path, max_train_steps=26, max_nan_steps=2)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    moved = json.loads(done.stdout.split("moved ")[1].lower())
+    prepare, update, moved = setup.prepare_accelerator, train_network_deft.TrainingLoop._update, []
+
+    def with_scaler(args):
+        accelerator = prepare(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        return accelerator
+
+    def overflowing(self):
+        for p in self.network.parameters():
+            if p.grad is not None:
+                p.grad[p.grad.abs() > 65504] = float("inf")  # as float16 would
+        before = self.network.unet_modules[0].R.detach().clone()
+        update(self)
+        moved.append(not torch.equal(before, self.network.unet_modules[0].R))
+
+    monkeypatch.setattr(setup, "prepare_accelerator", with_scaler)
+    monkeypatch.setattr(train_network_deft.TrainingLoop, "_update", overflowing)
+    assert run(max_train_steps=26, max_nan_steps=2) == 0
     assert moved[0] is False
     assert moved[-1] is True
     assert moved.index(True) > 2
 
 
 TWO_PROCESSES = """
-import pathlib, sys
-sys.path.insert(0, {root!r})
+import pathlib
 import train_network_deft as trainer
 run = trainer.TrainingLoop.run
 def and_tell(self):
     run(self)
     total = sum(p.detach().double().sum().item() for p in self.network.parameters())
-    told = pathlib.Path(__file__).with_name(f"process{{self.accelerator.process_index}}.txt")
-    told.write_text(f"{{self.accelerator.num_processes}} {{self.step}} {{total!r}}")
+    told = pathlib.Path(__file__).with_name(f"process{self.accelerator.process_index}.txt")
+    told.write_text(f"{self.accelerator.num_processes} {self.step} {total!r}")
 trainer.TrainingLoop.run = and_tell
 sys.exit(trainer.main(sys.argv[1:]))
 """
 
 
-def test_two_processes_end_with_the_same_network(model_folder, photos, tmp_path):
+def test_two_processes_end_with_the_same_network(model_folder, photos, tmp_path, monkeypatch):
     """Also where dropout skips a layer in one process and not in the other, and where one makes a file for both."""
     prompts = tmp_path / "keep.txt"
     prompts.write_text("a dog --s 2\n", encoding="utf-8")
-    script = tmp_path / "train.py"
-    script.write_text(TWO_PROCESSES.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     options = ["module_dropout=0.4", f"keep={prompts}"]
-    command += [str(script), *arguments(model_folder, photos, tmp_path, network_args=options)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(tmp_path, TWO_PROCESSES, *arguments(model_folder, photos, tmp_path, network_args=options))
     told = [path.read_text().split() for path in sorted(tmp_path.glob("process*.txt"))]  # one pipe would mix them up
     assert len(told) == 2
     assert told[0] == told[1]
@@ -392,48 +366,6 @@ def test_tokenizer_comes_from_sd_scripts_cache_folder(model_folder, tmp_path):
     assert sd.find_tokenizer(None, str(tmp_path)).model_max_length == 77
 
 
-def test_image_folders(tmp_path):
-    for folder in ("3_sks cat", "1_a_b", "0_none", "plain"):
-        (tmp_path / folder).mkdir()
-    image = Image.new("RGB", (40, 20), (255, 0, 0))
-    image.paste((0, 0, 255), (0, 0, 10, 20))
-    image.save(tmp_path / "3_sks cat" / "a.PNG")
-    image.save(tmp_path / "1_a_b" / "b.webp")
-    image.save(tmp_path / "plain" / "c.png")
-    (tmp_path / "1_a_b" / "b.txt").write_text("\ufefffirst line\nsecond", encoding="utf-8")
-    found = find_images(str(tmp_path), ".txt")
-    assert [(i.path.name, i.caption, i.repeats, i.folder) for i in found] == [
-        ("b.webp", "first line", 1, "1_a_b"),
-        ("a.PNG", "sks cat", 3, "3_sks cat"),
-    ]
-    pixels = load_image(tmp_path / "3_sks cat" / "a.PNG", (16, 16))
-    assert pixels.shape == (3, 16, 16)
-    assert pixels[0].mean() > 0.9  # the blue edge is cropped away: the middle 20 of 40 columns are red
-
-
-def test_image_rotation_is_honoured(tmp_path):
-    image = Image.new("RGB", (16, 16), (255, 0, 0))
-    image.paste((0, 0, 255), (0, 0, 16, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    pixels = load_image(tmp_path / "a.jpg", (16, 16))
-    assert pixels[2, :6].mean() < -0.5 < 0.5 < pixels[2, 10:].mean()
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("a cat", {"text": "a cat", "width": 64, "height": 32}),
-        ("a well--made cat --n blurry, bad --d 5", {"text": "a well--made cat", "negative": "blurry, bad", "seed": 5}),
-        ("x --w 128 --h 256 --l 7.5 --s 28", {"width": 128, "height": 256, "guidance": 7.5, "steps": 28}),
-    ],
-)
-def test_prompt_lines(line, expected):
-    prompt = sampling.parse_prompt(line, (64, 32))
-    assert {key: getattr(prompt, key) for key in expected} == expected
-
-
 def test_sampling_leaves_the_trainings_random_numbers_alone(model):
     network = deft.create_network(1.0, 4, 4, None, model.text_encoder, model.unet)
     network.apply_to(model.text_encoder, model.unet)
@@ -441,8 +373,9 @@ def test_sampling_leaves_the_trainings_random_numbers_alone(model):
     torch.manual_seed(3)
     wanted = torch.rand(3)
     torch.manual_seed(3)
-    prompt = sampling.Prompt("a", width=64, height=64, guidance=1, steps=2)
-    sampling.draw_in_training(model, network, [prompt], Accelerator(cpu=True))
+    prompt = Prompt("a", width=64, height=64, guidance=1, steps=2)
+    with sampling.drawing_in_training(model, network, Accelerator(cpu=True)):
+        sampling.draw(model.pipeline, [prompt])
     assert torch.equal(torch.rand(3), wanted)
     assert network.training
 

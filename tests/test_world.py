@@ -24,6 +24,12 @@ FASTER = ["--learning_rate", "3e-3", "--network_args", "conv_dim=8", "conv_alpha
 STEPS = 140
 
 
+@pytest.fixture
+def soon_drawn(monkeypatch):
+    """Pictures in half the steps, which are no better for it."""
+    monkeypatch.setattr(measure, "STEPS", 12)
+
+
 def test_a_seed_is_a_world():
     drawn = [[scenes.draw_scene(random.Random(seed)) for _ in range(20)] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -132,6 +138,7 @@ def test_model_is_small_and_plain():
     assert all(name.startswith("text_model.") for name in text_encoder), "older transformers find no others"
 
 
+@pytest.mark.usefixtures("soon_drawn")
 def test_model_draws_what_it_is_asked_for():
     results = measure.agreements(judge.load(), measure.load(measure.MODEL), measure.known_scenes(32))
     shares = {name: sum(right) / len(right) for name, right in results.items()}
@@ -155,6 +162,7 @@ def _train(folder: Path, steps: int, options: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("soon_drawn")
 def test_adapter_learns_the_creature(trained):
     """The file, in a fresh pipeline: at its full strength the pictures are like the creature, at none they are the base
     model's bit for bit, at half they lie between."""
@@ -181,7 +189,7 @@ def test_training_repeats_bit_for_bit(tmp_path):
     """With directions to keep, of a few prompts, which each training finds for itself."""
     prompts = (ROOT / CONFIG).with_name("keep.txt").read_text(encoding="utf-8").splitlines()
     few, files = tmp_path / "keep.txt", []
-    few.write_text("\n".join(prompts[:4]), encoding="utf-8")
+    few.write_text("\n".join(f"{prompt} --s 3" for prompt in prompts[:4]), encoding="utf-8")
     for folder in ("first", "second"):
         _train(tmp_path / folder, 8, ["--network_args", "conv_dim=8", "conv_alpha=8", f"keep={few}"])
         files.append(load_file(tmp_path / folder / "sks.safetensors"))

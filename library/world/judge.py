@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from library.world.draw import SIZE
-from library.world.scenes import BACKGROUNDS, COLOURS, PALETTE, SHAPES, STYLES, TEXTURES, Scene
+from library.world.scenes import BACKGROUNDS, COLOURS, PALETTE, SHAPES, STYLES, TEXTURES, Scene, Thing
 
 CELL = 4  # pixels a cell of the map of centres
 EMBEDDING = 48
+OTHER = "other"  # the shape of what is none of the world's
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 HEADS = {"centre": 1, "shape": len(SHAPES) + 1, "colour": len(COLOURS), "texture": len(TEXTURES),
          "style": len(STYLES), "radius": 1, "offset": 2, "identity": EMBEDDING}  # fmt: skip
@@ -59,16 +60,10 @@ def load(weights: Path = WEIGHTS) -> Judge:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A thing in a picture. `shape` is None for what is none of the world's; `identity` has length 1."""
+class Found(Thing):
+    """A thing in a picture. `shape` is `OTHER` for what is none of the world's; `identity` has length 1."""
 
-    shape: str | None
-    colour: str
-    texture: str
     style: str
-    x: float
-    y: float
-    radius: float
     certainty: float
     identity: Tensor
 
@@ -104,7 +99,7 @@ def _found(maps: dict[str, Tensor], certainty: Tensor, i: int, row: int, column:
     at = {name: values[i, :, row, column] for name, values in maps.items()}
     best = {name: int(at[name].argmax()) for name in ("shape", "colour", "texture", "style")}
     return Found(
-        shape=SHAPES[best["shape"]] if best["shape"] < len(SHAPES) else None,
+        shape=(*SHAPES, OTHER)[best["shape"]],
         colour=COLOURS[best["colour"]],
         texture=TEXTURES[best["texture"]],
         style=STYLES[best["style"]],

@@ -10,11 +10,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from library.sampling import counted_by
 from library.world import concepts, judge, scenes
 from library.world import draw as drawing
 from library.world.concepts import Creature
 from library.world.judge import Judge
 from library.world.scenes import BACKGROUNDS, Scene
+from networks.deft_progress import Bar
 
 MODEL = Path(__file__).parent / "model"
 GUIDANCE = 4.0
@@ -27,17 +29,19 @@ def draw(
 ) -> Tensor:
     """Pixels (b, 3, 64, 64) in [-1, 1], a seed a picture: the same noise whatever else is drawn beside it."""
     images = []
-    for first in range(0, len(prompts), batch_size):
-        part = slice(first, first + batch_size)
-        images.append(
-            pipeline(
-                list(prompts[part]),
-                guidance_scale=GUIDANCE,
-                num_inference_steps=STEPS,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-                output_type="pt",
-            ).images.cpu()
-        )
+    with Bar(STEPS * len(prompts), "drawing", "steps") as bar:
+        for first in range(0, len(prompts), batch_size):
+            part = slice(first, first + batch_size)
+            images.append(
+                pipeline(
+                    list(prompts[part]),
+                    guidance_scale=GUIDANCE,
+                    num_inference_steps=STEPS,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                    output_type="pt",
+                    callback_on_step_end=counted_by(bar, len(prompts[part])),
+                ).images.cpu()
+            )
     return torch.cat(images).float() * 2 - 1
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.world import concepts, draw, judge, scenes
+from library.world.descent import Descent
 from library.world.judge import CELL, EMBEDDING, Judge
 from library.world.scenes import COLOURS, SHAPES, STYLES, TEXTURES, Scene, Thing
-
-logger = logging.getLogger(__name__)
 
 CREATURES = 512  # creatures to tell apart, from the seed FIRST_CREATURE on
 FIRST_CREATURE = 10_000
@@ -44,22 +41,15 @@ def train(steps: int, batch_size: int, device: torch.device, seed: int) -> Judge
     rng = random.Random(f"judge {seed}")
     net = Judge().to(device)
     identities = nn.Parameter(torch.randn(CREATURES + len(SHAPES) * len(COLOURS), EMBEDDING, device=device))
-    parameters = [*net.parameters(), identities]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    start = time.time()
-    for step in range(steps):
+    optimizer = torch.optim.AdamW([*net.parameters(), identities], lr=2e-3, weight_decay=0.01)
+    descent = Descent("judge", optimizer, steps)
+    for _ in range(steps):
         pixels, answers = _batch(batch_size, rng, device)
         with torch.autocast(device.type, torch.bfloat16):
             maps = net(_worn(pixels))
         loss = _loss({name: values.float() for name, values in maps.items()}, identities, answers)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == steps - 1:
-            logger.info(f"judge {step}/{steps} loss {loss.item():.4f} {time.time() - start:.0f} s")
+        descent.step("loss", loss)
     return net.eval()
 
 

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from library.world import draw, scenes, tokenizer
 from library.world.backward import backward_of
+from library.world.descent import Descent
 from library.world.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES, TEXTURES, Scene
 
 logger = logging.getLogger(__name__)
@@ -134,9 +135,8 @@ def train_text_encoder(
     text_encoder.train()
     parameters = [*text_encoder.parameters(), *parser.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
-    start = time.time()
-    for step in range(steps):
+    descent = Descent("text encoder", optimizer, steps)
+    for _ in range(steps):
         captions, targets = [], []
         for _ in range(batch_size):
             scene, background = scenes.draw_scene(rng), rng.random() < scenes.BACKGROUND_SAID
@@ -148,12 +148,7 @@ def train_text_encoder(
             states = text_encoder(ids.to(device))[0]
         loss, right = parser(states[torch.arange(len(ids)), ends].float(), torch.tensor(targets, device=device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == steps - 1:
-            logger.info(f"text encoder {step}/{steps} parsed {right.item():.4f} {time.time() - start:.0f} s")
+        descent.step("parsed", right)
 
 
 @dataclass

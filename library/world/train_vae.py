@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import random
-import time
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,8 +10,7 @@ from torch import Tensor, nn
 
 from library.world import concepts, draw, scenes
 from library.world.backward import backward_of
-
-logger = logging.getLogger(__name__)
+from library.world.descent import Descent
 
 CONFIG = {
     "block_out_channels": (16, 32, 64),
@@ -55,16 +52,11 @@ def train(steps: int, batch_size: int, device: torch.device, seed: int) -> Autoe
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -6
     optimizer = torch.optim.AdamW(vae.parameters(), lr=7e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 7e-4, steps, pct_start=0.05)
+    descent = Descent("vae", optimizer, steps, rise=0.05)
     backward = backward_of(VaeLoss(vae), [draw.render(_pictures(batch_size, random.Random(seed)), device)])
-    start = time.time()
-    for step in range(steps):
+    for _ in range(steps):
         loss = backward(draw.render(_pictures(batch_size, rng), device))
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            logger.info(f"vae {step}/{steps} loss {loss.item():.4f} {time.time() - start:.0f} s")
+        descent.step("loss", loss)
     whiten(vae, draw.render(_pictures(512, rng), device))
     return vae.eval()
 

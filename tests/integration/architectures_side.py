@@ -1,5 +1,6 @@
 """Runs in sd-scripts' own Python: `python architectures_side.py FILE` writes, for every architecture and many options,
-the layers and ranks that sd-scripts' own network and networks.deft adapt on a model of real shapes (meta device)."""
+the layers and ranks that sd-scripts' own network and networks.deft adapt on a model of real shapes (meta device), and
+what both call the model in metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from networks import deft
+from networks import deft, deft_targets
 
 
 def clip(width: int, layers: int, projection: bool = False) -> torch.nn.Module:
@@ -112,22 +113,49 @@ OPTIONS: dict[str, list[dict[str, str]]] = {
 }  # fmt: skip
 
 
+def bases() -> dict[str, tuple[str, str]]:
+    """What sd-scripts' trainers write as `ss_base_model_version` and `modelspec.architecture` of each."""
+    from library.sai_model_spec import determine_architecture
+
+    from library import flux_utils, hunyuan_image_utils, lumina_util, model_util, sdxl_model_util
+
+    kinds = {"flux": {"flux": "dev"}, "schnell": {"flux": "schnell"}, "chroma": {"flux": "chroma"},
+             "sd3": {"sd3": "5-medium"}, "lumina": {"lumina": "lumina2"}, "hunyuan": {"hunyuan_image": "2.1"},
+             "anima": {"anima": "preview"}}  # fmt: skip
+    versions = {
+        "sd15": model_util.get_model_version_str_for_sd1_sd2(False, False),
+        "sd21": model_util.get_model_version_str_for_sd1_sd2(True, False),
+        "sdxl": sdxl_model_util.MODEL_VERSION_SDXL_BASE_V1_0,
+        "flux": flux_utils.MODEL_VERSION_FLUX_V1, "schnell": flux_utils.MODEL_VERSION_FLUX_V1,
+        "chroma": flux_utils.MODEL_VERSION_CHROMA, "sd3": "5-medium", "lumina": lumina_util.MODEL_VERSION_LUMINA_V2,
+        "hunyuan": hunyuan_image_utils.MODEL_VERSION_2_1, "anima": "anima",
+    }  # fmt: skip
+    return {
+        name: (version, determine_architecture(False, False, name == "sdxl", True, False, kinds.get(name)))
+        for name, version in versions.items()
+    }
+
+
 def main(file: Path) -> None:
     with torch.device("meta"):
         made = models()
     found: dict[str, Any] = {}
+    known = bases()
     for name, (encoders, denoiser) in made.items():
+        ours = deft_targets.base_metadata(denoiser, deft_targets.recognise(denoiser)[1])
+        named = ours["ss_base_model_version"], ours.get("modelspec.architecture", "")
+        found[f"{name} metadata"] = [known[name] if name != "sd21" else (known[name][0], ""), named]
         module = __import__(f"networks.{MODULES[name]}", fromlist=["x"])
         for options in OPTIONS[name]:
             if MODULES[name] == "lora":  # building a network with convolutions changes the class for those after it
                 module.LoRANetwork.UNET_TARGET_REPLACE_MODULE = ["Transformer2DModel"]
             given = encoders[0] if MODULES[name] == "lora" and len(encoders) == 1 else encoders
             theirs = module.create_network(1.0, 4, 1, None, given, denoiser, **options)
-            ours = deft.create_network(1.0, 4, 1, None, given, denoiser, **options)
+            network = deft.create_network(1.0, 4, 1, None, given, denoiser, **options)
             modules = theirs.text_encoder_loras + theirs.unet_loras
             found[f"{name} {options}"] = [
                 [[m.lora_name, m.lora_dim, float(m.scale)] for m in modules],
-                [[m.lora_name, m.rank, m.scale] for m in ours.all_modules],
+                [[m.lora_name, m.rank, m.scale] for m in network.all_modules],
             ]
     file.write_text(json.dumps(found))
 

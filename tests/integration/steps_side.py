@@ -99,15 +99,19 @@ MODELS: dict[str, tuple[Callable[[], Model], str]] = {
 }  # fmt: skip
 
 
-def step(name: str, folder: Path) -> dict[str, Any]:
-    """Relative distances of the model's outputs, and how many modules had gradients."""
-    torch.manual_seed(0)
-    make, module = MODELS[name]
-    model, run = make()
+def made(name: str) -> Model:
+    """One of `MODELS` with frozen random weights, and what runs it."""
+    model, run = MODELS[name][0]()
     for key, tensor in model.state_dict().items():  # some start with zeros, through which nothing would flow
         if tensor.is_floating_point() and not key.endswith(("freqs", "seq", "range")):
             tensor.fill_(1.0) if "norm" in key and tensor.dim() == 1 else tensor.normal_(0, 0.05)
-    model.requires_grad_(False)
+    return model.requires_grad_(False), run
+
+
+def step(name: str, folder: Path) -> dict[str, Any]:
+    """Relative distances of the model's outputs, and how many modules had gradients."""
+    torch.manual_seed(0)
+    model, run = made(name)
     base = run(model)
     net = deft.create_network(1.0, 4, 4, None, [], model)
     net.apply_to([], model)
@@ -120,7 +124,7 @@ def step(name: str, folder: Path) -> dict[str, Any]:
     file = str(folder / f"{name}.safetensors")
     net.save_weights(file, torch.float32, None)
     net.remove()
-    own = __import__(f"networks.{module}", fromlist=["x"])
+    own = __import__(f"networks.{MODELS[name][1]}", fromlist=["x"])
     theirs, weights = own.create_network_from_weights(1.0, file, None, [torch.nn.Module()], model)
     theirs.apply_to([], model, False, True)
     theirs.to(base.dtype if name != "hunyuan" else torch.bfloat16)

@@ -8,28 +8,14 @@ About a quarter of an hour and 20 GB of memory. The model is made once and kept 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from tests.integration.test_sd_scripts import (
-    PYTHON,
-    SD_SCRIPTS,
-    SIDE,
-    STATES,
-    call,
-    check_keeping,
-    check_resuming,
-    delta_norms,
-    metadata,
-    tensors,
-)
-from tests.integration.test_sd_scripts import train as train_with
+from tests.integration import conftest
+from tests.integration.conftest import SIDE, STATES, check_moved, metadata, needs_large, run_script, tensors
 
-LARGE = os.environ.get("SD_SCRIPTS_LARGE")
-
-pytestmark = pytest.mark.skipif(not (SD_SCRIPTS and LARGE), reason="set SD_SCRIPTS_LARGE to a folder for 15 GB")
+pytestmark = needs_large
 
 
 def train(world: Path, name: str, *options: str, fails: bool = False) -> str:
@@ -38,18 +24,14 @@ def train(world: Path, name: str, *options: str, fails: bool = False) -> str:
     usual = ["--cache_latents", "--cache_text_encoder_outputs_to_disk", "--t5xxl_max_token_length", "32"]
     usual += ["--timestep_sampling", "shift", "--model_prediction_type", "raw", "--guidance_scale", "1"]
     usual += ["--gradient_checkpointing", "--full_bf16"]
-    return train_with(
+    return conftest.train(
         world, name, *models, *usual, *options, fails=fails, script="flux_train_network.py", precision="bf16"
     )
 
 
 @pytest.fixture(scope="session")
 def world() -> Path:
-    folder = Path(LARGE or "") / "flux"
-    if not (folder / "images").is_dir():
-        made = call([PYTHON, str(SIDE), "flux", str(folder)], SD_SCRIPTS or "", with_deft=False)
-        assert made.returncode == 0, made.stdout[-3000:]
-    return folder
+    return conftest.large_world("flux")
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +44,7 @@ def test_trains_and_saves(world, trained):
     names = {key.split(".")[0] for key in found}
     assert len(names) == 2 * 10 + 2 * 3 + 72
     assert "lora_unet_single_blocks_1_linear1" in names
-    norms = delta_norms(found)
-    print(f"--- {sum(norm > 0 for norm in norms)} of {len(norms)} deltas moved")
-    assert sum(norm > 0 for norm in norms) > 0.9 * len(norms)
+    check_moved(world, "base")
     assert metadata(world, "base")["modelspec.architecture"].startswith("flux-1-dev")
 
 
@@ -92,8 +72,7 @@ def test_splits_queries_keys_and_values_and_merges_base_weights(world, trained):
 
 
 def test_the_file_is_the_same_in_networks_lora_flux(world, trained):
-    done = call([PYTHON, str(SIDE), "compare", str(world)], SD_SCRIPTS or "")
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_script(SIDE, "compare", world)
     errors = json.loads((world / "compare.json").read_text())
     print("--- relative distance of the transformer's output from networks.lora_flux applied:", errors)
     assert errors.pop("base") > 1e-4
@@ -102,8 +81,7 @@ def test_the_file_is_the_same_in_networks_lora_flux(world, trained):
 
 def test_draws_what_networks_lora_flux_draws(world):
     """flux_minimal_inference.py itself; about six minutes."""
-    done = call([PYTHON, str(SIDE), "generate", str(world)], SD_SCRIPTS or "")
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_script(SIDE, "generate", world)
     distances = json.loads((world / "generate.json").read_text())
     print("--- largest of 255, and relative in the latents, from the network that was trained:", distances)
     pixels, latents = distances.pop("none")
@@ -115,8 +93,8 @@ def test_draws_what_networks_lora_flux_draws(world):
 
 
 def test_resumes(world, trained):
-    check_resuming(world, train)
+    conftest.check_resuming(world, train)
 
 
 def test_samples_before_the_first_step_make_the_file_to_keep(world):
-    check_keeping(world, train)
+    conftest.check_keeping(world, train)

@@ -7,43 +7,24 @@ About twenty minutes. The model is made once and kept in that folder.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from tests.integration.test_sd_scripts import (
-    PYTHON,
-    SD_SCRIPTS,
-    SIDE,
-    STATES,
-    call,
-    check_keeping,
-    check_resuming,
-    delta_norms,
-    draw,
-    metadata,
-    tensors,
-)
-from tests.integration.test_sd_scripts import train as train_with
+from tests.integration import conftest
+from tests.integration.conftest import STATES, check_moved, metadata, needs_large, tensors
 
-LARGE = os.environ.get("SD_SCRIPTS_LARGE")
-
-pytestmark = pytest.mark.skipif(not (SD_SCRIPTS and LARGE), reason="set SD_SCRIPTS_LARGE to a folder for 20 GB")
+pytestmark = needs_large
 
 
 def train(world: Path, name: str, *options: str) -> str:
     options = ("--full_bf16", "--no_half_vae", "--gradient_checkpointing", *options)
-    return train_with(world, name, *options, script="sdxl_train_network.py", precision="bf16")
+    return conftest.train(world, name, *options, script="sdxl_train_network.py", precision="bf16")
 
 
 @pytest.fixture(scope="session")
 def world() -> Path:
-    folder = Path(LARGE or "") / "sdxl"
-    if not (folder / "images").is_dir():
-        made = call([PYTHON, str(SIDE), "sdxl", str(folder)], SD_SCRIPTS or "", with_deft=False)
-        assert made.returncode == 0, made.stdout[-3000:]
-    return folder
+    return conftest.large_world("sdxl")
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +37,7 @@ def test_trains_and_saves(world, trained):
     assert len(found) == 3 * (722 + 264)
     prefixes = {key.split("_")[1] for key in found}
     assert prefixes == {"unet", "te1", "te2"}
-    norms = delta_norms(found)
-    print(f"--- {sum(norm > 0 for norm in norms)} of {len(norms)} deltas moved")
-    assert sum(norm > 0 for norm in norms) > 0.9 * len(norms)
+    check_moved(world, "base")
     assert metadata(world, "base")["ss_base_model_version"].startswith("sdxl_")
 
 
@@ -85,13 +64,13 @@ def test_blocks_and_convolutions(world):
 
 
 def test_draws_what_networks_lora_draws(world, trained):
-    images = draw("sdxl_gen_img.py", world, [("networks.lora",), ("networks.deft",)], "--steps", "4")
+    images = conftest.draw("sdxl_gen_img.py", world, [("networks.lora",), ("networks.deft",)], "--steps", "4")
     assert float((images[("networks.deft",)] - images[("networks.lora",)]).abs().max()) < 2
 
 
 def test_resumes(world, trained):
-    check_resuming(world, train)
+    conftest.check_resuming(world, train)
 
 
 def test_samples_before_the_first_step_make_the_file_to_keep(world):
-    check_keeping(world, train)
+    conftest.check_keeping(world, train)

@@ -1,0 +1,108 @@
+"""A picture file as upright RGB, whatever its format, mode, metadata and transparency."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
+
+# what cannot be read without a plugin of Pillow's: extension -> (module, package)
+PLUGINS = {
+    ".jxl": ("pillow_jxl", "pillow-jxl-plugin"),
+    ".heic": ("pillow_heif", "pillow-heif"),
+    ".heif": ("pillow_heif", "pillow-heif"),
+}
+
+# Pillow refuses PNGs with more than 1 MiB of compressed text or ICC profile; a bomb would unpack to no more than this
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_LAYERED = ("MPO", "PSD")  # what follows the picture are previews, depths and layers
+# the value of white: in 16 bits, in what PGM and TIFF have as 32 bits, and in TIFF's floating-point numbers; of several
+# the smallest that no value of the picture exceeds
+_WHITES = {"I;16": (65535,), "I": (65535, 2**31 - 1), "F": (1, 255, 65535)}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in RGB, whether parts of it were transparent, and how many frames its file has."""
+
+    image: Image.Image
+    transparent: bool
+    frames: int
+
+
+def readable_formats() -> dict[str, str]:
+    """Extension, in lower case with its dot, -> Pillow's format, of all that can be read here.
+
+    EPS is left out: it is a program, which Pillow has Ghostscript run.
+    """
+    for module in {module for module, _ in PLUGINS.values()}:
+        with contextlib.suppress(ImportError):
+            plugin = importlib.import_module(module)
+            getattr(plugin, "register_heif_opener", lambda: None)()
+    found = Image.registered_extensions()
+    return {extension: name for extension, name in found.items() if name in Image.OPEN and name != "EPS"}
+
+
+def read_picture(path: Path, background: Colour = WHITE) -> Picture:
+    """The first frame of a file.
+
+    :param background: what shows through where the picture is transparent
+    :raises Exception: of many kinds, Pillow's, when the file is cut off or is no picture
+    """
+    frames = 1
+    with Image.open(path, formats=sorted(set(readable_formats().values()))) as image:
+        image.load()
+        picture = to_rgb(image, background)
+        # not ImageOps.exif_transpose, which also writes all other tags anew and fails on odd ones; Pillow turns TIFFs
+        method = None if image.format == "TIFF" else _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        if image.format not in _LAYERED:
+            with contextlib.suppress(Exception):  # further frames may be broken
+                frames = getattr(image, "n_frames", 1)
+    upright = picture.image if method is None else picture.image.transpose(method)
+    return replace(picture, image=upright, frames=frames)
+
+
+def to_rgb(image: Image.Image, background: Colour = WHITE) -> Picture:
+    """Every mode of Pillow's by value, the range of each onto 0 to 255, and transparent parts on the background."""
+    eight_bit = _eight_bit(image)
+    if not eight_bit.has_transparency_data:
+        return Picture(eight_bit.convert("RGB"), False, 1)
+    layer = eight_bit.convert("LA" if eight_bit.mode == "La" else "RGBA").convert("RGBA")
+    if layer.getchannel("A").getextrema()[0] == 255:
+        return Picture(layer.convert("RGB"), False, 1)
+    below = Image.new("RGBA", layer.size, (*background, 255))
+    return Picture(Image.alpha_composite(below, layer).convert("RGB"), True, 1)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """In a mode that `convert` takes to RGB by value."""
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.buildTransform(*profiles, "LAB", "RGB").apply(image)
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
+    whites = _WHITES.get(image.mode, _WHITES["I;16"])  # "I;16B" and the like differ in the order of bytes
+    white = next((white for white in whites if values.max() <= white), whites[-1])
+    grey = Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
+    key = image.info.get("transparency")  # a grey that is transparent
+    if isinstance(key, int):
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey

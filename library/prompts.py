@@ -1,0 +1,158 @@
+"""Prompts files in sd-scripts' three formats: text, JSON and TOML."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import toml
+import torch
+
+from networks.deft_config import DeftError, nearest, read_text, reason_of
+
+logger = logging.getLogger(__name__)
+
+MOST_STEPS = 1000  # the timesteps that the models were trained with; a sampler has no more
+MOST_SEEDS = 2**64  # that torch takes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One picture that is asked for."""
+
+    text: str
+    negative: str = ""
+    width: int = 512
+    height: int = 512
+    seed: int | None = None
+    guidance: float = 7.5
+    steps: int = 30
+
+    def generator(self) -> torch.Generator:
+        """Of the picture's noise, the same on every device; from a seed of its own where there is none."""
+        generator = torch.Generator("cpu")
+        generator.manual_seed(self.seed) if self.seed is not None else generator.seed()
+        return generator
+
+
+# a field, the letter it has in a line, and its key in JSON and TOML
+_FIELDS = {
+    "text": ("", "prompt", str),
+    "negative": ("n", "negative_prompt", str),
+    "width": ("w", "width", int),
+    "height": ("h", "height", int),
+    "seed": ("d", "seed", int),
+    "guidance": ("l", "scale", float),
+    "steps": ("s", "sample_steps", int),
+}
+_BY_LETTER = {letter: key for letter, key, _ in _FIELDS.values() if letter}
+_BY_KEY = {key: (name, kind) for name, (_, key, kind) in _FIELDS.items()}
+# sd-scripts' further ones, for samplers and models that are not here
+_NOT_USED = {
+    "g": "guidance_scale", "ss": "sample_sampler", "cn": "controlnet_image", "ctr": "cfg_trunc_ratio",
+    "rcfg": "renorm_cfg", "fs": "flow_shift", "mk": "mask_image", "i": "image",
+}  # fmt: skip
+
+
+def read_prompts(
+    path: str, size: tuple[int, int], option: str = "--sample_prompts", steps: int = Prompt.steps
+) -> list[Prompt]:
+    """The prompts of a file: lines of a text, of which empty ones and those that begin with # are passed over; a list
+    in JSON, of lines or tables; or `[prompt]` with a `[[prompt.subset]]` each in TOML.
+
+    :param size: (width, height) where a prompt gives none
+    :param option: that names the file, for errors
+    :param steps: where a prompt gives none
+    :raises DeftError: for a missing or empty file, or a prompt that cannot be read or drawn
+    """
+    if not Path(path).is_file():
+        raise DeftError(f"{option}: no such file: {path}")
+    option = f"{option} {path}:"
+    text = read_text(path, option)
+    defaults = {"width": size[0], "height": size[1], "sample_steps": steps}
+    tables = {".json": _json, ".toml": _toml}.get(Path(path).suffix.lower(), _lines)(text, option)
+    prompts = [_prompt(table, defaults, option) for table in tables]
+    if not prompts:
+        raise DeftError(f"{option} no prompts in it")
+    not_used = sorted({key for table in tables for key in table if key in _NOT_USED.values()})
+    if not_used:
+        logger.warning(f"{option} {', '.join(not_used)} not used; samples are drawn by DDIM")
+    return prompts
+
+
+def parse_line(line: str, option: str = "--sample_prompts") -> dict[str, Any]:
+    """`a cat --n blurry --w 512 --h 512 --d 1 --l 7.5 --s 28` as a table."""
+    text, *options = re.split(r"\s--(?=\w+(?:\s|$))", line)
+    found: dict[str, Any] = {"prompt": text.strip()}
+    for given in options:
+        letter, _, value = given.partition(" ")
+        key = (_BY_LETTER | _NOT_USED).get(letter.lower())
+        if key is None:
+            raise DeftError(f"{option} unknown option --{letter} in '{line}'; known: --{' --'.join(_BY_LETTER)}")
+        found[key] = value.strip()
+    return found
+
+
+def _lines(text: str, option: str) -> list[dict[str, Any]]:
+    lines = (line.strip() for line in text.split("\n"))
+    return [parse_line(line, option) for line in lines if line and not line.startswith("#")]
+
+
+def _json(text: str, option: str) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DeftError(f"{option} no JSON ({reason_of(error)})") from None
+    if not isinstance(found, list) or not all(isinstance(one, (str, dict)) for one in found):
+        raise DeftError(f'{option} has to be a list, as in [{{"prompt": "a cat", "width": 512}}]')
+    return [parse_line(one, option) if isinstance(one, str) else _table(one, option) for one in found]
+
+
+def _toml(text: str, option: str) -> list[dict[str, Any]]:
+    try:
+        shared = toml.loads(text).get("prompt")
+    except Exception as error:  # of many kinds
+        raise DeftError(f"{option} no TOML ({reason_of(error)})") from None
+    subsets = shared.pop("subset", None) if isinstance(shared, dict) else None
+    if not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
+        raise DeftError(f"{option} needs [[prompt.subset]] tables, each with a prompt")
+    return [_table(shared | one, option) for one in subsets]
+
+
+def _table(found: Mapping[str, Any], option: str) -> dict[str, Any]:
+    """What is given in it, every key known."""
+    known = {*_BY_KEY, *_NOT_USED.values(), "enum"}
+    for key in found:
+        if key not in known:
+            raise DeftError(f"{option} unknown key '{key}'{nearest(key, known)}")
+    return {key: value for key, value in found.items() if value is not None and key != "enum"}
+
+
+def _prompt(table: Mapping[str, Any], defaults: Mapping[str, Any], option: str) -> Prompt:
+    """:raises DeftError: for a value that is no number, or that no picture can have"""
+    if "prompt" not in table:
+        raise DeftError(f"{option} no prompt in {dict(table)}")
+    values: dict[str, Any] = {}
+    where = f"in '{table['prompt']}'"
+    for key, given in {**defaults, **table}.items():
+        if key in _BY_KEY:
+            name, kind = _BY_KEY[key]
+            try:
+                values[name] = kind(given)
+            except (TypeError, ValueError, OverflowError):
+                raise DeftError(f"{option} --{_FIELDS[name][0]} {given} is no number {where}") from None
+    prompt = Prompt(**values)
+    if min(prompt.width, prompt.height) < 8 or prompt.width % 8 or prompt.height % 8:
+        raise DeftError(f"{option} --w and --h must be multiples of 8, {where}")
+    if not 1 <= prompt.steps <= MOST_STEPS:
+        raise DeftError(f"{option} --s {prompt.steps} must be from 1 to {MOST_STEPS}, {where}")
+    if prompt.seed is not None and not 0 <= prompt.seed < MOST_SEEDS:
+        raise DeftError(f"{option} --d {prompt.seed} must be from 0 to 2^64 - 1, {where}")
+    if not abs(prompt.guidance) < 1e6:
+        raise DeftError(f"{option} --l {prompt.guidance} must be a number, {where}")
+    return prompt

@@ -1,0 +1,90 @@
+"""The real train_leco.py of sd-scripts (from v0.11.0 on): sliders and erasing by prompts alone, on a CPU.
+
+SD_SCRIPTS_DIR=... SD_SCRIPTS_PYTHON=... pytest tests/integration/test_leco.py -s
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.integration.conftest import (
+    SD_SCRIPTS,
+    check_kept,
+    check_moved,
+    draw,
+    metadata,
+    needs_sd_scripts,
+    tensors,
+    train,
+)
+
+SCRIPT = "train_leco.py"
+pytestmark = [
+    needs_sd_scripts,
+    pytest.mark.skipif(not os.path.exists(f"{SD_SCRIPTS}/{SCRIPT}"), reason=f"this version has no {SCRIPT}"),
+]
+PROMPTS = {
+    "slider": """
+        resolution = 64
+        [[targets]]
+        target_class = "cat"
+        positive = "old cat"
+        negative = "young cat"
+        """,
+    "erasing": """
+        [[prompts]]
+        target = "van gogh"
+        action = "erase"
+        resolution = 64
+        """,
+}
+
+
+@pytest.fixture(scope="session")
+def leco(world):
+    """Trains for a few steps; takes a name, which of `PROMPTS`, and options, and returns what was printed."""
+
+    def run(name: str, prompts: str, *options: str, fails: bool = False) -> str:
+        file = world / f"{prompts}.toml"
+        file.write_text(PROMPTS[prompts], encoding="utf-8")
+        few = ("--prompts_file", str(file), "--max_denoising_steps", "3", "--max_train_steps", "4")
+        return train(world, name, *few, *options, fails=fails, script=SCRIPT, pictures=False)
+
+    return run
+
+
+def test_a_slider_is_a_plain_lora_and_0_is_the_base_model(world, leco):
+    leco("slider", "slider", "--gradient_checkpointing", "--learning_rate", "1e-2")
+    check_moved(world, "slider")
+    found = tensors(world, "slider")
+    assert len(found) == 3 * 192  # of the U-Net alone
+    assert {key.split(".", 1)[1] for key in found} == {"lora_up.weight", "lora_down.weight", "alpha"}
+    known = metadata(world, "slider")
+    assert known["ss_leco_prompt_count"] == "4"
+    assert (known["ss_base_model_version"], known["ss_v2"]) == ("sd_v1", "False")
+    assert known["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    ways = [("none",), ("networks.lora",), *(("networks.deft", "--network_mul", m) for m in ("0.7", "0", "-0.7"))]
+    none, theirs, ours, off, other_way = draw("gen_img.py", world, ways, "--steps", "4", run="slider").values()
+    assert float((ours - theirs).abs().max()) < 3
+    assert bool((off == none).all())
+    assert float((ours - none).abs().max()) > 3
+    assert float((ours - other_way).abs().max()) > 3
+
+
+def test_erasing_goes_on_from_a_file(world, leco):
+    leco("erased", "erasing", "--network_args", "conv_dim=2")
+    check_moved(world, "erased")
+    output = leco("erased-more", "erasing", "--network_weights", str(world / "out" / "erased.safetensors"),
+                  "--dim_from_weights")  # fmt: skip
+    assert "278 modules loaded" in " ".join(output.split())
+
+
+def test_keeping_needs_a_file(world, leco, kept):
+    """Nothing is drawn before the first step, so this trainer cannot make it."""
+    output = leco("none-kept", "slider", "--network_args", f"keep={world / 'none.safetensors'}", fails=True)
+    assert "none.safetensors: no such file; `python -m library.keep`" in output
+    assert not (world / "out" / "none-kept.safetensors").exists()
+    leco("slider-kept", "slider", "--network_args", f"keep={kept}")
+    check_kept(world, "slider-kept", kept)
