@@ -171,7 +171,8 @@ class DeftConfig:
     basis: str = _option("qr", _bases, of_file=True)
     para: bool = _option(False, parse_bool, of_file=True)
     gate: bool = _option(False, parse_bool, of_file=True)
-    # how much of what leaves with a turning basis is taken out; None becomes 1 in the published forms, 0 otherwise
+    # how much of what leaves W with a turning basis stays out. 0: R follows it, and puts it back; 1: the paper's own
+    # coordinates. None becomes 1 in the published forms, 0 otherwise
     removal: float = _option(None, _share, of_file=True)
     freeze_basis: bool = _option(False, parse_bool, of_file=True)
     init: str | None = _option(None, _choice("identity", "paper", "svd", "minor"))

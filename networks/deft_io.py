@@ -72,7 +72,7 @@ class DeftLayer:
 
     @property
     def removes(self) -> bool:
-        """Whether something of W is taken out: E is not E0."""
+        """Whether something of W stays out: E is not E0."""
         E = deft_math.left_and_eraser(self.P, self.basis)[1]
         return bool((E - self.E0).norm() > 1e-6 * E.norm())
 

@@ -15,8 +15,10 @@ start, whose eraser E0 is fixed:
 
     down = s R - (E - E0)^T W
 
-The paper's own R is R + E0^T W / s. PaRa, W' = (I - Q Q^T) W, has neither R nor E0. `removal`, where it is below 1,
-is a factor on the last term: that much of what leaves with a turning E is taken out.
+The paper's own R is R + E0^T W / s. PaRa, W' = (I - Q Q^T) W, has neither R nor E0.
+
+By default R follows what is taken out: the paper's R is Q^T W / s + R, and W' = (I - Q Q^T) W + Q (Q^T W + s R), or
+W + s Q R. `removal` is a factor on the last term above: 0 gives this, 1 the paper's own coordinates.
 """
 
 from __future__ import annotations
@@ -185,7 +187,7 @@ def lora_factors(
 
     :param P: (m, r), or (m, 2r) for `nmf`
     :param R: (r, n), or None for PaRa
-    :param E0: (m, r), the eraser at the start; zeros for the paper's start and for PaRa; None where nothing is removed
+    :param E0: (m, r), the eraser at the start; zeros for the paper's start and for PaRa; None at removal 0
     :param scale: s
     :param basis: `qr`, `svd`, `relu`, `none`, `tsvd` or `nmf`
     :param read_weight: returns W (m, n) in any dtype; called in the forward and again in the backward pass, so that no
@@ -233,7 +235,7 @@ def direction_size(m: int, n: int, scale: float, ratio: float) -> float:
     Only the span of P counts under qr, and Adam turns it by its rate over P's own size. With columns of this norm,
     `scale` (alpha / rank) slows or speeds the whole adapter as it does a LoRA, and turning P moves a weight of the
     usual size (variance 1 / 3n) about as far as a LoRA's step does on every layer shape: P's gradient lies in the
-    columns of W, hence the m / n. `ratio` is P's rate over R's. `docs/method.md` has the table.
+    columns of W, hence the m / n. `ratio` is P's rate over R's. `docs/results.md` has the table.
     """
     return math.sqrt(1 + m / n) / (scale * ratio)
 

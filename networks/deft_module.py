@@ -60,10 +60,9 @@ def rows_of(weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
 class DeftModule(nn.Module):
     """DEFT on one Linear or Conv2d layer, or on some of its outputs; it replaces the layer's `forward`.
 
-    `P` and `R` are what the optimizer sees, `E0` is fixed, and None where nothing is removed; all are float32 whatever
-    the network is cast to. The
-    method's own matrices are `P * P_rate` and `R * R_rate` (`effective_P`, `effective_R`): the factors fit the
-    optimizer's rate to the layer's shape without changing the model.
+    `P` and `R` are what the optimizer sees, `E0` is fixed, and None at `removal=0`; all are float32 whatever the
+    network is cast to. The method's own matrices are `P * P_rate` and `R * R_rate` (`effective_P`, `effective_R`): the
+    factors fit the optimizer's rate to the layer's shape without changing the model.
 
     :param target: the layer, neither it nor its weight becomes part of this module; and its name
     :param rank: r, at most min(m, n)
