@@ -65,12 +65,20 @@ OPTIMIZERS: dict[str, Make] = {
 
 
 def movement(
-    kind: str, m: int, n: int, rank: int, alpha: float, steps: tuple[int, ...], make: Make = OPTIMIZERS["AdamW, 1e-4"]
+    kind: str,
+    m: int,
+    n: int,
+    rank: int,
+    alpha: float,
+    steps: tuple[int, ...],
+    make: Make = OPTIMIZERS["AdamW, 1e-4"],
+    removal: float = 0.0,
 ) -> list[float]:
     """||delta|| after each number of steps.
 
     :param kind: `lora`, started as sd-scripts' networks.lora, or `deft`, this project's module
     :param make: the optimizer
+    :param removal: of `deft`
     """
     torch.manual_seed(0)
     layer = nn.Linear(n, m, bias=False).requires_grad_(False)
@@ -80,7 +88,7 @@ def movement(
         up = nn.Parameter(torch.zeros(m, rank))
         parameters, factors = [up, down], lambda: (up * (alpha / rank), down)
     else:
-        config = DeftConfig(dim=rank, alpha=alpha)
+        config = DeftConfig(dim=rank, alpha=alpha, removal=removal)
         module = DeftModule(Target("x", "x", layer), 1.0, rank, config.scale, config)
         parameters, factors = list(module.parameters()), module.lora_factors
     optimizer = make(parameters)
@@ -100,9 +108,9 @@ def movement(
     return norms
 
 
-def ratios(m: int, n: int, alpha: float, make: Make) -> list[float]:
+def ratios(m: int, n: int, alpha: float, make: Make, removal: float = 0.0) -> list[float]:
     """How far DEFT has moved by how far a LoRA has, after each number of `STEPS`."""
-    lora, deft = (movement(kind, m, n, RANK, alpha, STEPS, make) for kind in ("lora", "deft"))
+    lora, deft = (movement(kind, m, n, RANK, alpha, STEPS, make, removal) for kind in ("lora", "deft"))
     return [b / a for a, b in zip(lora, deft, strict=True)]
 
 
@@ -113,11 +121,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, shapes in SHAPES.items():
         for m, n in shapes:
-            found = [ratio for alpha in (1, RANK) for ratio in ratios(m, n, alpha, OPTIMIZERS["AdamW, 1e-4"])]
-            rows.append({"layer": name, "m": m, "n": n, "ratios": found})
+            found, removing = (
+                [ratio for alpha in (1, RANK) for ratio in ratios(m, n, alpha, OPTIMIZERS["AdamW, 1e-4"], removal)]
+                for removal in (0.0, 1.0)
+            )
+            rows.append({"layer": name, "m": m, "n": n, "ratios": found, "removal=1": removing})
             print(f"| {name} | {m} x {n} | " + " | ".join(f"{ratio:.2f}" for ratio in found) + " |", flush=True)
-    every = [ratio for row in rows for ratio in row["ratios"]]
-    print(f"\nsmallest {min(every):.2f}, largest {max(every):.2f}")
+    print("\n| | smallest | largest |\n|---|---|---|")
+    for name, label in (("ratios", "default"), ("removal=1", "`removal=1`, where a turning P moves W too")):
+        every = [ratio for row in rows for ratio in row[name]]
+        print(f"| {label} | {min(every):.2f} | {max(every):.2f} |")
     print("\n| optimizer, rate | step 1 | step 100 |\n|---|---|---|")
     others: dict[str, list[list[float]]] = {}
     for name, make in OPTIMIZERS.items():
