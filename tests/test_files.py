@@ -162,6 +162,19 @@ def test_loads_in_diffusers_with_every_module_and_the_same_output(model, tmp_pat
     assert found == len(network.all_modules)
 
 
+def test_no_layer_outside_of_the_blocks_is_adapted(model, tmp_path):
+    # diffusers before 0.39 drops such layers of a file; OneTrainer writes them (docs/clients.md)
+    names = {key.split(".")[0] for key in load_file(save(network_of(model, conv_dim="2"), tmp_path))}
+    blocks = (
+        "lora_te_text_model_encoder_layers_",
+        "lora_unet_down_blocks_",
+        "lora_unet_mid_block_",
+        "lora_unet_up_blocks_",
+    )
+    assert len(names) == 350
+    assert all(name.startswith(blocks) for name in names)
+
+
 def plain_lora(network, rank: int, alpha: float | None, make) -> dict[str, torch.Tensor]:
     """A LoRA file as another trainer might have written it, for the network's layers."""
     tensors = {}
