@@ -34,6 +34,7 @@ def call(command: list[str], folder: str | Path, with_deft: bool = True) -> subp
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONIOENCODING": "utf-8",
         "OMP_NUM_THREADS": "1",
+        "COLUMNS": "400",  # sd-scripts' log breaks lines at the terminal's width, and puts file names in between
         "PYTHONPATH": os.pathsep.join([str(folder), *([str(ROOT)] if with_deft else [])]),
     }
     return subprocess.run(
