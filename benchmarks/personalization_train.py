@@ -14,7 +14,7 @@ from diffusers.training_utils import compute_snr
 from personalization_adapters import Adapter, adapter_of
 from torch import Tensor, nn
 
-from library import sd
+from library.models import sd
 from library.world import concepts, draw
 from library.world.scenes import BACKGROUNDS
 
