@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import math
 import sys
 from pathlib import Path
 
@@ -14,69 +12,59 @@ if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "lib
     print(f"error: found another project's library/ at {library.__path__[0]}; take it off PYTHONPATH", file=sys.stderr)
     sys.exit(2)
 
-from library import options, sd, setup
-from library.checkpoints import Checkpoints, TrainingStopped, training_metadata
-from library.loop import TrainingLoop
-from library.prompts import read_prompts
+from library.models import sd
+from library.options.parse import parse
+from library.options.rooms import Run
+from library.training import given, metadata, prepare, start
+from library.training.adapter import DeftAdapter
+from library.training.loop import Length, TrainingLoop
+from library.training.samples import Samples
+from library.training.saves import Saves, TrainingStopped
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
 
 
-def train(args: argparse.Namespace) -> Path:
+def train(run: Run) -> Path:
     """One training run; returns the file of the finished adapter.
 
     :raises DeftError: for mistakes in options, data or files, before the first step
     :raises TrainingStopped: when the training cannot go on, or its result cannot be written
     """
-    setup.log_from_main_process()
-    images = setup.check(args)
-    accelerator = setup.prepare_accelerator(args)
-    seed = setup.seed_everything(args)
-    prompts = read_prompts(args.sample_prompts, args.resolution) if args.sample_prompts else []
-    model = sd.load(args.pretrained_model_name_or_path, args.tokenizer, args.tokenizer_cache_dir)
-    texts = {str(image.path): image.caption for image in images}
-    setup.tell_what_is_cut(model, texts | {f"{args.sample_prompts}": p.text for p in prompts})
-    data = setup.cache_latents(args, images, model, accelerator)
-    network = setup.build_network(args, model, accelerator)
-    setup.place_model(args, model, accelerator)
-    network.to(accelerator.device)
+    start.log_from_main_process()
+    files, folder = given.read(run), Path(run.output.output_dir)
+    accelerator = start.accelerator_of(run.loop, run.output.logging_dir)
+    seed = start.seed_everything(run.loop.seed)
+    model = sd.load(run.model.pretrained_model_name_or_path, run.model.tokenizer, run.model.tokenizer_cache_dir)
+    prepare.tell_what_is_cut(model, files.texts())
+    data = prepare.cache_latents(run.data, files.images, model, accelerator)
+    adapter = DeftAdapter(run.network, files, model, accelerator, folder)
+    model.place(accelerator.device, prepare.WEIGHT_DTYPES[run.loop.mixed_precision], run.model)
+    adapter.module.to(accelerator.device)
 
-    loader = setup.build_loader(args, data, accelerator, seed)
-    steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    steps = args.max_train_epochs * steps_per_epoch if args.max_train_epochs else args.max_train_steps
-    epochs = math.ceil(steps / steps_per_epoch)
-    optimizer, schedule, group_names = setup.build_optimizer(args, network, steps, accelerator)
-    metadata = training_metadata(args, model, network, data, steps, epochs, seed)
-    checkpoints = Checkpoints(args, network, metadata, accelerator)
-    if args.logging_dir:
-        accelerator.init_trackers(args.output_name)
+    loader = prepare.batches(run.data, data, accelerator, seed)
+    length = Length.of(run.loop, len(loader))
+    groups, names = adapter.groups(run.optimizer)
+    optimizer, schedule = prepare.optimizer_of(run.optimizer, groups, length.steps, accelerator)
+    fields = metadata.of_training(run, model, adapter.module, data, length, seed)
+    saves = Saves(run.output, adapter, fields, accelerator)
+    samples = Samples(files.samples, model, adapter, accelerator, folder, run.output.output_name)
+    if run.output.logging_dir:
+        accelerator.init_trackers(run.output.output_name)
 
-    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    logger.info(f"training {parameters:,} parameters for {steps} steps in {epochs} epochs")
+    parameters = sum(p.numel() for p in adapter.parameters())
+    logger.info(f"training {parameters:,} parameters for {length.steps} steps in {length.epochs} epochs")
     TrainingLoop(
-        args,
-        accelerator,
-        model,
-        network,
-        loader,
-        optimizer,
-        schedule,
-        group_names,
-        model.noise_scheduler(),
-        checkpoints,
-        prompts,
-        steps,
-        epochs,
+        run.loop, accelerator, model, adapter, loader, optimizer, schedule, names, saves, samples, length
     ).run()
     accelerator.end_training()
-    return checkpoints.save_final(steps, epochs)
+    return saves.final(length.steps, length.epochs)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, 2 for a mistake of the user's, 1 for a training that could not go on."""
     try:
-        train(options.parse(sys.argv[1:] if argv is None else argv))
+        train(parse(sys.argv[1:] if argv is None else argv))
         return 0
     except DeftError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,8 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from library import keep, sd
+from library import keep
+from library.models import sd
 from library.prompts import Prompt
 from library.world import measure, scenes
 from networks import deft, deft_io

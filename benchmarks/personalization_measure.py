@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from library import sd
+from library.models import sd
 from library.world import concepts, draw, judge, measure, scenes
 from library.world.judge import Found, Reading
 from library.world.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene

@@ -14,7 +14,7 @@ from diffusers.training_utils import compute_snr
 from personalization_adapters import Adapter, adapter_of
 from torch import Tensor, nn
 
-from library import sd
+from library.models import sd
 from library.world import concepts, draw
 from library.world.scenes import BACKGROUNDS
 
@@ -65,7 +65,7 @@ def data_set(model: sd.StableDiffusion, concept: int, word: str, seed: int, step
 
 
 class Loss(nn.Module):
-    """`library.noise.diffusion_loss` with min-SNR's weights, on noise that is given.
+    """`library.training.objective.diffusion_loss` with min-SNR's weights, on noise that is given.
 
     :param extra: what holds parameters beside the U-Net
     """

@@ -74,7 +74,7 @@ def random_model(make: Callable[[], nn.Module], device: str, dtype: torch.dtype)
 def build(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[int, int], dict[str, Any]]]:
     """The denoiser, and what makes its inputs for a batch of pictures of so many pixels a side."""
     if name in ("sd15", "small"):
-        folder = ROOT / "library" / ("model_configs/sd15" if name == "sd15" else "world/model")
+        folder = ROOT / "library" / ("models/configs/sd15" if name == "sd15" else "world/model")
         config = json.loads((folder / "unet" / "config.json").read_text())
         model = random_model(lambda: diffusers.UNet2DConditionModel.from_config(config), device, dtype)
     elif name == "sdxl":

@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from library import prompts as prompts_file
-from library import sd
+from library.models import sd
 from library.prompts import Prompt
 from library.sampling import counted_by
 from networks import deft_io, deft_targets

@@ -43,7 +43,8 @@ def run(name: str) -> int:
     """Trains, loads the file through diffusers, draws before and after, prints the table."""
     import toml
 
-    from library import sampling, sd
+    from library import sampling
+    from library.models import sd
     from library.prompts import read_prompts
     from library.world import tiny_model
 

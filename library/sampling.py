@@ -1,27 +1,17 @@
-"""Pictures that a model draws, and sample images during training."""
+"""Pictures that a model draws, and tables of them."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from library.prompts import Prompt
-from library.sd import StableDiffusion
-from networks.deft import DeftNetwork
-from networks.deft_config import reason_of
 from networks.deft_progress import Bar
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -58,21 +48,6 @@ def counted_by(bar: Bar, number: int = 1) -> Callable[..., dict[str, Any]]:
     return after_step
 
 
-@contextlib.contextmanager
-def drawing_in_training(model: StableDiffusion, network: DeftNetwork, accelerator: Accelerator) -> Iterator[None]:
-    """Within it, `draw` uses the network as it is now, dropout off; the training's random numbers stay untouched."""
-    training, vae_device = network.training, model.vae.device
-    network.eval()
-    model.vae.to(accelerator.device)
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices), accelerator.autocast():
-            yield
-    finally:
-        model.vae.to(vae_device)
-        network.train(training)
-
-
 def grid(prompts: list[str], columns: dict[str, list[Image.Image]], above: Sequence[Image.Image] = ()) -> Image.Image:
     """Pictures in a table: a column for each name, a row for each prompt, all labelled.
 
@@ -106,28 +81,3 @@ def grid(prompts: list[str], columns: dict[str, list[Image.Image]], above: Seque
                 image = next(remaining).resize((width, height), Image.Resampling.NEAREST)
                 table.paste(image, (left + i * width, top + label))
     return table
-
-
-def save_samples(
-    model: StableDiffusion,
-    network: DeftNetwork,
-    prompts: list[Prompt],
-    accelerator: Accelerator,
-    output_dir: str,
-    label: str,
-) -> None:
-    """Draws and writes `sample/<label>_<number>_<time>[_<seed>].png`, sd-scripts' names.
-
-    A picture that cannot be drawn or written is reported, and does not end a training.
-    """
-    folder = Path(output_dir) / "sample"
-    now = time.strftime("%Y%m%d%H%M%S")
-    with drawing_in_training(model, network, accelerator):
-        for i, prompt in enumerate(prompts):
-            seed = "" if prompt.seed is None else f"_{prompt.seed}"
-            path = folder / f"{label}_{i:02d}_{now}{seed}.png"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                draw(model.pipeline, [prompt])[0].save(path)
-            except Exception as error:  # out of memory, a full disk, whatever a pipeline raises
-                logger.error(f"{path}: not drawn ({reason_of(error)})")

@@ -68,6 +68,18 @@ def create_network_from_weights(
         if weights_sd is None and file is not None
         else deft_io.parse_adapter(weights_sd or {}, {}, "the given weights")
     )
+    return network_of_adapter(multiplier, adapter, text_encoder, unet, for_inference, **kwargs), adapter.tensors
+
+
+def network_of_adapter(
+    multiplier: float,
+    adapter: AdapterFile,
+    text_encoder: nn.Module | Sequence[nn.Module] | None,
+    unet: nn.Module,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> DeftNetwork:
+    """`create_network_from_weights` for a file that has been read."""
     largest = max(adapter.layers.values(), key=lambda layer: layer.rank)
     sizes = {"dim": largest.rank, "alpha": largest.scale * largest.rank}  # for the record: each layer has its own
     kept = options_of_file(adapter.options)
@@ -75,7 +87,7 @@ def create_network_from_weights(
     if for_inference:  # as a plain LoRA: exact for every form, on any base model, and without dropout
         config = replace(config, basis="qr", para=False, gate=False, removal=0.0, freeze_basis=False, keep=None)
         config = replace(config, neuron_dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
-    return DeftNetwork(text_encoder, unet, multiplier, config, source=adapter), adapter.tensors
+    return DeftNetwork(text_encoder, unet, multiplier, config, source=adapter)
 
 
 class DeftNetwork(nn.Module):

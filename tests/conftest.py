@@ -31,7 +31,7 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(model_folder):
-    from library import sd
+    from library.models import sd
 
     return sd.load(str(model_folder))
 

@@ -150,9 +150,9 @@ BAD_INPUT = {
         "seed takes a value, not true",
     ),
     "two unknown config keys": (
-        config_of("[a]\nlerning_rate = 1\n[b]\nLoRA_type = 'Standard'\nseeed = 1"),
+        config_of("[a]\nlerning_rate = 1\n[b]\nzzz = 'Standard'\nseeed = 1"),
         CONFIG,
-        "unknown keys 'lerning_rate' (did you mean 'learning_rate'?), 'LoRA_type', 'seeed' (did you mean 'seed'?)",
+        "unknown keys 'lerning_rate' (did you mean 'learning_rate'?), 'zzz', 'seeed' (did you mean 'seed'?)",
     ),
     "two unknown options": (
         None,
@@ -172,7 +172,7 @@ BAD_INPUT = {
     "an infinite strength": (
         None,
         {"base_weights_multiplier": ["-inf"]},
-        "--base_weights_multiplier [-inf]: must be finite",
+        "--base_weights_multiplier=-inf: must be a finite number",
     ),
     "no colour": (None, {"transparent_background": "whit"}, "--transparent_background whit: must be a colour's name"),
     "a sampler's steps": (
@@ -275,16 +275,16 @@ def test_a_config_from_notepad_is_read(run, photos, tmp_path):
 
 @pytest.mark.parametrize("number", ["-1e-05", "-1E5", "-.5", "-2"])
 def test_negative_numbers_of_every_form(number):
-    from library import options
+    from library.options.parse import parse
 
-    args = options.parse(["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o",
-                          "--base_weights_multiplier", number, "1"])  # fmt: skip
-    assert args.base_weights_multiplier == [float(number), 1.0]
+    found = parse(["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o",
+                          "--base_weights", "a", "b", "--base_weights_multiplier", number, "1"])  # fmt: skip
+    assert [strength for _, strength in found.network.base_weights] == [float(number), 1.0]
 
 
 def test_half_precision_folders_without_what_looks_at_pictures(model_folder, tmp_path):
     """As `save_pretrained(variant="fp16")` writes them, in one file or in parts; the index names what is not there."""
-    from library import sd
+    from library.models import sd
 
     whole = sd.load(str(model_folder))
     for parts in (None, "300KB"):

@@ -12,8 +12,8 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from library import sd  # noqa: E402
-from library.noise import diffusion_loss  # noqa: E402
+from library.models import sd  # noqa: E402
+from library.training.objective import diffusion_loss  # noqa: E402
 from library.world import measure  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

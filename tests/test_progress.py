@@ -58,10 +58,10 @@ def test_what_takes_long_in_a_training_has_a_bar(run, photos, tmp_path, capsys):
 def test_a_checkpoint_is_hashed_with_a_bar(tmp_path, capsys):
     import hashlib
 
-    from library.checkpoints import _sha256
+    from library.training.metadata import sha256_of
 
     (tmp_path / "m.safetensors").write_bytes(b"x" * 3_000_000)
-    assert _sha256(tmp_path / "m.safetensors") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    assert sha256_of(tmp_path / "m.safetensors") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
     assert "hashing m.safetensors:" in capsys.readouterr().err
 
 

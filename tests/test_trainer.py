@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_network_deft
-from library import options, sampling, sd, setup
+from library import sampling
 from library.data.folders import TrainImage
 from library.data.latents import CachedLatents, pixels_of
 from library.data.pixels import read_picture
-from library.noise import diffusion_loss
+from library.models import sd
+from library.options.parse import parse
 from library.prompts import Prompt, read_prompts
+from library.training import given, start
+from library.training.adapter import DeftAdapter
+from library.training.objective import diffusion_loss
+from library.training.samples import drawing
 from networks import deft, deft_io
 from networks.deft_config import DeftError
 from tests.conftest import arguments, in_two_processes, network_of, relative_error
@@ -47,7 +53,7 @@ def test_trains_from_a_config_file_and_its_lora_is_the_network(model_folder, pho
     )
     losses, rates = [], []
     monkeypatch.setattr(
-        "library.loop.TrainingLoop._after_step",
+        "library.training.loop.TrainingLoop._after_step",
         lambda self, loss, original=train_network_deft.TrainingLoop._after_step: (
             losses.append(loss),
             rates.append(self.schedule.get_last_lr()[0]),
@@ -201,16 +207,21 @@ def test_prompts_to_keep_become_directions_once_a_base_model(run, model_folder, 
         assert line in capsys.readouterr().err
 
 
+def attached(network) -> Namespace:
+    """A network as the samples see an adapter."""
+    return Namespace(module=network)
+
+
 def parsed(model_folder, photos, tmp_path, **changes):
-    return options.parse(arguments(model_folder, photos, tmp_path, **changes))
+    return parse(arguments(model_folder, photos, tmp_path, **changes))
 
 
 def test_base_weights_are_merged_at_their_strength(run, model_folder, photos, tmp_path):
     assert run(output_name="first", learning_rate=1e-2) == 0
     first = str(tmp_path / "out" / "first.safetensors")
     model, base = sd.load(str(model_folder)), sd.load(str(model_folder))
-    args = parsed(model_folder, photos, tmp_path, base_weights=[first], base_weights_multiplier=[0.5])
-    setup.build_network(args, model, Accelerator(cpu=True))
+    given_run = parsed(model_folder, photos, tmp_path, base_weights=[first], base_weights_multiplier=[0.5])
+    DeftAdapter(given_run.network, given.read(given_run), model, Accelerator(cpu=True), tmp_path)
     found = deltas_of_lora(load_file(first))
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     change = model.unet.get_submodule(name).weight - base.unet.get_submodule(name).weight
@@ -218,8 +229,8 @@ def test_base_weights_are_merged_at_their_strength(run, model_folder, photos, tm
 
 
 def test_model_is_placed_in_the_trainings_precision_and_memory_options(model, model_folder, photos, tmp_path):
-    args = parsed(model_folder, photos, tmp_path, mixed_precision="bf16", gradient_checkpointing=True)
-    setup.place_model(args, model, Accelerator(cpu=True))
+    options = parsed(model_folder, photos, tmp_path, gradient_checkpointing=True).model
+    model.place(torch.device("cpu"), torch.bfloat16, options)
     assert (model.unet.dtype, model.text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)
     assert model.unet.is_gradient_checkpointing
     assert model.text_encoder.is_gradient_checkpointing
@@ -283,7 +294,7 @@ def test_samples_are_drawn_without_dropout(model):
     for dropout in ("0", "0.9"):
         torch.manual_seed(0)
         network = network_of(model, module_dropout=dropout).train()
-        with sampling.drawing_in_training(model, network, Accelerator(cpu=True)):
+        with drawing(model, attached(network), Accelerator(cpu=True)):
             drawn.append(sampling.draw(model.pipeline, prompt)[0].tobytes())
         network.remove()
     assert drawn[0] == drawn[1]
@@ -291,22 +302,23 @@ def test_samples_are_drawn_without_dropout(model):
 
 def test_a_grad_scalers_own_skips_do_not_count(run, monkeypatch):
     """On a CPU, with gradients made to overflow as float16's would until the scale has come down."""
-    prepare, update, moved = setup.prepare_accelerator, train_network_deft.TrainingLoop._update, []
+    accelerator_of, update, moved = start.accelerator_of, train_network_deft.TrainingLoop._update, []
 
-    def with_scaler(args):
-        accelerator = prepare(args)
+    def with_scaler(*args):
+        accelerator = accelerator_of(*args)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
         return accelerator
 
     def overflowing(self):
-        for p in self.network.parameters():
+        network = self.adapter.module
+        for p in network.parameters():
             if p.grad is not None:
                 p.grad[p.grad.abs() > 65504] = float("inf")  # as float16 would
-        before = self.network.unet_modules[0].R.detach().clone()
+        before = network.unet_modules[0].R.detach().clone()
         update(self)
-        moved.append(not torch.equal(before, self.network.unet_modules[0].R))
+        moved.append(not torch.equal(before, network.unet_modules[0].R))
 
-    monkeypatch.setattr(setup, "prepare_accelerator", with_scaler)
+    monkeypatch.setattr(start, "accelerator_of", with_scaler)
     monkeypatch.setattr(train_network_deft.TrainingLoop, "_update", overflowing)
     assert run(max_train_steps=26, max_nan_steps=2) == 0
     assert moved[0] is False
@@ -320,7 +332,7 @@ import train_network_deft as trainer
 run = trainer.TrainingLoop.run
 def and_tell(self):
     run(self)
-    total = sum(p.detach().double().sum().item() for p in self.network.parameters())
+    total = sum(p.detach().double().sum().item() for p in self.adapter.module.parameters())
     told = pathlib.Path(__file__).with_name(f"process{self.accelerator.process_index}.txt")
     told.write_text(f"{self.accelerator.num_processes} {self.step} {total!r}")
 trainer.TrainingLoop.run = and_tell
@@ -374,16 +386,17 @@ def test_sampling_leaves_the_trainings_random_numbers_alone(model):
     wanted = torch.rand(3)
     torch.manual_seed(3)
     prompt = Prompt("a", width=64, height=64, guidance=1, steps=2)
-    with sampling.drawing_in_training(model, network, Accelerator(cpu=True)):
+    with drawing(model, attached(network), Accelerator(cpu=True)):
         sampling.draw(model.pipeline, [prompt])
     assert torch.equal(torch.rand(3), wanted)
     assert network.training
 
 
 def test_every_option_has_the_type_of_its_default():
-    args = options.parse(["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o"])
-    assert (args.network_dim, args.network_alpha, args.resolution) == (None, 1.0, (512, 512))
-    assert args.network_args == []
+    found = parse(["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o"])
+    assert (found.network.network_dim, found.network.network_alpha) == (None, 1.0)
+    assert found.network.network_args == {}
+    assert found.data.resolution == (512, 512)
 
 
 def test_command_line_wins_over_the_config_file(tmp_path):
@@ -391,5 +404,5 @@ def test_command_line_wins_over_the_config_file(tmp_path):
         "pretrained_model_name_or_path='m'\ntrain_data_dir='d'\noutput_dir='o'\n"
         "seed=1\nnetwork_args=['a=1']\nxformers=false"
     )
-    args = options.parse(["--config_file", str(tmp_path / "c.toml"), "--seed", "2"])
-    assert (args.seed, args.network_args, args.xformers) == (2, ["a=1"], False)
+    found = parse(["--config_file", str(tmp_path / "c.toml"), "--seed", "2"])
+    assert (found.loop.seed, found.network.network_args, found.model.xformers) == (2, {"a": "1"}, False)

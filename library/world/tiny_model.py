@@ -14,7 +14,7 @@ import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.sd import CONFIGS
+from library.models.sd import CONFIGS
 from library.world import tokenizer as clip_tokenizer
 
 UNET = {"block_out_channels": [32, 64, 96, 96], "cross_attention_dim": 64, "norm_num_groups": 16, "sample_size": 16}

@@ -34,7 +34,7 @@ def make_model(folder: Path, pixels: int = 64) -> None:
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    configs = ROOT / "library" / "model_configs" / "sd15"
+    configs = ROOT / "library" / "models" / "configs" / "sd15"
 
     def config(part: str) -> dict:
         return json.loads(next((configs / part).glob("*.json")).read_text())
@@ -90,7 +90,7 @@ def make_sdxl(folder: Path, pixels: int = 64) -> None:
     torch.manual_seed(0)
     names = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")
     tokenizers = [clip_tokenizer(folder / "tokenizers" / name) for name in names]
-    configs = ROOT / "library" / "model_configs" / "sd15"
+    configs = ROOT / "library" / "models" / "configs" / "sd15"
     first = CLIPTextConfig(**json.loads(next((configs / "text_encoder").glob("*.json")).read_text()))
     second = CLIPTextConfig(
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
@@ -129,7 +129,9 @@ def make_flux(folder: Path, blocks: tuple[int, int] = (2, 2), t5_layers: int = 2
     torch.manual_seed(0)
     real = flux_models.configs["dev"]
     small = replace(real.params, depth=blocks[0], depth_single_blocks=blocks[1])
-    config = json.loads(next((ROOT / "library" / "model_configs" / "sd15" / "text_encoder").glob("*.json")).read_text())
+    config = json.loads(
+        next((ROOT / "library" / "models" / "configs" / "sd15" / "text_encoder").glob("*.json")).read_text()
+    )
     t5 = folder / "t5.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     parts = {
@@ -329,7 +331,7 @@ def write_names(file: Path) -> None:
         encoder = CLIPTextModel(
             CLIPTextConfig(
                 **json.loads(
-                    next((ROOT / "library" / "model_configs" / "sd15" / "text_encoder").glob("*.json")).read_text()
+                    next((ROOT / "library" / "models" / "configs" / "sd15" / "text_encoder").glob("*.json")).read_text()
                 )
             )
         )

@@ -153,7 +153,7 @@ def test_samples_before_the_first_step_make_the_file_to_keep(world):
 
 def test_single_file_is_the_same_model(world):
     """The checkpoint as sd-scripts' own tool writes it from the Diffusers folder."""
-    from library import sd
+    from library.models import sd
 
     single = world / "single.safetensors"
     run_script("tools/convert_diffusers20_original_sd.py", world / "model", single, "--v1", "--fp16")

@@ -13,14 +13,15 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from library.options.rooms import ModelOptions
 from networks.deft_config import DeftError, read_text, reason_of
 from networks.deft_io import is_adapter_dict
 
 CLIP_L = "openai/clip-vit-large-patch14"
-CONFIGS = Path(__file__).parent / "model_configs" / "sd15"
+CONFIGS = Path(__file__).parent / "configs" / "sd15"
 
 
 # diffusers' names of single files' models, in words
@@ -71,6 +72,38 @@ class StableDiffusion:
             return_tensors="pt",
         )
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0]
+
+    def names(self) -> dict[str, str]:
+        """What a file's metadata calls it."""
+        velocity = self.noise_scheduler().config.prediction_type == "v_prediction"
+        architecture = "stable-diffusion-v1"
+        if self.is_v2:
+            architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+        return {
+            "ss_v2": str(self.is_v2),
+            "ss_base_model_version": f"sd_{'v2' if self.is_v2 else 'v1'}",
+            "ss_sd_model_name": self.name,
+            "modelspec.architecture": f"{architecture}/lora",
+            "modelspec.prediction_type": "v" if velocity else "epsilon",
+        }
+
+    def place(self, device: torch.device, dtype: torch.dtype, options: ModelOptions) -> None:
+        """The frozen parts that every step needs, in the training's precision, with the memory options.
+
+        :raises DeftError: when xformers is asked for and missing
+        """
+        self.unet.to(device, dtype)
+        nn.Module.to(self.text_encoder, device, dtype)  # transformers hides its signature
+        if options.xformers:
+            try:
+                self.unet.enable_xformers_memory_efficient_attention()
+            except (ImportError, ValueError) as error:
+                raise DeftError(f"--xformers: {reason_of(error)}; leave the option out") from None
+        if options.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            self.unet.train()
+            self.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.text_encoder.train()
 
     @property
     def tokens(self) -> int:

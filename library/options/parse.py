@@ -1,0 +1,204 @@
+"""From the command line and a TOML file to a `Run`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import toml
+from PIL import ImageColor
+
+from library.options.rooms import (
+    DataOptions,
+    LoopOptions,
+    ModelOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    OutputOptions,
+    Run,
+)
+from library.options.table import OPTIONS, Option
+from networks.deft_config import DeftError, nearest, read_text, reason_of
+
+_NEEDED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
+_BACKSLASH = re.compile(r'"[^"\n]*\\[^"\n]*"')  # in double quotes
+_BY_NAME = {option.name: option for option in OPTIONS}
+
+Room = TypeVar("Room")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises DeftError instead of printing the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DeftError(message)
+
+
+def parse(argv: Sequence[str]) -> Run:
+    """Options from `argv` and, behind them, from the TOML file that `--config_file` names.
+
+    :raises DeftError: for an unknown option or key, a wrong value, or a missing one
+    """
+    parser = build_parser()
+    config_file = parser.parse_known_args(argv)[0].config_file
+    given = [*(_config_arguments(config_file) if config_file else []), *argv]
+    found, unknown = parser.parse_known_args(given)
+    if unknown:
+        named = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown
+        known = [f"--{name}" for name in _BY_NAME]
+        raise DeftError(f"unknown option {', '.join(word + nearest(word, known) for word in named)}")
+    values = vars(found)
+    for option in OPTIONS:
+        _check(option, values[option.name])
+    return _run(values)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All rows of the table; `--help` lists those that are honoured."""
+    parser = _Parser(prog="train_network_deft.py", description=__doc__, allow_abbrev=False)
+    # argparse takes -1e-05 and -inf for options
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$", re.IGNORECASE)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(option.group for option in OPTIONS)}
+    for option in OPTIONS:
+        shown = argparse.SUPPRESS if option.status else option.help
+        if not option.status and option.default not in (None, False, ()):
+            shown = f"{shown} (default: %(default)s)"
+        rest: dict[str, Any] = {"default": option.default, "help": shown}
+        if option.kind is bool:
+            rest["action"] = "store_true"
+        else:
+            rest |= {"type": option.kind, "metavar": option.metavar, "nargs": "*" if option.many else None}
+            rest |= {"choices": option.choices} if option.choices else {}
+        groups[option.group].add_argument(f"--{option.name}", **rest)
+    return parser
+
+
+def _check(option: Option, value: Any) -> None:
+    """:raises DeftError: for a value that is not allowed, and for an option that is not honoured"""
+    if value is None or value is False or value == ():
+        return
+    if option.status in ("refused", "to come"):
+        raise DeftError(f"--{option.name}: {option.help}; leave it out")
+    for one in value if option.many else [value]:
+        if option.check is not None and not option.check[0](one):
+            raise DeftError(f"--{option.name}={one}: must be {option.check[1]}")
+
+
+# --- the configuration file ------------------------------------------------------------------------------------------
+
+
+def _config_arguments(path: str) -> list[str]:
+    """The options of a TOML file as command-line arguments, so that they are checked alike."""
+    values: dict[str, Any] = {}
+    for key, value in _read_toml(path).items():
+        values.update(value if isinstance(value, dict) else {key: value})
+    known = _BY_NAME.keys() - {"config_file"}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        told = ", ".join(f"'{key}'{nearest(key, known)}" for key in unknown)
+        raise DeftError(f"{path}: unknown key{'s' if len(unknown) > 1 else ''} {told}")
+    arguments: list[str] = []
+    for key, value in values.items():
+        option = _BY_NAME[key]
+        if isinstance(value, bool):
+            if option.kind is not bool:
+                raise DeftError(f"{path}: {key} takes a value, not {str(value).lower()}")
+            arguments += [f"--{key}"] if value else []
+        elif isinstance(value, list) and not option.many:  # resolution = [512, 768]
+            arguments.append(f"--{key}={','.join(map(str, value))}")
+        elif option.many:
+            arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        else:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    """:raises DeftError: when it is missing or no TOML, with a hint where a Windows path is the likely reason"""
+    if not Path(path).is_file():
+        raise DeftError(f"--config_file: no such file: {path}")
+    text = read_text(path, f"--config_file {path}:")
+    hint = "; in double quotes, backslashes have to be doubled: write 'C:\\path' in single quotes"
+    try:
+        content = toml.loads(text)
+    except Exception as error:  # of many kinds
+        raise DeftError(f"--config_file {path}: {reason_of(error)}{hint if _BACKSLASH.search(text) else ''}") from None
+    for key, value in _strings_in(content):
+        if any(ord(letter) < 32 for letter in value) and _BACKSLASH.search(text):  # as \t and \n of "C:\training\new"
+            raise DeftError(f"--config_file {path}: {key} = {value!r}{hint}")
+    return content
+
+
+def _strings_in(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, (dict, list)):
+        for name, value in content.items() if isinstance(content, dict) else ((key, value) for value in content):
+            yield from _strings_in(value, name)
+
+
+# --- the rooms -------------------------------------------------------------------------------------------------------
+
+
+def _run(values: dict[str, Any]) -> Run:
+    """:raises DeftError: for options that are missing or do not go together"""
+    for name in _NEEDED:
+        if not values[name]:
+            raise DeftError(f"--{name} is needed, on the command line or in --config_file")
+    recorded = {option.metadata: values[option.name] for option in OPTIONS if option.metadata}
+    if Path(values["output_name"]).name != values["output_name"]:
+        raise DeftError(f"--output_name={values['output_name']}: must be a file name without its extension")
+    if values["lr_warmup_steps"] and values["lr_scheduler"] == "constant":
+        raise DeftError("--lr_warmup_steps: --lr_scheduler=constant has no warmup; use constant_with_warmup")
+    if values["network_train_unet_only"] and values["network_train_text_encoder_only"]:
+        raise DeftError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+    if values["dim_from_weights"] and not values["network_weights"]:
+        raise DeftError("--dim_from_weights needs --network_weights")
+    strengths = [*values["base_weights_multiplier"], *[1.0] * len(values["base_weights"])]
+    values |= {
+        "caption_extension": "." + values["caption_extension"].lstrip("."),
+        "transparent_background": _colour(values["transparent_background"]),
+        "resolution": _resolution(values["resolution"]),
+        "base_weights": tuple(zip(values["base_weights"], strengths, strict=False)),
+    }
+    for argument in values["network_args"]:
+        if "=" not in argument:
+            raise DeftError(f"--network_args {argument}: must be KEY=VALUE")
+    values["network_args"] = dict(argument.split("=", 1) for argument in values["network_args"])
+    if values["network_dropout"] is not None:
+        values["network_args"]["neuron_dropout"] = values["network_dropout"]
+    return Run(
+        _room(ModelOptions, values),
+        _room(DataOptions, values),
+        _room(NetworkOptions, values),
+        _room(OptimizerOptions, values),
+        _room(LoopOptions, values),
+        _room(OutputOptions, values),
+        recorded,
+    )
+
+
+def _room(kind: type[Room], values: Mapping[str, Any]) -> Room:
+    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _colour(text: str) -> tuple[int, ...]:
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise DeftError(f"--transparent_background {text}: must be a colour's name or #RRGGBB") from None
+
+
+def _resolution(text: str) -> tuple[int, int]:
+    """(width, height) from `512` or `512,768`."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise DeftError(f"--resolution {text}: must be one number or WIDTH,HEIGHT")
+    return numbers[0], numbers[-1]

@@ -1,0 +1,432 @@
+"""Every option once: those of sd-scripts' train_network.py, sdxl_ and flux_train_network.py (48d368fa, v0.11.1); ours.
+
+A row is an option's name, type, default and help, the field of the files' metadata that keeps it, and, where it is not
+honoured, why. The command line, the TOML reader and docs/trainer.md's table are made of these rows; `rooms` takes their
+values apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+Check = tuple[Callable[[Any], bool], str]  # whether a value is good, and what it must be
+
+AT_LEAST_1: Check = (lambda value: value >= 1, "at least 1")
+AT_LEAST_0: Check = (lambda value: 0 <= value < math.inf, "a number of at least 0")
+FINITE: Check = (lambda value: math.isfinite(value), "a finite number")
+SHARE: Check = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
+SEED: Check = (lambda value: 0 <= value < 2**32, f"from 0 to {2**32 - 1}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row of the table.
+
+    :param kind: bool for a switch, otherwise what makes a value of a string
+    :param help: for `--help`, one line; where the option is not honoured, why, and what to do instead
+    :param many: whether it takes several values
+    :param check: of each value
+    :param metadata: the name of the field, `ss_...`
+    :param status: "" where it is honoured; "always" where it asks for what is done anyway; "refused" or "to come"
+    """
+
+    name: str
+    kind: Any
+    default: Any = None
+    help: str = ""
+    choices: Sequence[str | int] = ()
+    many: bool = False
+    check: Check | None = None
+    metadata: str | None = None
+    metavar: str | None = None
+    status: str = ""
+    group: str = ""
+
+
+def _group(title: str, *options: Option) -> list[Option]:
+    return [replace(option, group=title) for option in options]
+
+
+def _not_honoured(status: str, kind: Any, reason: str, *names: str, many: bool = False) -> list[Option]:
+    """Options alike: switches, or such that take a value, of any kind."""
+    return [Option(name, kind, False if kind is bool else None, reason, many=many, status=status) for name in names]
+
+
+def _always(reason: str, *switches: str) -> list[Option]:
+    return _not_honoured("always", bool, reason, *switches)
+
+
+def _refused(reason: str, *names: str, switch: bool = False, many: bool = False) -> list[Option]:
+    return _not_honoured("refused", bool if switch else str, reason, *names, many=many)
+
+
+def _to_come(reason: str, *names: str, switch: bool = False, many: bool = False) -> list[Option]:
+    return _not_honoured("to come", bool if switch else str, reason, *names, many=many)
+
+
+IN_SD_SCRIPTS = "not here yet; sd-scripts has it, with --network_module networks.deft"
+_DATA = "data sets in sd-scripts' form are not read here yet"
+_META = "what sharing needs is not written here yet"
+_STATE = "states are not saved here yet; --network_weights FILE --dim_from_weights goes on from an adapter"
+_VALIDATION = "no validation here yet"
+_FAMILY = "Stable Diffusion 1.x and 2.x alone are trained here so far; " + IN_SD_SCRIPTS
+_MEMORY = IN_SD_SCRIPTS
+_DEEPSPEED = "DeepSpeed is not used here; several GPUs train by accelerate launch"
+_HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
+
+SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
+
+OPTIONS: list[Option] = [
+    *_group(
+        "model",
+        Option("pretrained_model_name_or_path", str, metavar="PATH", help="a Diffusers folder or a .safetensors file"),
+        Option("tokenizer", str, metavar="DIR", help="folder with the CLIP tokenizer, for single files"),
+        Option("tokenizer_cache_dir", str, metavar="DIR", help="folder that holds openai_clip-vit-large-patch14/"),
+        Option("xformers", bool, False, "memory-efficient attention by xformers, where it is installed"),
+        *_always("torch's scaled dot product attention is used anyway", "sdpa", "mem_eff_attn"),
+        *_always("the VAE computes in float32 anyway", "no_half_vae"),
+        *_always("the model is recognised by its own configuration", "v2", "v_parameterization"),
+        *_refused("give a Diffusers folder with that VAE", "vae"),
+        *_to_come(IN_SD_SCRIPTS, "clip_skip", "max_token_length"),
+        *_to_come(IN_SD_SCRIPTS, "zero_terminal_snr", switch=True),
+        *_to_come(
+            _FAMILY,
+            "clip_l",
+            "t5xxl",
+            "ae",
+            "controlnet_model_name_or_path",
+            "t5xxl_max_token_length",
+            "guidance_scale",
+            "timestep_sampling",
+            "sigmoid_scale",
+            "model_prediction_type",
+            "discrete_flow_shift",
+            "model_type",
+            "weighting_scheme",
+            "logit_mean",
+            "logit_std",
+            "mode_scale",
+        ),
+        *_to_come(_FAMILY, "apply_t5_attn_mask", "split_mode", "train_inpainting", switch=True),
+    ),
+    *_group(
+        "data",
+        Option("train_data_dir", str, metavar="DIR", help="folder of folders named REPEATS_NAME, e.g. 10_sks cat"),
+        Option("caption_extension", str, ".txt", "captions beside the images"),
+        Option(
+            "transparent_background",
+            str,
+            "white",
+            metavar="COLOUR",
+            help="behind transparent pictures, a name or #RRGGBB",
+        ),
+        Option("resolution", str, "512", "WIDTH,HEIGHT or one number for both"),
+        Option(
+            "train_batch_size",
+            int,
+            1,
+            "images a step and device",
+            check=AT_LEAST_1,
+            metadata="ss_batch_size_per_device",
+        ),
+        *_always("latents are cached in memory anyway", "cache_latents"),
+        *_always(
+            "pictures are read once, before the training",
+            "persistent_data_loader_workers",
+            "skip_cache_check",
+            "cache_info",
+        ),
+        *_not_honoured(
+            "always", str, "pictures are read once, before the training", "max_data_loader_n_workers", "vae_batch_size"
+        ),
+        *_to_come(
+            _DATA,
+            "dataset_config",
+            "reg_data_dir",
+            "prior_loss_weight",
+            "in_json",
+            "dataset_class",
+            "dataset_repeats",
+            "min_bucket_reso",
+            "max_bucket_reso",
+            "bucket_reso_steps",
+            "resize_interpolation",
+            "caption_separator",
+            "keep_tokens",
+            "keep_tokens_separator",
+            "secondary_separator",
+            "caption_prefix",
+            "caption_suffix",
+            "token_warmup_min",
+            "token_warmup_step",
+            "caption_dropout_rate",
+            "caption_dropout_every_n_epochs",
+            "caption_tag_dropout_rate",
+            "face_crop_aug_range",
+            "conditioning_data_dir",
+            "text_encoder_batch_size",
+        ),
+        *_to_come(
+            _DATA,
+            "debug_dataset",
+            "enable_bucket",
+            "bucket_no_upscale",
+            "shuffle_caption",
+            "enable_wildcard",
+            "weighted_captions",
+            "color_aug",
+            "flip_aug",
+            "random_crop",
+            "masked_loss",
+            "alpha_mask",
+            "cache_latents_to_disk",
+            "cache_text_encoder_outputs",
+            "cache_text_encoder_outputs_to_disk",
+            "skip_image_resolution",
+            switch=True,
+        ),
+        *_refused("it is written --caption_extension", "caption_extention"),
+    ),
+    *_group(
+        "network",
+        Option(
+            "network_module", str, "networks.deft", "what is trained", ("networks.deft",), metadata="ss_network_module"
+        ),
+        Option("network_dim", int, None, "rank (4 where nothing is given)"),
+        Option("network_alpha", float, 1.0, "scale is alpha / dim"),
+        Option("network_args", str, (), "see docs/options.md", many=True, metavar="KEY=VALUE"),
+        Option("network_dropout", float, None, "probability of dropping each of the rank's values"),
+        Option("network_weights", str, metavar="FILE", help="LoRA or DEFT file to start from"),
+        Option("dim_from_weights", bool, False, "take ranks and options from --network_weights"),
+        Option("network_train_unet_only", bool, False, "leave the text encoder alone"),
+        Option("network_train_text_encoder_only", bool, False, "leave the U-Net alone"),
+        Option("base_weights", str, (), "adapter files to merge into the model first", many=True, metavar="FILE"),
+        Option(
+            "base_weights_multiplier", float, (), "their strengths (1 where none is given)", many=True, check=FINITE
+        ),
+        Option(
+            "scale_weight_norms",
+            float,
+            None,
+            "largest norm of a layer's delta",
+            check=AT_LEAST_0,
+            metadata="ss_scale_weight_norms",
+        ),
+    ),
+    *_group(
+        "training",
+        Option("optimizer_type", str, "AdamW", "so far, the one there is", ("AdamW",)),
+        Option(
+            "learning_rate",
+            float,
+            1e-4,
+            "of what has no rate of its own",
+            check=AT_LEAST_0,
+            metadata="ss_learning_rate",
+        ),
+        Option("unet_lr", float, None, "the U-Net's own rate", check=AT_LEAST_0, metadata="ss_unet_lr"),
+        Option(
+            "text_encoder_lr",
+            float,
+            None,
+            "the text encoder's own rate",
+            check=AT_LEAST_0,
+            metadata="ss_text_encoder_lr",
+        ),
+        Option("lr_scheduler", str, "constant", "how the rate changes", SCHEDULERS, metadata="ss_lr_scheduler"),
+        Option("lr_warmup_steps", int, 0, "steps of rising rate", check=AT_LEAST_0, metadata="ss_lr_warmup_steps"),
+        Option("max_train_steps", int, 1600, "how long", check=AT_LEAST_1),
+        Option("max_train_epochs", int, None, "overrides --max_train_steps", check=AT_LEAST_1),
+        Option(
+            "gradient_accumulation_steps",
+            int,
+            1,
+            "batches a step",
+            check=AT_LEAST_1,
+            metadata="ss_gradient_accumulation_steps",
+        ),
+        Option(
+            "gradient_checkpointing",
+            bool,
+            False,
+            "less memory, a third more time",
+            metadata="ss_gradient_checkpointing",
+        ),
+        Option(
+            "max_grad_norm", float, 1.0, "gradient clipping, 0 is off", check=AT_LEAST_0, metadata="ss_max_grad_norm"
+        ),
+        Option("max_nan_steps", int, 10, "stop after this many non-finite losses in a row", check=AT_LEAST_1),
+        Option(
+            "mixed_precision",
+            str,
+            "no",
+            "what the model computes in",
+            ("no", "fp16", "bf16"),
+            metadata="ss_mixed_precision",
+        ),
+        Option("seed", int, None, "of everything random (a new one each run where none is given)", check=SEED),
+        *_to_come(IN_SD_SCRIPTS, "use_8bit_adam", "use_lion_optimizer", "fused_backward_pass", switch=True),
+        *_to_come(
+            IN_SD_SCRIPTS,
+            "optimizer_args",
+            "lr_scheduler_type",
+            "lr_scheduler_args",
+            "lr_decay_steps",
+            "lr_scheduler_num_cycles",
+            "lr_scheduler_power",
+            "lr_scheduler_timescale",
+            "lr_scheduler_min_lr_ratio",
+            many=True,
+        ),
+    ),
+    *_group(
+        "objective",
+        Option(
+            "min_snr_gamma",
+            float,
+            None,
+            "weight timesteps by min(SNR, this) / SNR; 5 is usual, 0 is off",
+            check=AT_LEAST_0,
+            metadata="ss_min_snr_gamma",
+        ),
+        *_to_come(
+            IN_SD_SCRIPTS,
+            "noise_offset",
+            "multires_noise_iterations",
+            "multires_noise_discount",
+            "ip_noise_gamma",
+            "adaptive_noise_scale",
+            "min_timestep",
+            "max_timestep",
+            "loss_type",
+            "huber_schedule",
+            "huber_c",
+            "huber_scale",
+            "v_pred_like_loss",
+        ),
+        *_to_come(
+            IN_SD_SCRIPTS,
+            "noise_offset_random_strength",
+            "ip_noise_gamma_random_strength",
+            "debiased_estimation_loss",
+            "scale_v_pred_loss_like_noise_pred",
+            switch=True,
+        ),
+    ),
+    *_group(
+        "saving",
+        Option("output_dir", str, metavar="DIR", help="where everything is written"),
+        Option("output_name", str, "last", "name of the adapter file", metadata="ss_output_name"),
+        Option("save_precision", str, "fp16", "of the adapter file", ("float", "fp16", "bf16")),
+        Option("save_every_n_epochs", int, None, "also after every so many epochs", check=AT_LEAST_1),
+        Option("save_every_n_steps", int, None, "also after every so many steps", check=AT_LEAST_1),
+        Option("no_metadata", bool, False, "keep the training's settings out of the file"),
+        Option("training_comment", str, None, "goes into the file's metadata", metadata="ss_training_comment"),
+        Option("save_model_as", str, "safetensors", "the one format that is written", ("safetensors",)),
+        *_to_come(IN_SD_SCRIPTS, "save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps"),
+        *_to_come(
+            _STATE, "resume", "save_last_n_epochs_state", "save_last_n_steps_state", "initial_epoch", "initial_step"
+        ),
+        *_to_come(_STATE, "save_state", "save_state_on_train_end", "skip_until_initial_step", switch=True),
+        *_to_come(
+            _META,
+            "metadata_title",
+            "metadata_author",
+            "metadata_description",
+            "metadata_license",
+            "metadata_tags",
+            "metadata_usage_hint",
+            "metadata_thumbnail",
+            "metadata_merged_from",
+            "metadata_trigger_phrase",
+            "metadata_preprocessor",
+            "metadata_is_negative_embedding",
+        ),
+        *_refused(
+            _HUB,
+            "huggingface_repo_id",
+            "huggingface_repo_type",
+            "huggingface_path_in_repo",
+            "huggingface_token",
+            "huggingface_repo_visibility",
+        ),
+        *_refused(_HUB, "save_state_to_huggingface", "resume_from_huggingface", "async_upload", switch=True),
+    ),
+    *_group(
+        "sample images",
+        Option("sample_prompts", str, metavar="FILE", help="text, JSON or TOML, as in sd-scripts"),
+        Option("sample_every_n_steps", int, None, "draw after every so many steps", check=AT_LEAST_1),
+        Option("sample_every_n_epochs", int, None, "draw after every so many epochs", check=AT_LEAST_1),
+        Option("sample_at_first", bool, False, "also before the first step"),
+        *_not_honoured("always", str, "samples are drawn by DDIM", "sample_sampler"),
+    ),
+    *_group(
+        "logs",
+        Option("logging_dir", str, metavar="DIR", help="logs of loss and rates"),
+        Option("log_with", str, "tensorboard", "what writes them", ("tensorboard",)),
+        *_to_come(
+            IN_SD_SCRIPTS,
+            "log_tracker_name",
+            "log_prefix",
+            "wandb_run_name",
+            "log_tracker_config",
+            "wandb_api_key",
+            "console_log_level",
+            "console_log_file",
+        ),
+        *_to_come(IN_SD_SCRIPTS, "log_config", "console_log_simple", "show_timesteps", switch=True),
+        *_to_come(
+            _VALIDATION,
+            "validation_seed",
+            "validation_split",
+            "validate_every_n_steps",
+            "validate_every_n_epochs",
+            "max_validation_steps",
+        ),
+    ),
+    *_group(
+        "speed and memory",
+        *_always("one process keeps one copy of the model", "lowram", "highvram"),
+        *_to_come(
+            _MEMORY,
+            "full_fp16",
+            "full_bf16",
+            "fp8_base",
+            "fp8_base_unet",
+            "cpu_offload_checkpointing",
+            "torch_compile",
+            "compile",
+            "disable_mmap_load_safetensors",
+            "cuda_allow_tf32",
+            "cuda_cudnn_benchmark",
+            switch=True,
+        ),
+        *_to_come(_MEMORY, "blocks_to_swap", "dynamo_backend", "device"),
+        *_refused("accelerate sets up several GPUs", "ddp_timeout"),
+        *_refused("accelerate sets up several GPUs", "ddp_gradient_as_bucket_view", "ddp_static_graph", switch=True),
+        *_refused(
+            _DEEPSPEED,
+            "zero_stage",
+            "offload_optimizer_device",
+            "offload_optimizer_nvme_path",
+            "offload_param_device",
+            "offload_param_nvme_path",
+        ),
+        *_refused(
+            _DEEPSPEED,
+            "deepspeed",
+            "zero3_init_flag",
+            "zero3_save_16bit_model",
+            "fp16_master_weights_and_gradients",
+            switch=True,
+        ),
+    ),
+    *_group(
+        "configuration",
+        Option("config_file", str, metavar="FILE", help="TOML file with any of these options, in any sections"),
+        *_to_come(IN_SD_SCRIPTS, "output_config", switch=True),
+    ),
+]

@@ -1,0 +1,142 @@
+"""What is trained: the interface that the loop knows, and networks.deft behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from library import keep
+from library.models.sd import StableDiffusion
+from library.options.rooms import NetworkOptions, OptimizerOptions
+from library.prompts import Prompt
+from library.training.given import Given
+from networks import deft, deft_io
+
+logger = logging.getLogger(__name__)
+
+
+class Adapter(Protocol):
+    """What the loop, the samples and the saves ask of an adapter that has been attached to a model."""
+
+    @property
+    def module(self) -> nn.Module:
+        """That holds its parameters; in training mode or not."""
+        ...
+
+    def groups(self, rates: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups for an optimizer, and their names."""
+        ...
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Those that are trained."""
+        ...
+
+    def start_epoch(self) -> None: ...
+
+    def start_step(self) -> None: ...
+
+    def after_step(self) -> None: ...
+
+    def switch(self, on: bool) -> None:
+        """Off, the model computes as if there were no adapter."""
+        ...
+
+    def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+        """Whole or not at all.
+
+        :raises DeftError: when it is not finite or cannot be written
+        """
+        ...
+
+
+class DeftAdapter:
+    """networks.deft on a Stable Diffusion model.
+
+    :param folder: where directions to keep are left for later trainings
+    :raises DeftError: for options or files that do not fit the model
+    """
+
+    def __init__(
+        self, options: NetworkOptions, given: Given, model: StableDiffusion, accelerator: Accelerator, folder: Path
+    ):
+        self.model, self.max_norm = model, options.scale_weight_norms
+        self.device = accelerator.device
+        encoder, unet = model.text_encoder, model.unet
+        for file, strength in given.base:
+            merged = deft.network_of_adapter(strength, file, encoder, unet, for_inference=True)
+            merged.merge_to(encoder, unet, file.tensors)
+        network_args = dict(options.network_args)
+        if given.to_keep:
+            source = f"keep={network_args['keep']}"
+            network_args["keep"] = str(_directions(given.to_keep, source, model, accelerator, folder))
+        if options.dim_from_weights and given.start is not None:
+            self.module = deft.network_of_adapter(1.0, given.start, encoder, unet, **network_args)
+        else:
+            sizes = options.network_dim, options.network_alpha
+            self.module = deft.create_network(1.0, *sizes, None, encoder, unet, **network_args)
+        self.module.prepare_network(Namespace(scale_weight_norms=options.scale_weight_norms))
+        only_unet, only_encoder = options.network_train_unet_only, options.network_train_text_encoder_only
+        self.module.apply_to(encoder, unet, not only_unet, not only_encoder)
+        if given.start is not None:
+            logger.info(str(self.module.load_adapter(given.start)))
+
+    def groups(self, rates: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
+        """See `Adapter`."""
+        return self.module.prepare_optimizer_params(rates.text_encoder_lr, rates.unet_lr, rates.learning_rate)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """See `Adapter`."""
+        return [p for p in self.module.get_trainable_params() if p.requires_grad]
+
+    def start_epoch(self) -> None:
+        """See `Adapter`."""
+        self.module.on_epoch_start(self.model.text_encoder, self.model.unet)
+
+    def start_step(self) -> None:
+        """See `Adapter`."""
+        self.module.on_step_start(self.model.text_encoder, self.model.unet)
+
+    def after_step(self) -> None:
+        """See `Adapter`; scales deltas above --scale_weight_norms down."""
+        if self.max_norm:
+            self.module.apply_max_norm_regularization(self.max_norm, self.device)
+
+    def switch(self, on: bool) -> None:
+        """See `Adapter`."""
+        self.module.set_multiplier(1.0 if on else 0.0)
+
+    def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+        """See `Adapter`."""
+        self.module.save_weights(str(path), dtype, metadata)
+
+
+def _directions(
+    prompts: list[Prompt], source: str, model: StableDiffusion, accelerator: Accelerator, folder: Path
+) -> Path:
+    """The file of `library.keep` for these prompts, made once a base model and folder.
+
+    :param source: of the prompts, for messages
+    :raises DeftError: when it cannot be made or written
+    """
+    parts = (model.text_encoder, model.unet)
+    weights = ((name, p) for part in parts for name, p in part.named_parameters() if p.dim() > 1)
+    made_of = f"{deft_io.base_fingerprint(weights)} {prompts} {keep.DIRECTIONS}"
+    file = folder / f"keep-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
+    with accelerator.main_process_first():
+        if file.is_file():
+            logger.info(f"{source}: {file} is of this base model and these prompts")
+            return file
+        logger.info(f"{source}: drawing {len(prompts)} pictures with the base model, once, to make {file}")
+        model.pipeline.to(accelerator.device)
+        with accelerator.autocast():
+            keep.write(keep.directions_to_keep(model.pipeline, prompts, keep.DIRECTIONS), file)
+        model.pipeline.to("cpu")
+    return file

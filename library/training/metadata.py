@@ -1,0 +1,68 @@
+"""What a file says of its training, in the fields of sd-scripts' train_network.py (commit 48d368fa)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from library.data.latents import CachedLatents
+from library.models.sd import StableDiffusion
+from library.options.rooms import Run
+from library.training.loop import Length
+from networks.deft import DeftNetwork
+from networks.deft_progress import Bar
+
+_ALWAYS = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+
+def of_training(
+    run: Run, model: StableDiffusion, network: DeftNetwork, data: CachedLatents, length: Length, seed: int
+) -> dict[str, str]:
+    """The fields that are known before the first step; with --no_metadata, those alone that clients need."""
+    width, height = run.data.resolution
+    network_args = {key: value for key, value in run.network.network_args.items() if key != "neuron_dropout"}
+    fields: dict[str, object] = {
+        **run.recorded,
+        **model.names(),
+        "ss_training_started_at": time.time(),
+        "ss_num_train_images": len(data),
+        "ss_num_epochs": length.epochs,
+        "ss_max_train_steps": length.steps,
+        "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_seed": seed,
+        "ss_resolution": f"({width}, {height})",
+        "ss_dataset_dirs": json.dumps(data.folder_counts()),
+        "ss_tag_frequency": json.dumps(data.tag_frequency()),
+        "ss_network_dim": network.config.dim,
+        "ss_network_alpha": network.config.alpha,
+        "ss_network_args": json.dumps(network_args),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": run.output.output_name,
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+    if run.output.no_metadata:
+        fields = {key: value for key, value in fields.items() if key in _ALWAYS or key.startswith("modelspec.")}
+    elif model.path.is_file():
+        fields["ss_new_sd_model_hash"] = sha256_of(model.path)
+    return {key: str(value) for key, value in fields.items()}
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, by which Civitai and Automatic1111 know a checkpoint."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, Bar(path.stat().st_size, f"hashing {path.name}", "B", unit_scale=True) as bar:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            bar.add(len(block))
+    return digest.hexdigest()
