@@ -42,7 +42,7 @@ def test_ranks_at_and_above_the_layers_sizes_train(rank, caplog):
     caplog.clear()
     for _ in range(STEPS):
         step(model, net, optimizer)
-    assert not caplog.messages
+    assert not any("had merged with others" in line for line in caplog.messages)
     assert all(p.isfinite().all() for p in net.parameters())
 
 
@@ -55,7 +55,7 @@ def test_many_layers_in_one_step_and_many_steps(caplog):
             merge_columns(net)
             step(model, net, optimizer)
     assert all(p.isfinite().all() for p in net.parameters())
-    assert ["had merged with others" in line for line in caplog.messages] == [True]  # of a training, not of a step
+    assert sum("had merged with others" in line for line in caplog.messages) == 1  # of a training, not of a step
 
 
 def state_of(optimizer, parameter) -> dict[str, torch.Tensor]:
