@@ -406,3 +406,10 @@ def test_command_line_wins_over_the_config_file(tmp_path):
     )
     found = parse(["--config_file", str(tmp_path / "c.toml"), "--seed", "2"])
     assert (found.loop.seed, found.network.network_args, found.model.xformers) == (2, {"a": "1"}, False)
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.toml")))
+def test_the_shipped_configurations_are_read(config):
+    found = parse(["--config_file", str(ROOT / "configs" / config)])
+    assert found.network.network_args["keep"] == "configs/keep.txt"
+    assert (ROOT / "configs" / "keep.txt").is_file()
