@@ -32,6 +32,8 @@ from networks.deft_config import DeftError
 from tests.conftest import arguments, in_two_processes, network_of, relative_error
 from tests.test_files import deltas_of_lora
 
+ROOT = Path(__file__).resolve().parents[1]
+
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 

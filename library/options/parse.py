@@ -21,7 +21,7 @@ from library.options.rooms import (
     OutputOptions,
     Run,
 )
-from library.options.table import OPTIONS, Option
+from library.options.table import OPTIONS, Option, asks_for_nothing
 from networks.deft_config import DeftError, nearest, read_text, reason_of
 
 _NEEDED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
@@ -81,9 +81,12 @@ def _check(option: Option, value: Any) -> None:
     """:raises DeftError: for a value that is not allowed, and for an option that is not honoured"""
     if value is None or value is False or value == ():
         return
+    given = value if option.many else [value]
     if option.status in ("refused", "to come"):
-        raise DeftError(f"--{option.name}: {option.help}; leave it out")
-    for one in value if option.many else [value]:
+        if option.kind is bool or not all(asks_for_nothing(option.name, one) for one in given):
+            raise DeftError(f"--{option.name}: {option.help}; leave it out")
+        return
+    for one in given:
         if option.check is not None and not option.check[0](one):
             raise DeftError(f"--{option.name}={one}: must be {option.check[1]}")
 

@@ -36,7 +36,6 @@ class DataOptions:
 class NetworkOptions:
     """The adapter, and what of the model it adapts."""
 
-    network_module: str
     network_dim: int | None
     network_alpha: float
     network_args: Mapping[str, Any]  # and `neuron_dropout`, where --network_dropout is given

@@ -50,6 +50,26 @@ def _group(title: str, *options: Option) -> list[Option]:
     return [replace(option, group=title) for option in options]
 
 
+# sd-scripts' defaults of what is not honoured: in a configuration they ask for nothing, and nor does 0
+_ASK_FOR_NOTHING = {
+    "guidance_scale": 3.5, "timestep_sampling": "sigma", "sigmoid_scale": 1, "model_prediction_type": "sigma_scaled",
+    "discrete_flow_shift": 3, "model_type": "flux", "weighting_scheme": "uniform", "logit_std": 1, "mode_scale": 1.29,
+    "clip_skip": 1, "max_token_length": 75, "prior_loss_weight": 1, "dataset_repeats": 1, "min_bucket_reso": 256,
+    "max_bucket_reso": 1024, "bucket_reso_steps": 64, "caption_separator": ",", "token_warmup_min": 1,
+    "lr_scheduler_num_cycles": 1, "lr_scheduler_power": 1, "multires_noise_discount": 0.3, "loss_type": "l2",
+    "huber_schedule": "snr", "huber_c": 0.1, "huber_scale": 1, "dynamo_backend": "inductor", "zero_stage": 2,
+}  # fmt: skip
+
+
+def asks_for_nothing(name: str, text: str) -> bool:
+    """Whether an option that is not honoured has a value that changes nothing in sd-scripts either."""
+    neutral = _ASK_FOR_NOTHING.get(name)
+    try:
+        return float(text) in (0, neutral)
+    except ValueError:
+        return text in ("", neutral)
+
+
 def _not_honoured(status: str, kind: Any, reason: str, *names: str, many: bool = False) -> list[Option]:
     """Options alike: switches, or such that take a value, of any kind."""
     return [Option(name, kind, False if kind is bool else None, reason, many=many, status=status) for name in names]

@@ -1,0 +1,67 @@
+"""The trainer's options: every one known once, honoured or refused in a line, and each room given its own."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from library.options import rooms
+from library.options.parse import build_parser, parse
+from library.options.table import OPTIONS
+from networks.deft_config import DeftError
+
+NEEDED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o"]
+NOT_HONOURED = [option for option in OPTIONS if option.status in ("refused", "to come")]
+
+
+def given(option) -> list[str]:
+    return [f"--{option.name}"] if option.kind is bool else [f"--{option.name}", "7.5"]
+
+
+@pytest.mark.parametrize("option", NOT_HONOURED, ids=lambda option: option.name)
+def test_what_is_not_honoured_ends_in_one_line_that_names_it(option):
+    with pytest.raises(DeftError) as error:
+        parse([*NEEDED, *given(option)])
+    assert str(error.value).startswith(f"--{option.name}: ")
+    assert len(str(error.value)) > len(option.name) + 20
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.status == "always"], ids=lambda o: o.name)
+def test_what_is_done_anyway_may_be_asked_for(option):
+    assert parse([*NEEDED, *given(option)]) == parse(NEEDED)
+
+
+def test_a_configuration_with_sd_scripts_defaults_asks_for_nothing(tmp_path):
+    """As the GUI writes them: switches that are off, and values that change nothing."""
+    (tmp_path / "c.toml").write_text(
+        "shuffle_caption = false\nkeep_tokens = 0\ncaption_dropout_rate = 0.0\nnoise_offset = 0\nclip_skip = 1\n"
+        "max_token_length = 75\nhuber_c = 0.1\nloss_type = 'l2'\nlr_scheduler_args = []\nprior_loss_weight = 1.0\n"
+        "min_bucket_reso = 256\ncaption_separator = ','\nmax_data_loader_n_workers = 0\ncache_latents = true\n"
+    )
+    assert parse([*NEEDED, "--config_file", str(tmp_path / "c.toml")]) == parse(NEEDED)
+    with pytest.raises(DeftError, match="--keep_tokens: "):
+        parse([*NEEDED, "--config_file", str(tmp_path / "c.toml"), "--keep_tokens", "1"])
+
+
+def test_every_honoured_option_reaches_a_room():
+    """By its name, but for those that are taken up into another's value or read on the way."""
+    kinds = (rooms.ModelOptions, rooms.DataOptions, rooms.NetworkOptions, rooms.OptimizerOptions, rooms.LoopOptions,
+             rooms.OutputOptions)  # fmt: skip
+    reached = [field.name for kind in kinds for field in fields(kind)]
+    honoured = {option.name for option in OPTIONS if not option.status}
+    one_choice = {option.name for option in OPTIONS if len(option.choices) == 1} - set(reached)
+    on_the_way = {"config_file", "network_dropout", "base_weights_multiplier", "training_comment"}
+    assert len(reached) == len(set(reached))
+    assert set(reached) == honoured - on_the_way - one_choice
+    assert parse([*NEEDED, "--training_comment", "x"]).recorded["ss_training_comment"] == "x"
+
+
+def test_help_lists_what_is_honoured_and_nothing_else(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        build_parser().parse_args(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for option in OPTIONS:
+        assert (f"--{option.name} " in shown or f"--{option.name}\n" in shown) == (not option.status), option.name
