@@ -54,11 +54,14 @@ def train(run: Run) -> Path:
 
     parameters = sum(p.numel() for p in adapter.parameters())
     logger.info(f"training {parameters:,} parameters for {length.steps} steps in {length.epochs} epochs")
-    TrainingLoop(
+    loop = TrainingLoop(
         run.loop, accelerator, model, adapter, loader, optimizer, schedule, names, saves, samples, length
-    ).run()
+    )
+    loop.run()
     accelerator.end_training()
-    return saves.final(length.steps, length.epochs)
+    file = saves.final(length.steps, length.epochs)
+    loop.warn_where_nothing_moved()
+    return file
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -202,6 +202,6 @@ def test_a_training_without_effect_says_so(run, caplog):
         assert run(learning_rate=rate) == 0
         said.append([line for line in caplog.messages if "nothing has been learnt" in line])
     assert len(said[0]) == 2
-    assert "does not change the loss on the first batch" in said[0][0]
-    assert said[0][1].split(": ")[0].endswith("cat.safetensors")
+    assert said[0][0].split(": ")[0].endswith("cat.safetensors")
+    assert "does not change the loss on the first batch" in said[0][1]
     assert said[1] == []

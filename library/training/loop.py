@@ -93,7 +93,6 @@ class TrainingLoop:
                     if self.step >= self.length.steps:
                         break
                 self._after_epoch()
-        self._warn_where_nothing_moved()
 
     @property
     def average_loss(self) -> float:
@@ -134,8 +133,8 @@ class TrainingLoop:
         return value
 
     @torch.no_grad()
-    def _warn_where_nothing_moved(self) -> None:
-        """Where the loss on the first batch is what it is without the adapter, at the same noise."""
+    def warn_where_nothing_moved(self) -> None:
+        """After the training; where the loss on the first batch is what it is without the adapter, at the same noise."""
         network, losses = self.adapter.module, []
         training = network.training
         network.eval()
