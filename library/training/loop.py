@@ -134,7 +134,7 @@ class TrainingLoop:
 
     @torch.no_grad()
     def warn_where_nothing_moved(self) -> None:
-        """After the training; where the loss on the first batch is what it is without the adapter, at the same noise."""
+        """After a training: where the loss on the first batch is what it is without the adapter, noise alike."""
         network, losses = self.adapter.module, []
         training = network.training
         network.eval()
