@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         train(parse(sys.argv[1:] if argv is None else argv))
         return 0
     except DeftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except TrainingStopped as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ from networks.deft_config import DeftError, nearest, read_text, reason_of
 logger = logging.getLogger(__name__)
 
 MOST_STEPS = 1000  # the timesteps that the models were trained with; a sampler has no more
+LARGEST = 16384  # pixels a side
 MOST_SEEDS = 2**64  # that torch takes
 
 
@@ -75,7 +76,10 @@ def read_prompts(
     option = f"{option} {path}:"
     text = read_text(path, option)
     defaults = {"width": size[0], "height": size[1], "sample_steps": steps}
-    tables = {".json": _json, ".toml": _toml}.get(Path(path).suffix.lower(), _lines)(text, option)
+    kinds = {".txt": _lines, ".json": _json, ".toml": _toml}
+    if Path(path).suffix.lower() not in kinds:
+        raise DeftError(f"{option} only {', '.join(kinds)} files are read")
+    tables = kinds[Path(path).suffix.lower()](text, option)
     prompts = [_prompt(table, defaults, option) for table in tables]
     if not prompts:
         raise DeftError(f"{option} no prompts in it")
@@ -106,7 +110,7 @@ def _lines(text: str, option: str) -> list[dict[str, Any]]:
 def _json(text: str, option: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DeftError(f"{option} no JSON ({reason_of(error)})") from None
     if not isinstance(found, list) or not all(isinstance(one, (str, dict)) for one in found):
         raise DeftError(f'{option} has to be a list, as in [{{"prompt": "a cat", "width": 512}}]')
@@ -115,9 +119,12 @@ def _json(text: str, option: str) -> list[dict[str, Any]]:
 
 def _toml(text: str, option: str) -> list[dict[str, Any]]:
     try:
-        shared = toml.loads(text).get("prompt")
+        content = toml.loads(text)
     except Exception as error:  # of many kinds
         raise DeftError(f"{option} no TOML ({reason_of(error)})") from None
+    shared = content.pop("prompt", None)
+    for key in content:
+        raise DeftError(f"{option} '{key}' has to stand in [prompt]")
     subsets = shared.pop("subset", None) if isinstance(shared, dict) else None
     if not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
         raise DeftError(f"{option} needs [[prompt.subset]] tables, each with a prompt")
@@ -142,13 +149,17 @@ def _prompt(table: Mapping[str, Any], defaults: Mapping[str, Any], option: str) 
     for key, given in {**defaults, **table}.items():
         if key in _BY_KEY:
             name, kind = _BY_KEY[key]
+            if isinstance(given, bool) or (kind is str and not isinstance(given, str)):
+                raise DeftError(f"{option} {key} = {given!r} is no {'text' if kind is str else 'number'}, {where}")
             try:
                 values[name] = kind(given)
+                if isinstance(given, float) and values[name] != given:
+                    raise ValueError("not whole")
             except (TypeError, ValueError, OverflowError):
                 raise DeftError(f"{option} --{_FIELDS[name][0]} {given} is no number {where}") from None
     prompt = Prompt(**values)
-    if min(prompt.width, prompt.height) < 8 or prompt.width % 8 or prompt.height % 8:
-        raise DeftError(f"{option} --w and --h must be multiples of 8, {where}")
+    if prompt.width % 8 or prompt.height % 8 or not all(8 <= side <= LARGEST for side in (prompt.width, prompt.height)):
+        raise DeftError(f"{option} --w and --h must be multiples of 8 from 8 to {LARGEST}, {where}")
     if not 1 <= prompt.steps <= MOST_STEPS:
         raise DeftError(f"{option} --s {prompt.steps} must be from 1 to {MOST_STEPS}, {where}")
     if prompt.seed is not None and not 0 <= prompt.seed < MOST_SEEDS:

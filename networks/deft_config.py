@@ -33,11 +33,14 @@ def read_text(path: str | os.PathLike, source: str) -> str:
     :raises DeftError: when it cannot be read
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise DeftError(f"{source} the file is not UTF-8 text; save it as UTF-8") from None
+        text = "\0"
     except OSError as error:
         raise DeftError(f"{source} cannot be read ({error.strerror or error})") from None
+    if "\0" in text:  # UTF-16 reads as UTF-8 with these
+        raise DeftError(f"{source} the file is not UTF-8 text; save it as UTF-8")
+    return text
 
 
 def nearest(word: str, allowed: Any) -> str:
@@ -60,7 +63,7 @@ def _number(kind: type, allowed: str, test: Callable[[Any], bool]) -> Callable[[
     def parse(key: str, value: Any) -> Any:
         try:
             number = kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DeftError(f"{key}={value}: must be {allowed}") from None
         if not test(number):
             raise DeftError(f"{key}={value}: must be {allowed}")
@@ -272,11 +275,6 @@ class DeftConfig:
     def scale(self) -> float:
         """s = alpha / dim of Linear layers and 1x1 convolutions."""
         return (self.alpha or self.dim) / self.dim
-
-    @property
-    def conv_scale(self) -> float:
-        """s = conv_alpha / conv_dim of k x k convolutions."""
-        return (self.conv_alpha or self.conv_dim or 1) / (self.conv_dim or 1)
 
     def __str__(self) -> str:
         """Dim, alpha and basis, and every option that is not at its default."""

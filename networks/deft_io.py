@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from networks import deft_math
-from networks.deft_config import DeftError, option_names
+from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_targets import Target, looks_made_for
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     path = Path(path)
     if not path.is_file():
         raise DeftError(f"no such adapter file: {path}")
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise DeftError(f"{path}: only .safetensors is read, since other formats can run code; convert the file first")
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -184,8 +185,11 @@ def _parse_metadata(metadata: Mapping[str, str], source: str) -> tuple[dict[str,
             name: (int(rank), float(scale), int(exponent))
             for name, (rank, scale, exponent) in dict(json.loads(metadata.get(LAYERS_KEY, "{}"))).items()
         }
-    except (TypeError, ValueError) as error:
-        raise DeftError(f"{source}: its deft_* metadata cannot be read ({error})") from None
+        for rank, scale, exponent in recorded.values():
+            if rank < 0 or not 0 < scale < math.inf or abs(exponent) > 64:
+                raise ValueError(f"a rank of {rank}, a scale of {scale}, an exponent of {exponent}")
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise DeftError(f"{source}: its deft_* metadata cannot be read ({reason_of(error)})") from None
     for name in options.keys() - set(option_names()):
         logger.warning(f"{source}: made with the option {name}, which is not known here; a newer version wrote it")
         del options[name]
@@ -219,7 +223,7 @@ def _parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | No
         return DeftLayer(basis, P, R, E0, 1.0 if alpha is None else alpha / E0.shape[1], gate)
     up, down = parts.pop("lora_up.weight"), parts.pop("lora_down.weight")
     _refuse_rest(parts)
-    if min(up.dim(), down.dim()) < 2 or up.shape[1] != down.shape[0] or up.shape[2:].numel() != 1:
+    if min(up.dim(), down.dim()) < 2 or not down.shape[0] or up.shape[1] != down.shape[0] or up.shape[2:].numel() != 1:
         raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not fit")
     kernel, padded = tuple(down.shape[1:]), down.shape[0]
     file_scale = 1.0 if alpha is None else (alpha or padded) / padded
@@ -321,7 +325,7 @@ def kept_tensors(directions: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
 
 def are_prompts(keep: str | os.PathLike) -> bool:
     """Whether the option `keep` names prompts, and no directions yet."""
-    return Path(keep).suffix == ".txt"
+    return Path(keep).suffix.lower() in (".txt", ".json", ".toml")
 
 
 def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -342,7 +346,10 @@ def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
     tensors, metadata = read_tensors(path)
     if KEPT_KEY not in metadata:
         raise DeftError(f"keep={path}: no file of directions to keep; `python -m library.keep` makes one")
-    return kept_directions(tensors, metadata)
+    try:
+        return kept_directions(tensors, metadata)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, RecursionError) as error:
+        raise DeftError(f"keep={path}: damaged, make it anew ({reason_of(error)})") from None
 
 
 def kept_directions(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -174,6 +175,31 @@ BAD_INPUT = {
         {"base_weights_multiplier": ["-inf"]},
         "--base_weights_multiplier=-inf: must be a finite number",
     ),
+    "two options that are not here": (
+        config_of("optimizer_type = ''\nshuffle_caption = true\nclip_skip = 2\nkeep_tokens = 0"),
+        CONFIG,
+        "leave these out",
+    ),
+    "a key in two sections": (config_of("[a]\nseed = 1\n[b]\nseed = 2"), CONFIG, "seed is given twice, as 1 and as 2"),
+    "two values for one": (config_of("output_name = ['a', 'b']"), CONFIG, "output_name takes one value"),
+    "a long name": (None, {"output_name": "a" * 300}, "must be a file name"),
+    "an empty name": (None, {"output_name": ""}, "must be a file name"),
+    "a long path": (None, {"train_data_dir": "a" * 300}, "--train_data_dir: no such folder"),
+    "a line break": (None, {"resolution": "5\n1"}, "--resolution 5 1: must be"),
+    "a damaged file to keep": (
+        lambda photos: save_file({"x": torch.ones(1)}, photos.parent / "k.safetensors", {"deft_kept_layers": "["}),
+        {"network_args": ["keep=DATA/k.safetensors"]},
+        "k.safetensors: damaged, make it anew",
+    ),
+    "damaged metadata": (
+        lambda photos: save_file(
+            {"lora_unet_x.lora_up.weight": torch.ones(4, 1), "lora_unet_x.lora_down.weight": torch.ones(1, 4)},
+            photos.parent / "a.safetensors",
+            {"deft_layers": '{"lora_unet_x": [1e999, 1, 0]}'},
+        ),
+        {"network_weights": "DATA/a.safetensors"},
+        "its deft_* metadata cannot be read",
+    ),
     "no colour": (None, {"transparent_background": "whit"}, "--transparent_background whit: must be a colour's name"),
     "a sampler's steps": (
         lambda photos: (photos.parent / "p.txt").write_text("a --s 1001"),
@@ -238,6 +264,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, model_folder, photos, tmp_pa
         for name, place in places.items():
             if isinstance(value, str):
                 value = value.replace(name, place)
+            elif isinstance(value, list):
+                value = [str(one).replace(name, place) for one in value]
         changes = {**changes, key: value}
     capsys.readouterr()
     assert run(**changes) == 2
@@ -301,3 +329,23 @@ def test_half_precision_folders_without_what_looks_at_pictures(model_folder, tmp
             ours, theirs = getattr(found, part).state_dict(), getattr(whole, part).state_dict()
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("part", "weight"),
+    [
+        ("unet", "conv_in.weight"),
+        ("vae", "decoder.conv_in.weight"),
+        ("text_encoder", "embeddings.token_embedding.weight"),
+    ],
+)
+def test_a_model_with_a_missing_weight_is_refused(model_folder, tmp_path, part, weight):
+    from library.models import sd
+    from networks.deft_config import DeftError
+
+    shutil.copytree(model_folder, tmp_path / "model")
+    (file,) = (tmp_path / "model" / part).glob("*.safetensors")
+    kept = {key: value for key, value in load_file(file).items() if not key.endswith(weight)}
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(DeftError, match=rf"1 weights of its {part} are missing, \S*{weight} for one"):
+        sd.load(str(tmp_path / "model"))

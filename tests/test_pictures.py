@@ -59,6 +59,13 @@ def test_a_photo_on_its_side_is_used_upright_whatever_its_other_tags_are(tmp_pat
         assert upright[20:, :, 0].mean() > 0.9, hex(tag)
 
 
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!", b"Exif\0\0II\x2b\0", b"Exif\0\0II*\0" + bytes(3)])
+def test_a_photo_with_damaged_metadata_is_used(tmp_path, exif, extension):
+    GREY.convert("RGB").save(tmp_path / f"a.{extension}", exif=exif)
+    assert np.abs(values(read_picture(tmp_path / f"a.{extension}").image) - RAMP[..., None] / 255).mean() < 0.02
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("extension", ["jpg", "tif"])
 def test_every_orientation_is_turned_upright(tmp_path, orientation, extension):
@@ -157,6 +164,13 @@ def test_files_of_odd_modes_keep_their_mean(tmp_path, name, mode):
     assert pixels.std() < 0.01
 
 
+@pytest.mark.parametrize(("dtype", "half", "highlight"), [(np.float32, 0.5, 3.0), (np.int32, 32768, 70000)])
+def test_a_highlight_beyond_white_does_not_turn_a_picture_black(dtype, half, highlight):
+    pixels = np.full((16, 16), half, dtype)
+    pixels[3, 4] = highlight
+    assert values(to_rgb(Image.fromarray(pixels)).image).mean() == pytest.approx(0.5, abs=0.01)
+
+
 # --- transparency ----------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +240,7 @@ def test_image_folders(tmp_path, caplog):
     ]
     wanted = ["0_sks) left out: its name asks for 0 repeats", "1 caption (", "b.TXT) of several lines",
               "1 folder within others", "1 picture (", "a.PNG) without a caption: trained as 'sks cat'",
-              "c.png) left out: move into a folder", "plain) left out: the name has to begin with repeats"]  # fmt: skip
+              "c.png) left out: pictures belong into a folder", "plain) left out: the name has to begin"]  # fmt: skip
     for part in wanted:
         assert sum(part in line for line in caplog.messages) >= 1, part
     assert len(caplog.messages) == 6
@@ -328,6 +342,25 @@ def test_only_the_three_usual_ends_end_a_line(tmp_path, separator, caplog):
     picture(tmp_path / "1_sks")
     (tmp_path / "1_sks" / "a.txt").write_bytes(f"a cat{separator}on a mat".encode())
     assert told(tmp_path, caplog) == ([f"a cat{separator}on a mat"], [])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "latin-1"])
+def test_captions_in_another_encoding_are_refused(tmp_path, encoding):
+    picture(tmp_path / "1_sks")
+    (tmp_path / "1_sks" / "a.txt").write_bytes("caf\xe9 sks".encode(encoding))
+    with pytest.raises(DeftError, match=r"a\.txt: the file is not UTF-8 text; save it as UTF-8"):
+        find_images(str(tmp_path), ".txt")
+
+
+def test_names_may_have_braces_and_years_are_asked_about(tmp_path, caplog):
+    picture(tmp_path / "1_{red|blue} hat", "{n}.png")
+    (tmp_path / "1_{red|blue} hat" / "notes.{draft}").write_text("x")
+    picture(tmp_path / "2024_holiday")
+    (tmp_path / "5_empty").mkdir()
+    captions, lines = told(tmp_path, caplog)
+    assert captions == ["{red|blue} hat", "holiday"]
+    assert any("with 2024 repeats of every picture: is that meant?" in line for line in lines)
+    assert any("5_empty) without a picture" in line for line in lines)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

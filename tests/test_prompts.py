@@ -96,6 +96,14 @@ def test_wrong_lines(tmp_path, line):
             "--d 99999999999999999999 must be",
         ),
         ("p.txt", "# nothing", "no prompts in it"),
+        ("p.jsonl", "a cat", "only .txt, .json, .toml files are read"),
+        ("p.json", "[" * 100000, "p.json: no JSON"),
+        ("p.json", '[{"prompt": ["a", "b"]}]', "prompt = ['a', 'b'] is no text"),
+        ("p.json", '[{"prompt": "a", "negative_prompt": false}]', "negative_prompt = False is no text"),
+        ("p.json", '[{"prompt": "a", "width": 64.5}]', "--w 64.5 is no number"),
+        ("p.json", '[{"prompt": "a", "width": true}]', "width = True is no number"),
+        ("p.toml", "width = 64\n[prompt]\n[[prompt.subset]]\nprompt = 'a'", "'width' has to stand in [prompt]"),
+        ("p.txt", "a --w 80000000", "multiples of 8 from 8 to 16384"),
     ],
 )
 def test_wrong_files(tmp_path, name, text, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from networks.deft_config import DeftError, read_text
 logger = logging.getLogger(__name__)
 
 CAPTIONS = (".txt", ".caption", ".cap")  # extensions that captions are looked for under, to say that they are not read
+MANY = 1000  # repeats, of which more are rather a year or a date
 _SYSTEM = {"__macosx", "thumbs.db", "desktop.ini"}  # and all dot files: what systems leave behind, not the user
 
 
@@ -40,7 +42,9 @@ class Remarks:
     def lines(self) -> list[str]:
         """In the order in which the kinds came up."""
         return [
-            kind.format(n=len(files), s="s" * (len(files) > 1), one=f"{files[0]}{', ...' * (len(files) > 1)}")
+            kind.replace("{n}", str(len(files)))  # not format: prompts and names stand in it too
+            .replace("{s}", "s" * (len(files) > 1))
+            .replace("{one}", f"{files[0]}{', ...' * (len(files) > 1)}")
             for kind, files in self.files.items()
         ]
 
@@ -51,7 +55,7 @@ def find_images(train_data_dir: str, caption_extension: str) -> list[TrainImage]
     :raises DeftError: when there is no such folder or no picture in it, or a caption cannot be read or is empty
     """
     root = Path(train_data_dir)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DeftError(f"--train_data_dir: no such folder: {root}")
     formats = readable_formats()
     images: list[TrainImage] = []
@@ -59,14 +63,23 @@ def find_images(train_data_dir: str, caption_extension: str) -> list[TrainImage]
     for folder in _listed(root):
         match = re.fullmatch(r"(\d+)_(.*)", folder.name)
         if not folder.is_dir():
-            if folder.suffix.lower() in formats:
-                remarks.add("{n} picture{s} ({one}) left out: move into a folder such as 10_sks cat", folder)
+            what = "picture" if folder.suffix.lower() in formats else "file"
+            remarks.add(
+                f"{{n}} {what}{{s}} ({{one}}) left out: pictures belong into a folder such as 10_sks cat", folder
+            )
         elif not match:
             remarks.add("{n} folder{s} ({one}) left out: the name has to begin with repeats, as in 10_sks cat", folder)
         elif int(match[1]) == 0:
             remarks.add("{n} folder{s} ({one}) left out: its name asks for 0 repeats", folder)
         else:
-            images += _images_of(folder, int(match[1]), match[2].strip(), caption_extension, formats, remarks)
+            found = _images_of(folder, int(match[1]), match[2].strip(), caption_extension, formats, remarks)
+            images += found
+            if not found:
+                remarks.add("{n} folder{s} ({one}) without a picture that can be read", folder)
+            elif int(match[1]) > MANY:
+                remarks.add(
+                    f"{{n}} folder{{s}} ({{one}}) with {match[1]} repeats of every picture: is that meant?", folder
+                )
     told = remarks.lines()
     if not images:
         raise DeftError("; ".join([f"--train_data_dir {root}: no images; they belong into folders named as in "
@@ -97,6 +110,8 @@ def _images_of(
             captions.add(caption)
             text = prompt if caption is None else _first_line(caption, remarks)
             if caption is None:
+                if not prompt.isprintable():  # bytes of another encoding, as unpacked archives have them
+                    raise DeftError(f"{folder.name!a}: the folder's name is no text; rename it, or write captions")
                 if not prompt:
                     raise DeftError(f"{path}: no caption {path.stem}{extension}, and {folder.name} names no prompt")
                 remarks.add(f"{{n}} picture{{s}} ({{one}}) without a caption: trained as '{prompt}'", path)

@@ -23,6 +23,7 @@ PLUGINS = {
 # Pillow refuses PNGs with more than 1 MiB of compressed text or ICC profile; a bomb would unpack to no more than this
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,7 +35,7 @@ _UPRIGHT = {
 }
 _LAYERED = ("MPO", "PSD")  # what follows the picture are previews, depths and layers
 # the value of white: in 16 bits, in what PGM and TIFF have as 32 bits, and in TIFF's floating-point numbers; of several
-# the smallest that no value of the picture exceeds
+# the smallest that nine tenths of the picture do not exceed by far: highlights do
 _WHITES = {"I;16": (65535,), "I": (65535, 2**31 - 1), "F": (1, 255, 65535)}
 
 
@@ -71,7 +72,10 @@ def read_picture(path: Path, background: Colour = WHITE) -> Picture:
         image.load()
         picture = to_rgb(image, background)
         # not ImageOps.exif_transpose, which also writes all other tags anew and fails on odd ones; Pillow turns TIFFs
-        method = None if image.format == "TIFF" else _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        method = None
+        if image.format != "TIFF":
+            with contextlib.suppress(Exception):  # metadata may be anything
+                method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
         if image.format not in _LAYERED:
             with contextlib.suppress(Exception):  # further frames may be broken
                 frames = getattr(image, "n_frames", 1)
@@ -97,10 +101,19 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.buildTransform(*profiles, "LAB", "RGB").apply(image)
     if image.mode != "F" and not image.mode.startswith("I"):
+        key = image.info.get("transparency")
+        if isinstance(key, tuple) and max(key) > 255:  # of 16 bits, where Pillow has kept the upper 8 of the colours
+            image.info["transparency"] = tuple(value >> 8 for value in key)
         return image
     values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
     whites = _WHITES.get(image.mode, _WHITES["I;16"])  # "I;16B" and the like differ in the order of bytes
-    white = next((white for white in whites if values.max() <= white), whites[-1])
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if tags.get(BITS) == (12,):
+        whites = (4095,)
+    usual = np.percentile(values, 90)
+    white = next((white for white in whites if usual <= 4 * white), whites[-1])
+    if image.mode.startswith("I;16") and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        values = white - values
     grey = Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
     key = image.info.get("transparency")  # a grey that is transparent
     if isinstance(key, int):

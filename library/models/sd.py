@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def load(path: str, tokenizer: str | None = None, tokenizer_cache_dir: str | Non
     :raises DeftError: when the model or, for a single file, its tokenizer cannot be found or read
     """
     location = Path(path)
-    if not location.exists():
+    if not os.path.exists(path):
         raise DeftError(f"--pretrained_model_name_or_path: no such model: {path} (a Diffusers folder or .safetensors)")
     if location.is_dir() and not (location / "model_index.json").is_file():
         raise DeftError(f"{path}: no Diffusers model folder, since it has no model_index.json")
@@ -151,6 +152,7 @@ def load(path: str, tokenizer: str | None = None, tokenizer_cache_dir: str | Non
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
         raise DeftError(f"{path}: not a readable Stable Diffusion 1.x or 2.x model ({reason_of(error)})") from error
     _check_tokenizer(pipeline.tokenizer, path)
+    _check_whole(location, pipeline)
     channels = pipeline.unet.config.in_channels
     if channels != pipeline.vae.config.latent_channels:
         raise DeftError(f"{path}: its U-Net takes {channels} channels, as for inpainting, which is not trained here")
@@ -196,6 +198,24 @@ def _refuse_other_models(location: Path) -> None:
         )
 
 
+def _check_whole(location: Path, pipeline: StableDiffusionPipeline) -> None:
+    """:raises DeftError: when a weight is missing, which the libraries leave without a value, or draw at random"""
+    for name in ("unet", "vae", "text_encoder"):
+        expected = dict(getattr(pipeline, name).named_parameters())
+        missing = [key for key, weight in expected.items() if weight.is_meta]
+        if location.is_dir():
+            held: set[str] = set()
+            for file in (location / name).glob("*.safetensors"):
+                with safe_open(str(file), "pt") as opened:
+                    held |= {key.removeprefix("text_model.") for key in opened.keys()}
+            # a VAE's attention has other names in older files
+            missing += [
+                key for key in expected if name == "text_encoder" and key.removeprefix("text_model.") not in held
+            ]
+        if missing:
+            raise DeftError(f"{location}: {len(missing)} weights of its {name} are missing, {missing[0]} for one")
+
+
 def _index_of(folder: Path) -> dict[str, Any]:
     """A Diffusers folder's list of parts.
 
@@ -203,7 +223,7 @@ def _index_of(folder: Path) -> dict[str, Any]:
     """
     try:
         index = json.loads(read_text(folder / "model_index.json", f"{folder / 'model_index.json'}:"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DeftError(f"{folder / 'model_index.json'}: no JSON ({reason_of(error)})") from None
     return index if isinstance(index, dict) else {}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -23,6 +25,8 @@ from library.options.rooms import (
 )
 from library.options.table import OPTIONS, Option, asks_for_nothing
 from networks.deft_config import DeftError, nearest, read_text, reason_of
+
+logger = logging.getLogger(__name__)
 
 _NEEDED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
 _BACKSLASH = re.compile(r'"[^"\n]*\\[^"\n]*"')  # in double quotes
@@ -52,6 +56,9 @@ def parse(argv: Sequence[str]) -> Run:
         known = [f"--{name}" for name in _BY_NAME]
         raise DeftError(f"unknown option {', '.join(word + nearest(word, known) for word in named)}")
     values = vars(found)
+    not_honoured = [f"--{option.name}: {option.help}" for option in OPTIONS if _is_refused(option, values[option.name])]
+    if not_honoured:
+        raise DeftError(f"{'; '.join(not_honoured)}; leave {'it' if len(not_honoured) == 1 else 'these'} out")
     for option in OPTIONS:
         _check(option, values[option.name])
     return _run(values)
@@ -59,7 +66,11 @@ def parse(argv: Sequence[str]) -> Run:
 
 def build_parser() -> argparse.ArgumentParser:
     """All rows of the table; `--help` lists those that are honoured."""
-    parser = _Parser(prog="train_network_deft.py", description=__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="train_network_deft.py",
+        description="Trains a DEFT adapter on a folder of pictures and saves it as a LoRA.",
+        allow_abbrev=False,
+    )
     # argparse takes -1e-05 and -inf for options
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$", re.IGNORECASE)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(option.group for option in OPTIONS)}
@@ -77,16 +88,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(option: Option, value: Any) -> None:
-    """:raises DeftError: for a value that is not allowed, and for an option that is not honoured"""
-    if value is None or value is False or value == ():
-        return
+def _is_refused(option: Option, value: Any) -> bool:
+    """Whether something is asked for that is not done here."""
+    if option.status not in ("refused", "to come") or value is None or value is False:
+        return False
     given = value if option.many else [value]
-    if option.status in ("refused", "to come"):
-        if option.kind is bool or not all(asks_for_nothing(option.name, one) for one in given):
-            raise DeftError(f"--{option.name}: {option.help}; leave it out")
+    return option.kind is bool or not all(asks_for_nothing(option.name, one) for one in given)
+
+
+def _check(option: Option, value: Any) -> None:
+    """:raises DeftError: for a value that is not allowed"""
+    if value is None or value is False:
         return
-    for one in given:
+    for one in value if option.many else [value]:
         if option.check is not None and not option.check[0](one):
             raise DeftError(f"--{option.name}={one}: must be {option.check[1]}")
 
@@ -98,7 +112,11 @@ def _config_arguments(path: str) -> list[str]:
     """The options of a TOML file as command-line arguments, so that they are checked alike."""
     values: dict[str, Any] = {}
     for key, value in _read_toml(path).items():
-        values.update(value if isinstance(value, dict) else {key: value})
+        is_section = isinstance(value, dict) and key not in _BY_NAME
+        for name, one in value.items() if is_section else [(key, value)]:
+            if values.get(name, one) != one:
+                raise DeftError(f"{path}: {name} is given twice, as {values[name]!r} and as {one!r}")
+            values[name] = one
     known = _BY_NAME.keys() - {"config_file"}
     unknown = [key for key in values if key not in known]
     if unknown:
@@ -111,6 +129,12 @@ def _config_arguments(path: str) -> list[str]:
             if option.kind is not bool:
                 raise DeftError(f"{path}: {key} takes a value, not {str(value).lower()}")
             arguments += [f"--{key}"] if value else []
+        elif value == "" and option.kind is not bool:
+            continue  # as if it were not given
+        elif isinstance(value, dict) and option.many:  # network_args = {conv_dim = 4}
+            arguments += [f"--{key}", *(f"{name}={one}" for name, one in value.items())]
+        elif isinstance(value, list) and not option.many and key != "resolution":
+            raise DeftError(f"{path}: {key} takes one value, not {value}")
         elif isinstance(value, list) and not option.many:  # resolution = [512, 768]
             arguments.append(f"--{key}={','.join(map(str, value))}")
         elif option.many:
@@ -122,7 +146,7 @@ def _config_arguments(path: str) -> list[str]:
 
 def _read_toml(path: str) -> dict[str, Any]:
     """:raises DeftError: when it is missing or no TOML, with a hint where a Windows path is the likely reason"""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise DeftError(f"--config_file: no such file: {path}")
     text = read_text(path, f"--config_file {path}:")
     hint = "; in double quotes, backslashes have to be doubled: write 'C:\\path' in single quotes"
@@ -131,7 +155,9 @@ def _read_toml(path: str) -> dict[str, Any]:
     except Exception as error:  # of many kinds
         raise DeftError(f"--config_file {path}: {reason_of(error)}{hint if _BACKSLASH.search(text) else ''}") from None
     for key, value in _strings_in(content):
-        if any(ord(letter) < 32 for letter in value) and _BACKSLASH.search(text):  # as \t and \n of "C:\training\new"
+        if (
+            key != "training_comment" and any(ord(letter) < 32 for letter in value) and _BACKSLASH.search(text)
+        ):  # as \t and \n of "C:\training\new"
             raise DeftError(f"--config_file {path}: {key} = {value!r}{hint}")
     return content
 
@@ -153,7 +179,8 @@ def _run(values: dict[str, Any]) -> Run:
         if not values[name]:
             raise DeftError(f"--{name} is needed, on the command line or in --config_file")
     recorded = {option.metadata: values[option.name] for option in OPTIONS if option.metadata}
-    if Path(values["output_name"]).name != values["output_name"]:
+    name = values["output_name"]
+    if Path(name).name != name or not name.isprintable() or not 0 < len(name.encode()) <= 200:
         raise DeftError(f"--output_name={values['output_name']}: must be a file name without its extension")
     if values["lr_warmup_steps"] and values["lr_scheduler"] == "constant":
         raise DeftError("--lr_warmup_steps: --lr_scheduler=constant has no warmup; use constant_with_warmup")
@@ -161,6 +188,10 @@ def _run(values: dict[str, Any]) -> Run:
         raise DeftError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
     if values["dim_from_weights"] and not values["network_weights"]:
         raise DeftError("--dim_from_weights needs --network_weights")
+    if len(values["base_weights_multiplier"]) > len(values["base_weights"]):
+        logger.warning(
+            "--base_weights_multiplier: more strengths than --base_weights has files; the last have no effect"
+        )
     strengths = [*values["base_weights_multiplier"], *[1.0] * len(values["base_weights"])]
     values |= {
         "caption_extension": "." + values["caption_extension"].lstrip("."),

@@ -1,8 +1,7 @@
 """Every option once: those of sd-scripts' train_network.py, sdxl_ and flux_train_network.py (48d368fa, v0.11.1); ours.
 
 A row is an option's name, type, default and help, the field of the files' metadata that keeps it, and, where it is not
-honoured, why. The command line, the TOML reader and docs/trainer.md's table are made of these rows; `rooms` takes their
-values apart.
+honoured, why. The command line and the TOML reader are made of these rows; `rooms` takes their values apart.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ Check = tuple[Callable[[Any], bool], str]  # whether a value is good, and what i
 AT_LEAST_1: Check = (lambda value: value >= 1, "at least 1")
 AT_LEAST_0: Check = (lambda value: 0 <= value < math.inf, "a number of at least 0")
 FINITE: Check = (lambda value: math.isfinite(value), "a finite number")
-SHARE: Check = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
 SEED: Check = (lambda value: 0 <= value < 2**32, f"from 0 to {2**32 - 1}")
 
 

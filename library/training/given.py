@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from library.prompts import Prompt, read_prompts
 from networks import deft_io
 from networks.deft_config import DeftError, parse_options, user_options
 from networks.deft_io import AdapterFile
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,13 @@ class Given:
 
 def read(run: Run) -> Given:
     """:raises DeftError: for network options, adapter files, pictures, prompts, rates and folders"""
+    try:
+        return _read(run)
+    except OSError as error:  # a name that is too long, a folder that cannot be looked into
+        raise DeftError(str(error)) from None
+
+
+def _read(run: Run) -> Given:
     size, network = run.data.resolution, run.network
     sizes = {} if network.dim_from_weights else {"dim": network.network_dim, "alpha": network.network_alpha}
     keep_file = parse_options(user_options(network.network_args) | sizes).keep
@@ -50,6 +60,10 @@ def read(run: Run) -> Given:
     _check_rates(run.optimizer, network)
     for option in ("output_dir", "logging_dir"):
         _check_writable(option, getattr(run.output, option))
+    file = Path(run.output.output_dir, f"{run.output.output_name}.safetensors")
+    if file.is_dir():
+        raise DeftError(f"--output_name {run.output.output_name}: {file} is a folder")
+    _tell_what_has_no_effect(run)
     prompts = run.output.sample_prompts
     samples = [] if prompts is None else read_prompts(prompts, size)
     return Given(find_images(run.data.train_data_dir, run.data.caption_extension), samples, to_keep, start, base)
@@ -65,10 +79,30 @@ def _check_rates(rates: OptimizerOptions, network: NetworkOptions) -> None:
         raise DeftError("nothing to train: every learning rate is 0 (--learning_rate, --unet_lr, --text_encoder_lr)")
 
 
+def _tell_what_has_no_effect(run: Run) -> None:
+    """What was asked for and does nothing beside the other options."""
+    loop, network, rates = run.loop, run.network, run.optimizer
+    drawn = loop.sample_at_first or loop.sample_every_n_steps or loop.sample_every_n_epochs
+    without_effect = {
+        "--sample_prompts draws nothing without --sample_every_n_steps, --sample_every_n_epochs, --sample_at_first":
+            run.output.sample_prompts and not drawn,
+        "--sample_every_n_steps and the like draw nothing without --sample_prompts":
+            drawn and not run.output.sample_prompts,
+        "--text_encoder_lr has no effect with --network_train_unet_only":
+            network.network_train_unet_only and rates.text_encoder_lr,
+        "--unet_lr has no effect with --network_train_text_encoder_only":
+            network.network_train_text_encoder_only and rates.unet_lr,
+        "--network_dim has no effect with --dim_from_weights": network.dim_from_weights and network.network_dim,
+    }  # fmt: skip
+    for line, is_so in without_effect.items():
+        if is_so:
+            logger.warning(line)
+
+
 def _check_writable(option: str, folder: str | None) -> None:
     if folder is None:
         return
-    path = Path(folder).resolve()
+    path = Path(os.path.realpath(folder))
     existing = next(p for p in (path, *path.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise DeftError(f"--{option} {folder}: {existing} is not a folder that can be written to")
