@@ -499,14 +499,10 @@ class DeftNetwork(nn.Module):
         largest = float((sizes / self._norms_of_base().to(sizes).clamp(min=1e-30)).max())
         if largest >= torch.finfo(dtype).eps / 8:
             return
-        size = (
-            "every delta is 0"
-            if largest == 0
-            else f"the largest delta is {largest:.0e} of its weight, which is rounded away"
-        )
+        told = f"the largest delta is {largest:.0e} of its weight, below {dtype}'s rounding"
         logger.warning(
-            f"{file}: nothing has been learnt yet, {size}. Where that stays so: a rate of 0 or far too low, "
-            f"gradients that underflow in fp16 (use bf16), or a dropout of everything"
+            f"{file}: nearly nothing has been learnt yet, {told if largest else 'every delta is 0'}. Where that stays so: a "
+            f"rate of 0 or far too low, gradients that underflow in fp16 (use bf16), or a dropout of everything"
         )
 
     def _norms_of_base(self) -> Tensor:

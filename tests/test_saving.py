@@ -188,7 +188,7 @@ def test_an_adapter_that_has_learnt_nothing_is_not_saved_without_a_word(model, t
                 module.R.mul_(size * norm / (module.effective_R.norm() * module.scale))
         caplog.clear()
         save(network, tmp_path, dtype=dtype)
-        told.append([line for line in caplog.messages if "nothing has been learnt yet" in line])
+        told.append([line for line in caplog.messages if "nearly nothing has been learnt yet" in line])
     assert ["every delta is 0" in line for line in told[0]] == [True]
     assert ["largest delta is 1e-07 of its weight" in line for line in told[1]] == [True]
     assert told[2] == []
@@ -200,7 +200,7 @@ def test_a_training_without_effect_says_so(run, caplog):
     for rate in (1e-30, 1e-3):
         caplog.clear()
         assert run(learning_rate=rate) == 0
-        said.append([line for line in caplog.messages if "nothing has been learnt" in line])
+        said.append([line for line in caplog.messages if "has been learnt" in line])
     assert len(said[0]) == 2
     assert said[0][0].split(": ")[0].endswith("cat.safetensors")
     assert "does not change the loss on the first batch" in said[0][1]
