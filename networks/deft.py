@@ -501,8 +501,8 @@ class DeftNetwork(nn.Module):
             return
         told = f"the largest delta is {largest:.0e} of its weight, below {dtype}'s rounding"
         logger.warning(
-            f"{file}: nearly nothing has been learnt yet, {told if largest else 'every delta is 0'}. Where that stays so: a "
-            f"rate of 0 or far too low, gradients that underflow in fp16 (use bf16), or a dropout of everything"
+            f"{file}: nearly nothing has been learnt yet, {told if largest else 'every delta is 0'}. Where that stays "
+            f"so: a rate of 0 or far too low, gradients that underflow in fp16 (use bf16), or a dropout of everything"
         )
 
     def _norms_of_base(self) -> Tensor:
