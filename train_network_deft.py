@@ -12,7 +12,7 @@ if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "lib
     print(f"error: found another project's library/ at {library.__path__[0]}; take it off PYTHONPATH", file=sys.stderr)
     sys.exit(2)
 
-from library.models import sd
+from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
 from library.training import given, metadata, prepare, start
@@ -35,11 +35,12 @@ def train(run: Run) -> Path:
     files, folder = given.read(run), Path(run.output.output_dir)
     accelerator = start.accelerator_of(run.loop, run.output.logging_dir)
     seed = start.seed_everything(run.loop.seed)
-    model = sd.load(run.model.pretrained_model_name_or_path, run.model.tokenizer, run.model.tokenizer_cache_dir)
+    dtype = prepare.WEIGHT_DTYPES[run.loop.mixed_precision]
+    model = load(run.model, dtype)
     prepare.tell_what_is_cut(model, files.texts())
     data = prepare.cache_latents(run.data, files.images, model, accelerator)
     adapter = DeftAdapter(run.network, files, model, accelerator, folder)
-    model.place(accelerator.device, prepare.WEIGHT_DTYPES[run.loop.mixed_precision], run.model)
+    model.place(accelerator.device, dtype, encoders=True)
     adapter.module.to(accelerator.device)
 
     loader = prepare.batches(run.data, data, accelerator, seed)

@@ -20,7 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from library import keep
-from library.models import sd
+from library.models import loading
+from library.options.rooms import ModelOptions
 from library.prompts import Prompt
 from library.world import measure, scenes
 from networks import deft, deft_io
@@ -62,7 +63,9 @@ def kept(k: int, shapes: int) -> Path:
         known = (scene for scene in drawn if all(thing.shape in some for thing in scene.things))
         texts = [scenes.caption(scene, rng) for scene in itertools.islice(known, 64)]
         prompts = [Prompt(text, width=64, height=64, seed=i, steps=10) for i, text in enumerate(texts)]
-        pipeline = sd.load(str(measure.MODEL)).pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline = loading.load(ModelOptions(str(measure.MODEL))).pipeline.to(
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )
         keep.write(keep.directions_to_keep(pipeline, prompts, k), file)
     return file
 
@@ -224,7 +227,7 @@ def adapter_of(label: str) -> tuple[Build, Sequence[int]]:
 
 def matched(label: str) -> dict[str, int]:
     """The size with which an adapter's parameters are nearest to the LoRA's in number, and this number."""
-    base = sd.load(str(measure.MODEL)).unet
+    base = loading.load(ModelOptions(str(measure.MODEL))).denoiser
     build, sizes = adapter_of(label)
 
     def number(size: int) -> int:

@@ -13,7 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from library.models import sd
+from library.models import loading
+from library.options.rooms import ModelOptions
 from library.world import concepts, draw, judge, measure, scenes
 from library.world.judge import Found, Reading
 from library.world.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene
@@ -131,10 +132,10 @@ class Bench:
     def __init__(self, device: str, sampling: int = measure.STEPS):
         measure.STEPS = sampling
         self.device = torch.device(device)
-        self.model = sd.load(str(measure.MODEL))
-        for part in (self.model.unet, self.model.text_encoder, self.model.pipeline.vae):
+        self.model = loading.load(ModelOptions(str(measure.MODEL)))
+        for part in (self.model.denoiser, *self.model.text_encoders, self.model.vae):
             part.to(self.device)
-        self.unet = self.model.unet
+        self.unet = self.model.denoiser
         self.merged: UNet2DConditionModel = copy.deepcopy(self.unet)
         self.pipeline: StableDiffusionPipeline = self.model.pipeline
         self.pipeline.unet = self.merged
@@ -151,7 +152,7 @@ class Bench:
         generator, scheduler = torch.Generator().manual_seed(0), self.model.noise_scheduler()
         rng = random.Random("drift")
         known = [scenes.draw_scene(rng) for _ in range(DRIFT)]
-        text = self.model.encode_text([scenes.caption(scene, rng) for scene in known])
+        text = self.model.encode_text([scenes.caption(scene, rng) for scene in known])["hidden"]
         pixels = draw.render([scene.picture() for scene in known]).to(self.device)
         latents = self.model.pipeline.vae.encode(pixels).latent_dist.mean.cpu()
         latents = latents * self.model.vae.config.scaling_factor

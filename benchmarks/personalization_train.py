@@ -14,7 +14,7 @@ from diffusers.training_utils import compute_snr
 from personalization_adapters import Adapter, adapter_of
 from torch import Tensor, nn
 
-from library.models import sd
+from library.models.sd import StableDiffusion
 from library.world import concepts, draw
 from library.world.scenes import BACKGROUNDS
 
@@ -47,11 +47,11 @@ def training_pictures(concept: int, word: str) -> tuple[Tensor, list[str]]:
 
 
 @torch.no_grad()
-def data_set(model: sd.StableDiffusion, concept: int, word: str, seed: int, steps: int) -> DataSet:
+def data_set(model: StableDiffusion, concept: int, word: str, seed: int, steps: int) -> DataSet:
     """A concept's pictures, noised for every step from the seed."""
     pixels, captions = training_pictures(concept, word)
-    device = model.unet.device
-    latents, text = model.pipeline.vae.encode(pixels.to(device)).latent_dist.mean, model.encode_text(captions)
+    device = next(model.denoiser.parameters()).device
+    latents, text = model.pipeline.vae.encode(pixels.to(device)).latent_dist.mean, model.encode_text(captions)["hidden"]
     latents = (latents * model.vae.config.scaling_factor).cpu()
     generator, scheduler = torch.Generator().manual_seed(1000 * concept + seed), model.noise_scheduler()
     number = scheduler.config.num_train_timesteps

@@ -25,7 +25,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from library import prompts as prompts_file
-from library.models import sd
+from library.models.loading import load as load_model
+from library.models.reading import of_folder
+from library.options.rooms import ModelOptions
 from library.prompts import Prompt
 from library.sampling import counted_by
 from networks import deft_io, deft_targets
@@ -99,7 +101,7 @@ def load(path: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
     """
     if Path(path).is_file():
         try:
-            return sd.load(path).pipeline.to(device, dtype)
+            return load_model(ModelOptions(path)).pipeline.to(device, dtype)
         except DeftError as error:
             raise DeftError(f"{error}; models of other kinds have to be Diffusers folders here") from error
     if not (Path(path) / "model_index.json").is_file():
@@ -109,7 +111,7 @@ def load(path: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **sd.of_folder(Path(path)))
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **of_folder(Path(path)))
     except Exception as error:  # of many kinds
         raise DeftError(f"{path}: not a readable Diffusers folder ({reason_of(error)})") from error
     pipeline.set_progress_bar_config(disable=True)

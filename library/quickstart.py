@@ -44,7 +44,8 @@ def run(name: str) -> int:
     import toml
 
     from library import sampling
-    from library.models import sd
+    from library.models.loading import load
+    from library.options.rooms import ModelOptions
     from library.prompts import read_prompts
     from library.world import tiny_model
 
@@ -66,7 +67,7 @@ def run(name: str) -> int:
     newest = {path.name.rsplit("_", 3)[1]: path for path in samples}
     size = int(settings["resolution"])
     prompts = read_prompts(settings["sample_prompts"], (size, size))
-    pipeline = sd.load(str(model)).pipeline
+    pipeline = load(ModelOptions(str(model))).pipeline
     before = sampling.draw(pipeline, prompts)
     rows = check_layers(pipeline, lora)
     after = sampling.draw(pipeline, prompts)

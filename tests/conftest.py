@@ -31,9 +31,15 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(model_folder):
-    from library.models import sd
+    return loaded(model_folder)
 
-    return sd.load(str(model_folder))
+
+def loaded(path, **options):
+    """A model as the trainer loads it."""
+    from library.models.loading import load
+    from library.options.rooms import ModelOptions
+
+    return load(ModelOptions(str(path), **options))
 
 
 @pytest.fixture
@@ -147,8 +153,8 @@ def network_of(
 ) -> deft.DeftNetwork:
     """A network applied to the small model; with all of the removal, so that W takes part."""
     options = {"removal": "1"} | options
-    network = deft.create_network(1.0, dim, alpha, None, model.text_encoder, model.unet, **options)
-    network.apply_to(model.text_encoder, model.unet)
+    network = deft.create_network(1.0, dim, alpha, None, model.text_encoders, model.denoiser, **options)
+    network.apply_to(model.text_encoders, model.denoiser)
     if trained:
         perturb(network)
     return network.eval()

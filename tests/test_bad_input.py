@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import loaded
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -312,9 +314,7 @@ def test_negative_numbers_of_every_form(number):
 
 def test_half_precision_folders_without_what_looks_at_pictures(model_folder, tmp_path):
     """As `save_pretrained(variant="fp16")` writes them, in one file or in parts; the index names what is not there."""
-    from library.models import sd
-
-    whole = sd.load(str(model_folder))
+    whole = loaded(model_folder).pipeline
     for parts in (None, "300KB"):
         folder = tmp_path / f"model {parts}"
         whole.pipeline.save_pretrained(folder, variant="fp16", **({} if parts is None else {"max_shard_size": parts}))
@@ -324,7 +324,7 @@ def test_half_precision_folders_without_what_looks_at_pictures(model_folder, tmp
                   "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
                   "image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}  # fmt: skip
         (folder / "model_index.json").write_text(json.dumps(index))
-        found = sd.load(str(folder))
+        found = loaded(folder).pipeline
         for part in ("unet", "vae", "text_encoder"):
             ours, theirs = getattr(found, part).state_dict(), getattr(whole, part).state_dict()
             assert ours.keys() == theirs.keys()
@@ -340,7 +340,6 @@ def test_half_precision_folders_without_what_looks_at_pictures(model_folder, tmp
     ],
 )
 def test_a_model_with_a_missing_weight_is_refused(model_folder, tmp_path, part, weight):
-    from library.models import sd
     from networks.deft_config import DeftError
 
     shutil.copytree(model_folder, tmp_path / "model")
@@ -348,4 +347,4 @@ def test_a_model_with_a_missing_weight_is_refused(model_folder, tmp_path, part, 
     kept = {key: value for key, value in load_file(file).items() if not key.endswith(weight)}
     save_file(kept, file, {"format": "pt"})
     with pytest.raises(DeftError, match=rf"1 weights of its {part} are missing, \S*{weight} for one"):
-        sd.load(str(tmp_path / "model"))
+        loaded(tmp_path / "model")

@@ -34,8 +34,8 @@ def metadata_of(file: str) -> dict[str, str]:
 
 
 def loaded_from(file: str, model, **options) -> deft.DeftNetwork:
-    network, _ = deft.create_network_from_weights(1.0, file, None, model.text_encoder, model.unet, **options)
-    network.apply_to(model.text_encoder, model.unet)
+    network, _ = deft.create_network_from_weights(1.0, file, None, model.text_encoders, model.denoiser, **options)
+    network.apply_to(model.text_encoders, model.denoiser)
     network.load_weights(file)
     return network
 
@@ -86,10 +86,10 @@ def test_training_goes_on_from_a_file_as_from_memory(model, tmp_path, latents):
     """Read back, a network is the same function of P and R around that point: one SGD step moves it alike."""
     network = network_of(model)
     file = save(network, tmp_path)
-    text = model.encode_text(["sks cat", "a house"]).detach()
+    text = {"hidden": model.encode_text(["sks cat", "a house"])["hidden"].detach()}
 
     def step_of(net):
-        loss = model.predict(latents, torch.tensor([300, 30]), text).pow(2).sum()
+        loss = model.predict(latents, torch.tensor([300, 30]), text, torch.zeros(2, 6)).pow(2).sum()
         loss.backward()
         with torch.no_grad():
             before = {m.lora_name: torch.matmul(*m.lora_factors()) for m in net.unet_modules}
@@ -153,7 +153,7 @@ def test_loads_in_diffusers_with_every_module_and_the_same_output(model, tmp_pat
     assert (pixels[1] - pixels[0]).abs().max() > 10  # the adapter is seen at all
     found = 0
     by_layer = {m.org_module: m.lora_name for m in network.all_modules}
-    for part in (model.unet, model.text_encoder):
+    for part in (model.denoiser, *model.text_encoders):
         for layer in part.modules():
             if hasattr(layer, "get_delta_weight"):
                 delta = layer.get_delta_weight(layer.active_adapters[0]).flatten(1)
@@ -318,8 +318,8 @@ def test_modules_without_counterpart_are_an_error_other_halves_are_not(model, tm
     with pytest.raises(DeftError, match=r"86 of its modules have no counterpart.*conv_dim"):
         plain.load_weights(file)
     plain.remove()
-    half = deft.create_network(1.0, 4, 4, None, model.text_encoder, model.unet, conv_dim="2")
-    half.apply_to(model.text_encoder, model.unet, apply_text_encoder=False)
+    half = deft.create_network(1.0, 4, 4, None, model.text_encoders, model.denoiser, conv_dim="2")
+    half.apply_to(model.text_encoders, model.denoiser, apply_text_encoder=False)
     assert "72 of the file belong to a half that is not trained" in str(half.load_weights(file))
 
 
@@ -361,12 +361,12 @@ def test_deft_format_follows_the_base_a_lora_does_not(model, tmp_path, form):
         L = E = L * torch.sign(torch.linalg.qr(P)[1].diagonal())
     wanted = L @ (module.scale * R - (E - module.E0.double()).T @ W)
     tensors = load_file(file)  # without metadata, as generators pass it
-    again, _ = deft.create_network_from_weights(1.0, None, None, model.text_encoder, model.unet, tensors)
-    again.apply_to(model.text_encoder, model.unet)
+    again, _ = deft.create_network_from_weights(1.0, None, None, model.text_encoders, model.denoiser, tensors)
+    again.apply_to(model.text_encoders, model.denoiser)
     again.load_state_dict(tensors)
     again.remove()
-    merged, _ = deft.create_network_from_weights(0.5, file, None, model.text_encoder, model.unet)
-    merged.merge_to(model.text_encoder, model.unet, tensors)
+    merged, _ = deft.create_network_from_weights(0.5, file, None, model.text_encoders, model.denoiser)
+    merged.merge_to(model.text_encoders, model.denoiser, tensors)
     assert relative_error(module.org_module.weight.double() - W, 0.5 * wanted) < 1e-4
 
 
@@ -378,9 +378,9 @@ def test_generators_apply_any_file_to_any_base_as_a_lora(model, tmp_path, form):
     for module in network.all_modules:
         module.org_module.weight.data += 0.1 * torch.randn_like(module.org_module.weight)
     again, tensors = deft.create_network_from_weights(
-        1.0, file, None, model.text_encoder, model.unet, for_inference=True
+        1.0, file, None, model.text_encoders, model.denoiser, for_inference=True
     )
-    again.apply_to(model.text_encoder, model.unet)
+    again.apply_to(model.text_encoders, model.denoiser)
     again.load_state_dict(tensors)
     assert largest_error(deltas(again), deltas_of_lora(load_file(file))) < 1e-6
 
@@ -517,11 +517,11 @@ def test_merging_refuses_what_it_would_drop(model, tmp_path):
 
 
 def test_a_file_of_the_other_half_says_so(model, tmp_path):
-    network = deft.create_network(1.0, 4, 4, None, model.text_encoder, model.unet)
-    network.apply_to(model.text_encoder, model.unet, apply_unet=False)
+    network = deft.create_network(1.0, 4, 4, None, model.text_encoders, model.denoiser)
+    network.apply_to(model.text_encoders, model.denoiser, apply_unet=False)
     file = save(network, tmp_path)
     network.remove()
-    other = deft.create_network(1.0, 4, 4, None, model.text_encoder, model.unet)
-    other.apply_to(model.text_encoder, model.unet, apply_text_encoder=False)
+    other = deft.create_network(1.0, 4, 4, None, model.text_encoders, model.denoiser)
+    other.apply_to(model.text_encoders, model.denoiser, apply_text_encoder=False)
     with pytest.raises(DeftError, match="adapts only a half of the model that is not trained here"):
         other.load_weights(file)

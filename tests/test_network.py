@@ -15,7 +15,7 @@ from tests.conftest import deltas, network_of, relative_error
 
 def predict(model, latents, prompts=("sks cat", "a house")):
     with torch.no_grad():
-        return model.predict(latents, torch.tensor([7, 700]), model.encode_text(list(prompts)))
+        return model.predict(latents, torch.tensor([7, 700]), model.encode_text(list(prompts)), torch.zeros(2, 6))
 
 
 def test_layers_and_names_are_those_of_sd_scripts(model):
@@ -63,8 +63,8 @@ def test_identity_start_and_multiplier(model, latents):
 
 def test_only_the_applied_halves_become_parameters(model):
     for te, unet, count in ((True, False, 72), (False, True, 192)):
-        network = deft.create_network(1.0, 2, 2, None, [model.text_encoder], model.unet)
-        network.apply_to([model.text_encoder], model.unet, te, unet)
+        network = deft.create_network(1.0, 2, 2, None, model.text_encoders, model.denoiser)
+        network.apply_to(model.text_encoders, model.denoiser, te, unet)
         assert len(list(network.children())) == len(network.all_modules) == count
         network.remove()
 
@@ -102,7 +102,7 @@ def test_wrong_calls_are_refused_before_training(model, call, message):
 
 def test_dim_and_alpha_belong_to_the_command_line(model):
     with pytest.raises(DeftError, match="use --network_dim"):
-        deft.create_network(1.0, 4, 1, None, model.text_encoder, model.unet, **{"dim": "8"})
+        deft.create_network(1.0, 4, 1, None, model.text_encoders, model.denoiser, **{"dim": "8"})
 
 
 def test_rank_above_a_layers_size_is_capped_with_one_warning(model, caplog):
@@ -162,7 +162,7 @@ def test_generators_load_merge_and_pre_calculate(model, latents, tmp_path, dtype
     file = str(tmp_path / "a.safetensors")
     network = network_of(model, conv_dim="2")
     network.save_weights(file, dtype, None)
-    base_state = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    base_state = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
     network.set_multiplier(0.7)
     wanted = predict(model, latents)
     network.remove()
@@ -171,13 +171,13 @@ def test_generators_load_merge_and_pre_calculate(model, latents, tmp_path, dtype
 
     def load():
         net, tensors = deft.create_network_from_weights(
-            0.7, file, None, [model.text_encoder], model.unet, for_inference=True, rank_dropout="0.5"
+            0.7, file, None, model.text_encoders, model.denoiser, for_inference=True, rank_dropout="0.5"
         )
         return net, tensors
 
     network, tensors = load()
     assert network.is_mergeable()
-    network.apply_to([model.text_encoder], model.unet)
+    network.apply_to(model.text_encoders, model.denoiser)
     network.load_state_dict(tensors, False)
     assert (predict(model, latents) - wanted).norm() < tolerance
     network.backup_weights()
@@ -189,15 +189,15 @@ def test_generators_load_merge_and_pre_calculate(model, latents, tmp_path, dtype
     assert torch.equal(predict(model, latents), base)
 
     network, tensors = load()
-    network.merge_to([model.text_encoder], model.unet, tensors, torch.float32, "cpu")
+    network.merge_to(model.text_encoders, model.denoiser, tensors, torch.float32, "cpu")
     assert (predict(model, latents) - wanted).norm() < tolerance
-    model.unet.load_state_dict(base_state)
+    model.denoiser.load_state_dict(base_state)
 
 
 def test_two_networks_pre_calculated_together(model, latents, tmp_path):
     """Both PaRa: each removes from the base's weight, not from what the other has left."""
     files = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
-    base = {m: m.weight.clone() for m in model.unet.modules() if isinstance(m, nn.Linear)}
+    base = {m: m.weight.clone() for m in model.denoiser.modules() if isinstance(m, nn.Linear)}
     wanted = dict(base)
     for i, file in enumerate(files):
         network = network_of(model, 2, para="true")
@@ -210,9 +210,9 @@ def test_two_networks_pre_calculated_together(model, latents, tmp_path):
     networks = []
     for file in files:
         network, tensors = deft.create_network_from_weights(
-            1.0, file, None, [model.text_encoder], model.unet, for_inference=True
+            1.0, file, None, model.text_encoders, model.denoiser, for_inference=True
         )
-        network.apply_to([model.text_encoder], model.unet)
+        network.apply_to(model.text_encoders, model.denoiser)
         network.load_state_dict(tensors, False)
         network.backup_weights()
         networks.append(network)
@@ -236,11 +236,11 @@ def test_training_lowers_a_loss_and_leaves_gradients_alone(model, latents):
     losses = []
     for _ in range(8):
         text = model.encode_text(["sks cat", "a house"])
-        loss = (model.predict(latents, torch.tensor([7, 700]), text) - target).pow(2).mean()
+        loss = (model.predict(latents, torch.tensor([7, 700]), text, torch.zeros(2, 6)) - target).pow(2).mean()
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.9 * losses[0]
-    assert all(not p.requires_grad and p.grad is None for p in model.unet.parameters())
+    assert all(not p.requires_grad and p.grad is None for p in model.denoiser.parameters())
     assert all(math.isfinite(loss) for loss in losses)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import loaded
+
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from library.models import sd  # noqa: E402
 from library.training.objective import diffusion_loss  # noqa: E402
 from library.world import measure  # noqa: E402
 
@@ -86,9 +87,9 @@ def test_loss_is_the_trainers(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import personalization_train as training
 
-    model = sd.load(str(measure.MODEL))
+    model = loaded(measure.MODEL)
     data = training.data_set(model, concept=100, word="sks", seed=0, steps=3)
-    loss = training.Loss(model.unet, data.text, None, lambda: None)
+    loss = training.Loss(model.denoiser, data.text, None, lambda: None)
     noise, timesteps = data.target[1], data.timesteps[1]
     clean = model.noise_scheduler()
     alphas = clean.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -96,7 +97,12 @@ def test_loss_is_the_trainers(monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: timesteps)
     with torch.no_grad():
-        expected = diffusion_loss(lambda noisy, at: model.predict(noisy, at, data.text), latents, clean, training.GAMMA)
+        expected = diffusion_loss(
+            lambda noisy, at: model.predict(noisy, at, {"hidden": data.text}, torch.zeros(0)),
+            latents,
+            clean,
+            training.GAMMA,
+        )
         found = loss(data.noisy[1], timesteps, noise, data.weights[1])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
@@ -107,12 +113,12 @@ def test_a_training_started_anew_is_a_fresh_one(monkeypatch, label):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import personalization_train as training
 
-    model = sd.load(str(measure.MODEL))
+    model = loaded(measure.MODEL)
     sets = [[training.data_set(model, 100, "sks", seed, steps=3)] for seed in (0, 1, 1)]
-    group = training.Group(label, 8, model.unet)
+    group = training.Group(label, 8, model.denoiser)
     first = group.train(1e-3, sets[0])[0]
     again = group.train(1e-2, sets[1])[0]
-    fresh = training.train(label, 8, 1e-2, model.unet, sets[2])[0]
+    fresh = training.train(label, 8, 1e-2, model.denoiser, sets[2])[0]
     assert again.loss == fresh.loss
     assert fresh.deltas
     assert all(torch.equal(again.deltas[name], delta) for name, delta in fresh.deltas.items())

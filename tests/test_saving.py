@@ -92,7 +92,7 @@ def test_base_hash_follows_the_weights_as_the_forward_pass_sees_them(model, tmp_
     layer.weight.data = layer.weight.data.flip(0)
     hashes.append(metadata_of(save(network, tmp_path))["deft_base_hash"])
     layer.weight.data = layer.weight.data.flip(0)
-    model.unet.to(torch.bfloat16)
+    model.denoiser.to(torch.bfloat16)
     metadata = metadata_of(save(network, tmp_path))
     hashes.append(metadata["deft_base_hash"])
     assert metadata["deft_base_dtype"] == "bfloat16,float32"

@@ -20,7 +20,7 @@ from library import sampling
 from library.data.folders import TrainImage
 from library.data.latents import CachedLatents, pixels_of
 from library.data.pixels import read_picture
-from library.models import sd
+from library.models import reading
 from library.options.parse import parse
 from library.prompts import Prompt, read_prompts
 from library.training import given, start
@@ -29,7 +29,7 @@ from library.training.objective import diffusion_loss
 from library.training.samples import drawing
 from networks import deft, deft_io
 from networks.deft_config import DeftError
-from tests.conftest import arguments, in_two_processes, network_of, relative_error
+from tests.conftest import arguments, in_two_processes, loaded, network_of, relative_error
 from tests.test_files import deltas_of_lora
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +79,7 @@ def test_trains_from_a_config_file_and_its_lora_is_the_network(model_folder, pho
     assert [path.name.split("_")[1] for path in drawn] == ["000000", "000040"]
 
     prompt = read_prompts(str(prompts), (64, 64))
-    fresh = sd.load(str(model_folder))
+    fresh = loaded(model_folder)
     before = sampling.draw(fresh.pipeline, prompt)[0]
     fresh.pipeline.load_lora_weights(str(tmp_path / "out"), weight_name="cat.safetensors")
     after = sampling.draw(fresh.pipeline, prompt)[0]
@@ -221,21 +221,21 @@ def parsed(model_folder, photos, tmp_path, **changes):
 def test_base_weights_are_merged_at_their_strength(run, model_folder, photos, tmp_path):
     assert run(output_name="first", learning_rate=1e-2) == 0
     first = str(tmp_path / "out" / "first.safetensors")
-    model, base = sd.load(str(model_folder)), sd.load(str(model_folder))
+    model, base = loaded(model_folder), loaded(model_folder)
     given_run = parsed(model_folder, photos, tmp_path, base_weights=[first], base_weights_multiplier=[0.5])
     DeftAdapter(given_run.network, given.read(given_run), model, Accelerator(cpu=True), tmp_path)
     found = deltas_of_lora(load_file(first))
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-    change = model.unet.get_submodule(name).weight - base.unet.get_submodule(name).weight
+    change = model.denoiser.get_submodule(name).weight - base.denoiser.get_submodule(name).weight
     assert relative_error(change, 0.5 * found["lora_unet_" + name.replace(".", "_")]) < 1e-3
 
 
-def test_model_is_placed_in_the_trainings_precision_and_memory_options(model, model_folder, photos, tmp_path):
-    options = parsed(model_folder, photos, tmp_path, gradient_checkpointing=True).model
-    model.place(torch.device("cpu"), torch.bfloat16, options)
-    assert (model.unet.dtype, model.text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)
-    assert model.unet.is_gradient_checkpointing
-    assert model.text_encoder.is_gradient_checkpointing
+def test_model_is_placed_in_the_trainings_precision_and_memory_options(model_folder):
+    model = loaded(model_folder, gradient_checkpointing=True)
+    model.place(torch.device("cpu"), torch.bfloat16, encoders=True)
+    for part in (model.denoiser, *model.text_encoders):
+        assert part.dtype == torch.bfloat16
+        assert part.is_gradient_checkpointing
 
 
 def test_gradients_are_clipped(run, tmp_path):
@@ -248,13 +248,14 @@ def test_gradients_are_clipped(run, tmp_path):
     assert norms[1] < 1e-2 * norms[0]
 
 
-def test_latents_and_repeats(model, photos):
+def test_latents_and_repeats(model_folder, photos):
+    model = loaded(model_folder)
     images = [TrainImage(path, "x", 3, "f") for path in sorted(photos.glob("*.jpg"))]
     data = CachedLatents(images, (64, 64), model.encode_image)
     assert len(data) == 15
     distribution = model.vae.encode(pixels_of(read_picture(images[0].path).image, (64, 64))[None]).latent_dist
     spread = distribution.std * model.vae.config.scaling_factor
-    error = (data[0][0] - distribution.mean[0] * model.vae.config.scaling_factor) / spread[0]
+    error = (data[0].latents - distribution.mean[0] * model.vae.config.scaling_factor) / spread[0]
     assert 0.5 < error.std() < 1.5  # a draw from the encoder's distribution, scaled
 
 
@@ -370,19 +371,19 @@ def test_stops_on_non_finite_losses_and_keeps_the_last_good_save(run, tmp_path, 
 
 def test_a_single_file_names_the_three_places_of_a_tokenizer(tmp_path, monkeypatch):
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(sd, "CLIP_L", str(tmp_path / "not-in-the-cache"))
+    monkeypatch.setattr(reading, "CLIP_L", str(tmp_path / "not-in-the-cache"))
     with pytest.raises(DeftError, match=r"--tokenizer FOLDER.*--tokenizer_cache_dir FOLDER.*local hub cache"):
-        sd.load(str(tmp_path / "model.safetensors"))
+        loaded(tmp_path / "model.safetensors")
 
 
 def test_tokenizer_comes_from_sd_scripts_cache_folder(model_folder, tmp_path):
     shutil.copytree(model_folder / "tokenizer", tmp_path / "openai_clip-vit-large-patch14")
-    assert sd.find_tokenizer(None, str(tmp_path)).model_max_length == 77
+    assert reading.find_tokenizer(None, str(tmp_path)).model_max_length == 77
 
 
 def test_sampling_leaves_the_trainings_random_numbers_alone(model):
-    network = deft.create_network(1.0, 4, 4, None, model.text_encoder, model.unet)
-    network.apply_to(model.text_encoder, model.unet)
+    network = deft.create_network(1.0, 4, 4, None, model.text_encoders, model.denoiser)
+    network.apply_to(model.text_encoders, model.denoiser)
     network.train()
     torch.manual_seed(3)
     wanted = torch.rand(3)

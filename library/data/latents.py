@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,26 @@ from networks.deft_progress import progress
 logger = logging.getLogger(__name__)
 
 
+class Batch(NamedTuple):
+    """What a step is made of, b pictures; or one, without the first dimension.
+
+    :param latents: (b, c, h, w), float32
+    :param sizes: (b, 6) in pixels: height and width of the file, top and left of the crop in the scaled picture, height
+        and width of what is left
+    """
+
+    latents: Tensor
+    captions: list[str]
+    sizes: Tensor
+
+
+def sizes_of(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """`Batch.sizes` (6,) of a picture that `pixels_of` scales and crops to (width, height)."""
+    scale = max(size[0] / image.width, size[1] / image.height)
+    left, top = ((round(side * scale) - kept) // 2 for side, kept in zip(image.size, size, strict=True))
+    return torch.tensor([image.height, image.width, top, left, size[1], size[0]], dtype=torch.float32)
+
+
 def pixels_of(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """An RGB image scaled and center-cropped to (width, height), as (3, height, width) in [-1, 1]."""
     fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
@@ -27,7 +48,7 @@ def pixels_of(image: Image.Image, size: tuple[int, int]) -> Tensor:
 
 
 class CachedLatents(Dataset):
-    """Every image as latents kept in memory, `repeats` times an epoch. Items are (latents (c, h, w), caption).
+    """Every image as latents kept in memory, `repeats` times an epoch. Items are `Batch`es of one.
 
     :param size: (width, height) that all are scaled and cropped to
     :param encode: pixels (1, 3, height, width) to latents (1, c, h, w)
@@ -44,6 +65,7 @@ class CachedLatents(Dataset):
     ):
         self.images: list[TrainImage] = []
         self.latents: list[Tensor] = []
+        self.sizes: list[Tensor] = []
         remarks = Remarks()
         for image in progress(images, "caching latents"):
             try:
@@ -57,6 +79,7 @@ class CachedLatents(Dataset):
             if picture.frames > 1:
                 remarks.add("{n} picture{s} of several frames ({one}): only the first is used", image.path)
             self.images.append(image)
+            self.sizes.append(sizes_of(picture.image, size))
             self.latents.append(encode(pixels[None])[0].float().cpu())
         for line in remarks.lines():
             logger.warning(line)
@@ -67,9 +90,9 @@ class CachedLatents(Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+    def __getitem__(self, index: int) -> Batch:
         i = self.order[index]
-        return self.latents[i], self.images[i].caption
+        return Batch(self.latents[i], self.images[i].caption, self.sizes[i])  # type: ignore[arg-type]
 
     def folder_counts(self) -> dict[str, dict[str, int]]:
         """Folder -> {"n_repeats", "img_count"}, as sd-scripts writes it into a file's metadata."""

@@ -15,10 +15,10 @@ class ModelOptions:
     """What model, and how it is held while it is trained on."""
 
     pretrained_model_name_or_path: str
-    tokenizer: str | None
-    tokenizer_cache_dir: str | None
-    xformers: bool
-    gradient_checkpointing: bool
+    tokenizer: str | None = None
+    tokenizer_cache_dir: str | None = None
+    xformers: bool = False
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from library import keep
-from library.models.sd import StableDiffusion
+from library.models.family import Family
 from library.options.rooms import NetworkOptions, OptimizerOptions
 from library.prompts import Prompt
 from library.training.given import Given
@@ -64,12 +64,10 @@ class DeftAdapter:
     :raises DeftError: for options or files that do not fit the model
     """
 
-    def __init__(
-        self, options: NetworkOptions, given: Given, model: StableDiffusion, accelerator: Accelerator, folder: Path
-    ):
+    def __init__(self, options: NetworkOptions, given: Given, model: Family, accelerator: Accelerator, folder: Path):
         self.model, self.max_norm = model, options.scale_weight_norms
         self.device = accelerator.device
-        encoder, unet = model.text_encoder, model.unet
+        encoder, unet = model.text_encoders, model.denoiser
         for file, strength in given.base:
             merged = deft.network_of_adapter(strength, file, encoder, unet, for_inference=True)
             merged.merge_to(encoder, unet, file.tensors)
@@ -98,11 +96,11 @@ class DeftAdapter:
 
     def start_epoch(self) -> None:
         """See `Adapter`."""
-        self.module.on_epoch_start(self.model.text_encoder, self.model.unet)
+        self.module.on_epoch_start(self.model.text_encoders, self.model.denoiser)
 
     def start_step(self) -> None:
         """See `Adapter`."""
-        self.module.on_step_start(self.model.text_encoder, self.model.unet)
+        self.module.on_step_start(self.model.text_encoders, self.model.denoiser)
 
     def after_step(self) -> None:
         """See `Adapter`; scales deltas above --scale_weight_norms down."""
@@ -118,15 +116,13 @@ class DeftAdapter:
         self.module.save_weights(str(path), dtype, metadata)
 
 
-def _directions(
-    prompts: list[Prompt], source: str, model: StableDiffusion, accelerator: Accelerator, folder: Path
-) -> Path:
+def _directions(prompts: list[Prompt], source: str, model: Family, accelerator: Accelerator, folder: Path) -> Path:
     """The file of `library.keep` for these prompts, made once a base model and folder.
 
     :param source: of the prompts, for messages
     :raises DeftError: when it cannot be made or written
     """
-    parts = (model.text_encoder, model.unet)
+    parts = (*model.text_encoders, model.denoiser)
     weights = ((name, p) for part in parts for name, p in part.named_parameters() if p.dim() > 1)
     made_of = f"{deft_io.base_fingerprint(weights)} {prompts} {keep.DIRECTIONS}"
     file = folder / f"keep-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"

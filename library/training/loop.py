@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from library.models.sd import StableDiffusion
+from library.data.latents import Batch
+from library.models.family import Family
 from library.options.rooms import LoopOptions
 from library.training.adapter import Adapter
 from library.training.objective import diffusion_loss
@@ -49,7 +50,7 @@ class TrainingLoop:
 
     options: LoopOptions
     accelerator: Accelerator
-    model: StableDiffusion
+    model: Family
     adapter: Adapter
     loader: DataLoader
     optimizer: Any
@@ -60,14 +61,14 @@ class TrainingLoop:
     length: Length
     step: int = 0
     epoch: int = 0
-    first_batch: tuple[Tensor, list[str]] | tuple[()] = ()
+    first_batch: Batch | None = None
     has_gradients: bool = False  # of the step that is under way
     non_finite: str = ""  # what was not finite in it
     non_finite_in_a_row: int = 0
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=100))
 
     def __post_init__(self) -> None:
-        self.noise_scheduler: DDPMScheduler = self.model.noise_scheduler()
+        self.noise_scheduler: DDPMScheduler = self.model.noise_scheduler()  # type: ignore[attr-defined]
 
     def run(self) -> None:
         """Trains for `steps` optimizer steps.
@@ -81,9 +82,9 @@ class TrainingLoop:
             while self.step < self.length.steps:
                 self.epoch += 1
                 self.adapter.start_epoch()
-                for latents, captions in self.loader:
+                for batch in self.loader:
                     with self.accelerator.accumulate():
-                        loss = self._batch(latents, list(captions))
+                        loss = self._batch(batch)
                     if not self.accelerator.sync_gradients:
                         continue
                     self.step += 1
@@ -99,23 +100,22 @@ class TrainingLoop:
         """Of the last 100 batches."""
         return sum(self.recent_losses) / max(len(self.recent_losses), 1)
 
-    def _loss(self, latents: Tensor, captions: list[str]) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         """The objective at random noise and timesteps."""
         with self.accelerator.autocast():
-            text = self.model.encode_text(captions)
+            text = self.model.encode_text(list(batch.captions))
             return diffusion_loss(
-                lambda noisy, timesteps: self.model.predict(noisy, timesteps, text),
-                latents.to(self.accelerator.device),
+                lambda noisy, timesteps: self.model.predict(noisy, timesteps, text, batch.sizes),
+                batch.latents.to(self.accelerator.device),
                 self.noise_scheduler,
                 self.options.min_snr_gamma or None,
             )
 
-    def _batch(self, latents: Tensor, captions: list[str]) -> float:
+    def _batch(self, batch: Batch) -> float:
         """Forward, backward and, where gradients are complete, the update; returns the loss over all processes."""
         self.adapter.start_step()
-        if not self.first_batch:
-            self.first_batch = (latents, captions)
-        loss = self._loss(latents, captions)
+        self.first_batch = self.first_batch or batch
+        loss = self._loss(batch)
         value = self.accelerator.gather(loss.detach()).mean().item()  # one value, so that all processes agree
         if math.isfinite(value):
             self.recent_losses.append(value)
@@ -135,6 +135,7 @@ class TrainingLoop:
     @torch.no_grad()
     def warn_where_nothing_moved(self) -> None:
         """After a training: where the loss on the first batch is what it is without the adapter, noise alike."""
+        assert self.first_batch is not None
         network, losses = self.adapter.module, []
         training = network.training
         network.eval()
@@ -142,7 +143,7 @@ class TrainingLoop:
             self.adapter.switch(on)
             with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
                 torch.manual_seed(0)
-                losses.append(float(self._loss(*self.first_batch)))
+                losses.append(float(self._loss(self.first_batch)))
         network.train(training)
         if abs(losses[1] - losses[0]) <= 1e-6 * abs(losses[0]):
             logger.warning(

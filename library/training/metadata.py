@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from library.data.latents import CachedLatents
-from library.models.sd import StableDiffusion
+from library.models.family import Family
 from library.options.rooms import Run
 from library.training.loop import Length
 from networks.deft import DeftNetwork
@@ -25,7 +25,7 @@ _ALWAYS = (
 
 
 def of_training(
-    run: Run, model: StableDiffusion, network: DeftNetwork, data: CachedLatents, length: Length, seed: int
+    run: Run, model: Family, network: DeftNetwork, data: CachedLatents, length: Length, seed: int
 ) -> dict[str, str]:
     """The fields that are known before the first step; with --no_metadata, those alone that clients need."""
     width, height = run.data.resolution

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from library.data.folders import TrainImage
 from library.data.latents import CachedLatents
-from library.models.sd import StableDiffusion
+from library.models.family import Family
 from library.options.rooms import DataOptions, OptimizerOptions
 from networks.deft_config import DeftError
 
@@ -24,13 +24,13 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 def cache_latents(
-    options: DataOptions, images: list[TrainImage], model: StableDiffusion, accelerator: Accelerator
+    options: DataOptions, images: list[TrainImage], model: Family, accelerator: Accelerator
 ) -> CachedLatents:
     """Encodes all images once and puts the VAE aside.
 
     :raises DeftError: when no image can be read, or for a resolution that the model cannot have
     """
-    (width, height), step = options.resolution, model.pixels_per_latent
+    (width, height), step = options.resolution, model.multiple_of
     if width % step or height % step:
         raise DeftError(f"--resolution {width},{height}: both must be multiples of {step}")
     model.vae.to(accelerator.device)
@@ -40,17 +40,17 @@ def cache_latents(
     return data
 
 
-def tell_what_is_cut(model: StableDiffusion, captions: Mapping[str, str]) -> None:
+def tell_what_is_cut(model: Family, captions: Mapping[str, str]) -> None:
     """One line where texts are longer than the text encoder reads.
 
     :param captions: what a user knows a text by -> the text
     """
-    rests = {name: rest for name, text in captions.items() if (rest := model.text_beyond(text))}
+    rests = {name: found for name, text in captions.items() if (found := model.beyond(text))[0]}
     if rests:
-        name, rest = next(iter(rests.items()))
+        name, (rest, tokens) = next(iter(rests.items()))
         rest = rest if len(rest) <= 60 else f"... {rest[-60:]}"  # a trigger word stands last as often as first
         logger.warning(
-            f"{len(rests)} of {len(captions)} captions and prompts are longer than the text encoder's {model.tokens} "
+            f"{len(rests)} of {len(captions)} captions and prompts are longer than the text encoder's {tokens} "
             f"tokens, what is behind is not read: '{rest}' in {name} for one"
         )
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from library import sampling
-from library.models.sd import StableDiffusion
+from library.models.family import Family
 from library.prompts import Prompt
 from library.training.adapter import Adapter
 from networks.deft_config import reason_of
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def drawing(model: StableDiffusion, adapter: Adapter, accelerator: Accelerator) -> Iterator[None]:
+def drawing(model: Family, adapter: Adapter, accelerator: Accelerator) -> Iterator[None]:
     """Within it, the model draws with the adapter as it is now, dropout off; the training's random numbers stay as they
     are."""
     network, vae_device = adapter.module, model.vae.device
@@ -47,7 +47,7 @@ class Samples:
     """
 
     prompts: Sequence[Prompt]
-    model: StableDiffusion
+    model: Family
     adapter: Adapter
     accelerator: Accelerator
     folder: Path

@@ -14,7 +14,7 @@ import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from library.models.sd import CONFIGS
+from library.models.reading import CONFIGS
 from library.world import tokenizer as clip_tokenizer
 
 UNET = {"block_out_channels": [32, 64, 96, 96], "cross_attention_dim": 64, "norm_num_groups": 16, "sample_size": 16}
@@ -47,4 +47,4 @@ def build(folder: Path, seed: int = 0) -> Path:
 
 
 def _config(part: str, file: str = "config.json") -> dict:
-    return json.loads((CONFIGS / part / file).read_text(encoding="utf-8"))
+    return json.loads((CONFIGS / "sd15" / part / file).read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ import shutil
 import pytest
 import torch
 
+from tests.conftest import loaded
 from tests.integration.conftest import (
     ROOT,
     SD_SCRIPTS,
@@ -153,17 +154,15 @@ def test_samples_before_the_first_step_make_the_file_to_keep(world):
 
 def test_single_file_is_the_same_model(world):
     """The checkpoint as sd-scripts' own tool writes it from the Diffusers folder."""
-    from library.models import sd
-
     single = world / "single.safetensors"
     run_script("tools/convert_diffusers20_original_sd.py", world / "model", single, "--v1", "--fp16")
-    one = sd.load(str(single), tokenizer_cache_dir=str(world / "tokenizers"))
-    two = sd.load(str(world / "model"))
+    one = loaded(single, tokenizer_cache_dir=str(world / "tokenizers"))
+    two = loaded(world / "model")
     for part in ("unet", "vae", "text_encoder"):
-        ours, theirs = (getattr(m, part).state_dict() for m in (one, two))
+        ours, theirs = (getattr(m.pipeline, part).state_dict() for m in (one, two))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert torch.equal(one.encode_text(["sks"]), two.encode_text(["sks"]))
+    assert torch.equal(one.encode_text(["sks"])["hidden"], two.encode_text(["sks"])["hidden"])
 
 
 def test_files_copied_into_the_checkout(world, tmp_path):

@@ -1,0 +1,140 @@
+"""What the training knows of a model: one interface, behind which each family has its file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor, nn
+
+from library.options.rooms import ModelOptions
+from library.prompts import Prompt
+from networks.deft_config import DeftError, reason_of
+
+Text = dict[str, Tensor]  # a family's own names -> what the text encoders make of captions, (captions, ...) each
+
+
+class Family(ABC):
+    """A loaded model: its parts are frozen, in evaluation mode, on the CPU until `place`.
+
+    :param path: its file or folder
+    :param pipeline: of diffusers, that draws with the same parts; its progress bar is off
+    """
+
+    objective: ClassVar[Literal["diffusion", "flow"]]  # see `library.training.objective`
+
+    def __init__(self, path: Path, pipeline: DiffusionPipeline, options: ModelOptions):
+        self.path, self.pipeline, self.options = path, pipeline, options
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The U-Net or transformer."""
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> list[nn.Module]:
+        """In the order of sd-scripts' `--text_encoder_lr`."""
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """In float32, always: others overflow in float16."""
+        return self.pipeline.vae
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Of a side; 8 for the published models."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def multiple_of(self) -> int:
+        """Pixels that a picture's sides have to be a multiple of."""
+        return self.pixels_per_latent
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Latents (b, c, h, w) in the model's own scale, of pixels (b, 3, height, width) in [-1, 1]."""
+        config = self.vae.config
+        latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.sample()
+        return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
+
+    @abstractmethod
+    def encode_text(self, captions: list[str]) -> Text:
+        """What `predict` takes, with gradients where the text encoders are adapted."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:
+        """The denoiser's answer, in the shape of the latents.
+
+        :param noisy: (b, c, h, w)
+        :param timesteps: (b,) from 0 to 1000, whole ones for the objective "diffusion"
+        :param sizes: (b, 6) of each picture in pixels: height and width of the file, top and left of the crop, height
+            and width of what is trained
+        """
+
+    @abstractmethod
+    def beyond(self, caption: str) -> tuple[str, int]:
+        """What of a caption is cut, and the number of tokens that are read."""
+
+    @abstractmethod
+    def drawing_inputs(self, prompt: Text, negative: Text | None) -> dict[str, Tensor]:
+        """What the pipeline's call takes instead of `prompt` and `negative_prompt`."""
+
+    @abstractmethod
+    def names(self) -> Mapping[str, str]:
+        """What a file's metadata calls it: `ss_...` and `modelspec....`."""
+
+    def place(self, device: torch.device, dtype: torch.dtype, encoders: bool) -> None:
+        """The frozen parts that every step needs, in the training's precision, with the memory options.
+
+        :param encoders: whether the text encoders are needed in every step
+        :raises DeftError: when xformers is asked for and fails
+        """
+        parts = [self.denoiser, *(self.text_encoders if encoders else ())]
+        for part in parts:
+            nn.Module.to(part, device, dtype)  # transformers hides its signature
+        if self.options.xformers:
+            try:
+                self.denoiser.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
+            except (ImportError, ValueError) as error:
+                raise DeftError(f"--xformers: {reason_of(error)}; leave the option out") from None
+        if self.options.gradient_checkpointing:
+            for part in parts:
+                part.train()
+                if hasattr(part, "enable_gradient_checkpointing"):
+                    part.enable_gradient_checkpointing()  # type: ignore[operator]
+                else:
+                    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+
+    @abstractmethod
+    def sampler(self, name: str | None) -> Any:
+        """A scheduler of diffusers' for pictures.
+
+        :param name: of sd-scripts' `--sample_sampler`; None for the default
+        :raises DeftError: for one that the family does not have
+        """
+
+    @torch.no_grad()
+    def draw(self, prompt: Prompt, text: Text, negative: Text | None, sampler: str | None = None, **call: Any) -> Any:
+        """One picture (PIL), by the family's own pipeline, from encoded texts.
+
+        :param call: further arguments of the pipeline's call
+        """
+        trained_with = self.pipeline.scheduler
+        self.pipeline.scheduler = self.sampler(sampler)
+        try:
+            return self.pipeline(
+                **self.drawing_inputs(text, negative),
+                width=prompt.width,
+                height=prompt.height,
+                guidance_scale=prompt.guidance,
+                num_inference_steps=prompt.steps,
+                generator=prompt.generator(),
+                **call,
+            ).images[0]
+        finally:
+            self.pipeline.scheduler = trained_with

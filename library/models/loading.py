@@ -1,0 +1,63 @@
+"""Which family a model is of, seen from its tensors or its folder's index, and the one place that loads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+from library.models import sd
+from library.models.family import Family
+from library.models.reading import index_of, shapes_of
+from library.options.rooms import ModelOptions
+from networks.deft_config import DeftError
+from networks.deft_io import is_adapter_dict
+
+# diffusers' name of a single file's model, or of a folder's pipeline -> what loads it
+FAMILIES: dict[str, Callable[[Path, ModelOptions, torch.dtype], Family]] = {
+    "v1": sd.load,
+    "StableDiffusionPipeline": sd.load,
+}
+
+# diffusers' names of single files' models that are not trained here, in words
+_OTHERS = {"xl_refiner": "SDXL's refiner", "inpainting": "an inpainting model", "sd3": "Stable Diffusion 3",
+           "controlnet": "a ControlNet"}  # fmt: skip
+
+
+def load(options: ModelOptions, dtype: torch.dtype = torch.float32) -> Family:
+    """A Diffusers folder or a single-file checkpoint, frozen, on the CPU, asking no hub.
+
+    :param dtype: of all parts but the VAE, which has float32
+
+    :raises DeftError: when the model or, for a single file, its tokenizer cannot be found or read, or its family is not
+        trained here
+    """
+    path = options.pretrained_model_name_or_path
+    location = Path(path)
+    if not os.path.exists(path):
+        raise DeftError(f"--pretrained_model_name_or_path: no such model: {path} (a Diffusers folder or .safetensors)")
+    if location.is_dir() and not (location / "model_index.json").is_file():
+        raise DeftError(f"{path}: no Diffusers model folder, since it has no model_index.json")
+    if location.is_file() and location.suffix != ".safetensors":
+        raise DeftError(f"{path}: only .safetensors checkpoints are read, since others can run code; convert it first")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+    kind = str(index_of(location).get("_class_name")) if location.is_dir() else _kind_of_file(location)
+    if kind not in FAMILIES:
+        raise DeftError(
+            f"{path}: this looks like {_OTHERS.get(kind, kind)}, which is not trained here; sd-scripts may, with "
+            f"--network_module networks.deft"
+        )
+    return FAMILIES[kind](location, options, dtype)
+
+
+def _kind_of_file(location: Path) -> str:
+    shapes = shapes_of(location)
+    if is_adapter_dict(shapes):
+        return "an adapter, no model"
+    return infer_diffusers_model_type({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})

@@ -1,0 +1,110 @@
+"""What the families share in reading models: headers, folders, tokenizers; no hub is asked and no pickle is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
+
+from networks.deft_config import DeftError, read_text, reason_of
+
+CONFIGS = Path(__file__).parent / "configs"
+CLIP_L = "openai/clip-vit-large-patch14"
+
+
+def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a file's tensors, from its header.
+
+    :raises DeftError: when it is cut off or no safetensors file
+    """
+    try:
+        with safe_open(str(file), "pt") as opened:
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise DeftError(f"{file}: not a whole safetensors file ({reason_of(error)})") from None
+
+
+def of_folder(folder: Path) -> dict[str, Any]:
+    """Options for a pipeline's `from_pretrained`: no hub and no pickles, none of the parts that only look at finished
+    pictures, and the variant (such as fp16) where a part is there in no other."""
+    index = index_of(folder)
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    options |= dict.fromkeys(index.keys() & {"safety_checker", "feature_extractor", "image_encoder"})
+    for part in (folder / name for name in index):
+        names = [path.name.removesuffix(".safetensors") for path in part.glob("*model*.safetensors")]
+        if names and all("." in name for name in names):  # diffusion_pytorch_model.fp16-00001-of-00002
+            options["variant"] = names[0].split(".")[1].split("-0")[0]
+    return options
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    """A Diffusers folder's list of parts.
+
+    :raises DeftError: when it cannot be read
+    """
+    try:
+        index = json.loads(read_text(folder / "model_index.json", f"{folder / 'model_index.json'}:"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DeftError(f"{folder / 'model_index.json'}: no JSON ({reason_of(error)})") from None
+    return index if isinstance(index, dict) else {}
+
+
+def check_whole(location: Path, pipeline: DiffusionPipeline, parts: Mapping[str, str]) -> None:
+    """:param parts: of the pipeline -> what older files write before the names of its weights, or nothing
+    :raises DeftError: when a weight is missing, which the libraries leave without a value, or draw at random
+    """
+    for name, prefix in parts.items():
+        expected = dict(getattr(pipeline, name).named_parameters())
+        missing = [key for key, weight in expected.items() if weight.is_meta]
+        if location.is_dir() and prefix:  # a VAE's attention has other names in older files
+            files = (location / name).glob("*.safetensors")
+            held = {key.removeprefix(prefix) for file in files for key in shapes_of(file)}
+            missing += [key for key in expected if key.removeprefix(prefix) not in held]
+        if missing:
+            raise DeftError(f"{location}: {len(missing)} weights of its {name} are missing, {missing[0]} for one")
+
+
+def find_tokenizer(
+    tokenizer: str | None, cache_dir: str | None, name: str = CLIP_L, kind: Any = CLIPTokenizer
+) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder, sd-scripts' cache folder or the local hub cache, in this order.
+
+    :param tokenizer: the folder, where there is one
+    :param cache_dir: sd-scripts' layout, `openai_clip-vit-large-patch14/` inside
+    :param name: the hub's
+    :param kind: transformers' class
+    :raises DeftError: naming the three places
+    """
+    if tokenizer:
+        return tokenizer_from(tokenizer, kind)
+    cached = Path(cache_dir or "", name.replace("/", "_"))
+    if cache_dir and cached.is_dir():
+        return tokenizer_from(str(cached), kind)
+    try:
+        return tokenizer_from(name, kind)
+    except DeftError:
+        raise DeftError(
+            f"a single-file checkpoint holds no tokenizer: give --tokenizer FOLDER, or --tokenizer_cache_dir FOLDER "
+            f"with {cached.name}/ in it, or put {name} into the local hub cache"
+        ) from None
+
+
+def tokenizer_from(folder: str, kind: Any = CLIPTokenizer) -> PreTrainedTokenizerBase:
+    """:raises DeftError: when there is none"""
+    try:
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds, by transformers' version
+        raise DeftError(f"{folder}: no tokenizer there ({reason_of(error)})") from None
+    check_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> None:
+    """transformers 5 makes an empty tokenizer, which knows no letter, where it finds no files."""
+    if len(tokenizer) < 256:
+        raise DeftError(f"{source}: no tokenizer there (vocab.json and merges.txt, or tokenizer.json)")
