@@ -16,12 +16,16 @@ from PIL import ImageColor
 
 from library.options.rooms import (
     DataOptions,
+    LogOptions,
     LoopOptions,
     ModelOptions,
     NetworkOptions,
     OptimizerOptions,
-    OutputOptions,
+    ProcessOptions,
     Run,
+    SampleOptions,
+    SaveOptions,
+    ValidationOptions,
 )
 from library.options.table import OPTIONS, Option, asks_for_nothing
 from networks.deft_config import DeftError, nearest, read_text, reason_of
@@ -186,6 +190,12 @@ def _run(values: dict[str, Any]) -> Run:
         raise DeftError("--lr_warmup_steps: --lr_scheduler=constant has no warmup; use constant_with_warmup")
     if values["network_train_unet_only"] and values["network_train_text_encoder_only"]:
         raise DeftError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+    for precision in ("full_fp16", "full_bf16"):
+        if values[precision] and values["mixed_precision"] != precision[5:]:
+            raise DeftError(f"--{precision} needs --mixed_precision {precision[5:]}")
+    if values["cache_text_encoder_outputs"] and not values["network_train_unet_only"]:
+        raise DeftError("--cache_text_encoder_outputs: text encoders that are trained give new outputs in every step; "
+                        "add --network_train_unet_only, or leave it out")  # fmt: skip
     if values["dim_from_weights"] and not values["network_weights"]:
         raise DeftError("--dim_from_weights needs --network_weights")
     if len(values["base_weights_multiplier"]) > len(values["base_weights"]):
@@ -210,8 +220,12 @@ def _run(values: dict[str, Any]) -> Run:
         _room(DataOptions, values),
         _room(NetworkOptions, values),
         _room(OptimizerOptions, values),
+        _room(ProcessOptions, values),
         _room(LoopOptions, values),
-        _room(OutputOptions, values),
+        _room(SaveOptions, values),
+        _room(SampleOptions, values),
+        _room(ValidationOptions, values),
+        _room(LogOptions, values),
         recorded,
     )
 

@@ -30,6 +30,8 @@ class DataOptions:
     transparent_background: tuple[int, int, int]
     resolution: tuple[int, int]  # width and height
     train_batch_size: int
+    cache_text_encoder_outputs: bool
+    text_encoder_batch_size: int | None
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,73 @@ class LoopOptions:
     max_grad_norm: float
     min_snr_gamma: float | None
     max_nan_steps: int
-    mixed_precision: str
-    seed: int | None
-    save_every_n_epochs: int | None
-    save_every_n_steps: int | None
     sample_every_n_epochs: int | None
     sample_every_n_steps: int | None
     sample_at_first: bool
+    validate_every_n_epochs: int | None
+    validate_every_n_steps: int | None
 
 
 @dataclass(frozen=True)
-class OutputOptions:
-    """Where files go, and what is in them."""
+class ProcessOptions:
+    """What accelerate sets up."""
+
+    mixed_precision: str
+    gradient_accumulation_steps: int
+    ddp_timeout: int | None  # minutes
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """Which files are written when and where, how many stay, and what a training goes on from."""
 
     output_dir: str
     output_name: str
     save_precision: str
     no_metadata: bool
+    save_every_n_epochs: int | None
+    save_every_n_steps: int | None
+    save_n_epoch_ratio: int | None
+    save_last_n_epochs: int | None
+    save_last_n_steps: int | None
+    save_state: bool
+    save_state_on_train_end: bool
+    save_last_n_epochs_state: int | None
+    save_last_n_steps_state: int | None
+    resume: str | None
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What is drawn during the training; `LoopOptions` says when."""
+
     sample_prompts: str | None
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """What is kept apart to be measured on; `LoopOptions` says when."""
+
+    validation_split: float
+    validation_seed: int | None
+    max_validation_steps: int | None
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """What is told of the training, and to whom."""
+
     logging_dir: str | None
+    log_with: str | None
+    log_prefix: str | None
+    log_tracker_name: str | None
+    log_tracker_config: str | None
+    log_config: bool
+    wandb_run_name: str | None
+    wandb_api_key: str | None
+    console_log_level: str
+    console_log_file: str | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +150,10 @@ class Run:
     data: DataOptions
     network: NetworkOptions
     optimizer: OptimizerOptions
+    process: ProcessOptions
     loop: LoopOptions
-    output: OutputOptions
+    saves: SaveOptions
+    samples: SampleOptions
+    validation: ValidationOptions
+    logs: LogOptions
     recorded: Mapping[str, Any]

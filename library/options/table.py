@@ -88,13 +88,12 @@ def _to_come(reason: str, *names: str, switch: bool = False, many: bool = False)
 IN_SD_SCRIPTS = "not here yet; sd-scripts has it, with --network_module networks.deft"
 _DATA = "data sets in sd-scripts' form are not read here yet"
 _META = "what sharing needs is not written here yet"
-_STATE = "states are not saved here yet; --network_weights FILE --dim_from_weights goes on from an adapter"
-_VALIDATION = "no validation here yet"
 _FAMILY = "Stable Diffusion 1.x and 2.x alone are trained here so far; " + IN_SD_SCRIPTS
 _MEMORY = IN_SD_SCRIPTS
 _DEEPSPEED = "DeepSpeed is not used here; several GPUs train by accelerate launch"
 _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "all")
 SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
 
 OPTIONS: list[Option] = [
@@ -150,6 +149,8 @@ OPTIONS: list[Option] = [
             check=AT_LEAST_1,
             metadata="ss_batch_size_per_device",
         ),
+        Option("cache_text_encoder_outputs", bool, False, "encode texts once, then free the text encoders"),
+        Option("text_encoder_batch_size", int, None, "captions at once where they are encoded once", check=AT_LEAST_1),
         *_always("latents are cached in memory anyway", "cache_latents"),
         *_always(
             "pictures are read once, before the training",
@@ -185,7 +186,6 @@ OPTIONS: list[Option] = [
             "caption_tag_dropout_rate",
             "face_crop_aug_range",
             "conditioning_data_dir",
-            "text_encoder_batch_size",
         ),
         *_to_come(
             _DATA,
@@ -201,7 +201,6 @@ OPTIONS: list[Option] = [
             "masked_loss",
             "alpha_mask",
             "cache_latents_to_disk",
-            "cache_text_encoder_outputs",
             "cache_text_encoder_outputs_to_disk",
             "skip_image_resolution",
             switch=True,
@@ -341,14 +340,21 @@ OPTIONS: list[Option] = [
         Option("save_precision", str, "fp16", "of the adapter file", ("float", "fp16", "bf16")),
         Option("save_every_n_epochs", int, None, "also after every so many epochs", check=AT_LEAST_1),
         Option("save_every_n_steps", int, None, "also after every so many steps", check=AT_LEAST_1),
+        Option("save_n_epoch_ratio", int, None, "save so many times, instead of every n epochs", check=AT_LEAST_1),
+        Option("save_last_n_epochs", int, None, "keep the last so many of each epoch's files", check=AT_LEAST_1),
+        Option("save_last_n_steps", int, None, "keep the files of the last so many steps", check=AT_LEAST_0),
+        Option("save_state", bool, False, "with each file, what --resume goes on from"),
+        Option("save_state_on_train_end", bool, False, "only with the last file"),
+        Option("save_last_n_epochs_state", int, None, "as --save_last_n_epochs, of states", check=AT_LEAST_1),
+        Option("save_last_n_steps_state", int, None, "as --save_last_n_steps, of states", check=AT_LEAST_0),
+        Option("resume", str, metavar="DIR", help="a state: go on where it was saved, as if nothing had happened"),
+        *_refused(
+            "--resume goes on where its state was saved, in the middle of an epoch too", "initial_epoch", "initial_step"
+        ),
+        *_always("--resume goes on where its state was saved", "skip_until_initial_step"),
         Option("no_metadata", bool, False, "keep the training's settings out of the file"),
         Option("training_comment", str, None, "goes into the file's metadata", metadata="ss_training_comment"),
         Option("save_model_as", str, "safetensors", "the one format that is written", ("safetensors",)),
-        *_to_come(IN_SD_SCRIPTS, "save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps"),
-        *_to_come(
-            _STATE, "resume", "save_last_n_epochs_state", "save_last_n_steps_state", "initial_epoch", "initial_step"
-        ),
-        *_to_come(_STATE, "save_state", "save_state_on_train_end", "skip_until_initial_step", switch=True),
         *_to_come(
             _META,
             "metadata_title",
@@ -383,35 +389,49 @@ OPTIONS: list[Option] = [
     ),
     *_group(
         "logs",
-        Option("logging_dir", str, metavar="DIR", help="logs of loss and rates"),
-        Option("log_with", str, "tensorboard", "what writes them", ("tensorboard",)),
-        *_to_come(
-            IN_SD_SCRIPTS,
-            "log_tracker_name",
-            "log_prefix",
-            "wandb_run_name",
-            "log_tracker_config",
-            "wandb_api_key",
-            "console_log_level",
-            "console_log_file",
-        ),
-        *_to_come(IN_SD_SCRIPTS, "log_config", "console_log_simple", "show_timesteps", switch=True),
-        *_to_come(
-            _VALIDATION,
-            "validation_seed",
+        Option("logging_dir", str, metavar="DIR", help="logs of loss and rates, in a folder for each run"),
+        Option("log_with", str, None, "what writes them (tensorboard with --logging_dir)", TRACKERS),
+        Option("log_prefix", str, None, "before the time in the name of the run's folder"),
+        Option("log_tracker_name", str, None, "the project's name (network_train)"),
+        Option("log_tracker_config", str, metavar="FILE", help="TOML with a tracker's own arguments, in its section"),
+        Option("log_config", bool, False, "also log the training's settings"),
+        Option("wandb_run_name", str, None, "the run's name"),
+        Option("wandb_api_key", str, None, "to log in with"),
+        Option("console_log_level", str, "INFO", "the least that is told", ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
+        Option("console_log_file", str, metavar="FILE", help="messages go there, not to the terminal"),
+        *_always("messages are plain lines anyway", "console_log_simple"),
+        *_to_come(IN_SD_SCRIPTS, "show_timesteps"),
+    ),
+    *_group(
+        "validation",
+        Option(
             "validation_split",
-            "validate_every_n_steps",
-            "validate_every_n_epochs",
+            float,
+            0.0,
+            "share of the pictures to measure the loss on, instead of training on them",
+            check=(lambda value: 0 <= value < 1, "from 0 to below 1"),
+            metadata="ss_validation_split",
+        ),
+        Option("validation_seed", int, None, "chooses them (--seed)", check=SEED, metadata="ss_validation_seed"),
+        Option("validate_every_n_steps", int, None, "also after every so many steps", check=AT_LEAST_1),
+        Option("validate_every_n_epochs", int, None, "instead of after every epoch", check=AT_LEAST_1),
+        Option(
             "max_validation_steps",
+            int,
+            None,
+            "batches of a validation at most",
+            check=AT_LEAST_1,
+            metadata="ss_max_validation_steps",
         ),
     ),
     *_group(
         "speed and memory",
+        Option("full_bf16", bool, False, "the model in bf16, with --mixed_precision bf16; the adapter stays float32"),
+        Option("full_fp16", bool, False, "the model in fp16, with --mixed_precision fp16; the adapter stays float32"),
+        Option("ddp_timeout", int, None, "minutes that processes wait for each other", check=AT_LEAST_1),
         *_always("one process keeps one copy of the model", "lowram", "highvram"),
         *_to_come(
             _MEMORY,
-            "full_fp16",
-            "full_bf16",
             "fp8_base",
             "fp8_base_unet",
             "cpu_offload_checkpointing",
@@ -423,8 +443,11 @@ OPTIONS: list[Option] = [
             switch=True,
         ),
         *_to_come(_MEMORY, "blocks_to_swap", "dynamo_backend", "device"),
-        *_refused("accelerate sets up several GPUs", "ddp_timeout"),
-        *_refused("accelerate sets up several GPUs", "ddp_gradient_as_bucket_view", "ddp_static_graph", switch=True),
+        *_always(
+            "the adapter's gradients alone go between processes, all in one piece",
+            "ddp_gradient_as_bucket_view",
+            "ddp_static_graph",
+        ),
         *_refused(
             _DEEPSPEED,
             "zero_stage",

@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
-from library import sampling
 from library.models.family import Family
 from library.prompts import Prompt
 from library.training.adapter import Adapter
+from library.training.texts import Texts
 from networks.deft_config import reason_of
+from networks.deft_progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +46,21 @@ class Samples:
 
     :param folder: where `sample/` is made
     :param name: the adapter's
+    :param sampler: of `--sample_sampler`
     """
 
     prompts: Sequence[Prompt]
     model: Family
+    texts: Texts
     adapter: Adapter
     accelerator: Accelerator
     folder: Path
     name: str
+    sampler: str | None
 
-    def draw(self, label: str) -> None:
-        """Writes `sample/<name>_<label>_<number>_<time>[_<seed>].png`, sd-scripts' names; every process has to call.
+    def draw(self, label: str, step: int) -> None:
+        """Writes `sample/<name>_<label>_<number>_<time>[_<seed>].png`, sd-scripts' names, and shows the trackers the
+        pictures; every process has to call.
 
         A picture that cannot be drawn or written is reported, and does not end a training.
         """
@@ -63,12 +69,20 @@ class Samples:
                 now = time.strftime("%Y%m%d%H%M%S")
                 for i, prompt in enumerate(self.prompts):
                     seed = "" if prompt.seed is None else f"_{prompt.seed}"
-                    self._draw(prompt, self.folder / "sample" / f"{self.name}_{label}_{i:02d}_{now}{seed}.png")
+                    path = self.folder / "sample" / f"{self.name}_{label}_{i:02d}_{now}{seed}.png"
+                    try:
+                        self._draw(i, prompt, path, step)
+                    except Exception as error:  # out of memory, a full disk, whatever a pipeline raises
+                        logger.error(f"{path}: not drawn ({reason_of(error)})")
         self.accelerator.wait_for_everyone()
 
-    def _draw(self, prompt: Prompt, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sampling.draw(self.model.pipeline, [prompt])[0].save(path)
-        except Exception as error:  # out of memory, a full disk, whatever a pipeline raises
-            logger.error(f"{path}: not drawn ({reason_of(error)})")
+    def _draw(self, number: int, prompt: Prompt, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad():
+            text, negative = self.texts([prompt.text]), self.texts([prompt.negative])
+        with Bar(prompt.steps, f"drawing {path.name}", "steps") as bar:
+            image = self.model.draw(prompt, text, negative, self.sampler, bar)
+        image.save(path)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({f"sample_{number}": np.asarray(image)[None]}, step=step)

@@ -1,17 +1,20 @@
-"""Adapter files of a run: their names, and which one is good."""
+"""Files of a run: adapters and states, their names, when they are written, which stay, and which is good."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from library.options.rooms import OutputOptions
+from library.options.rooms import SaveOptions
+from library.training import state
 from library.training.adapter import Adapter
+from library.training.state import Length, Position, Setting
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
@@ -24,43 +27,127 @@ class TrainingStopped(RuntimeError):
 
 
 class Saves:
-    """Saves an adapter under sd-scripts' file names, and knows the last file that was saved whole.
+    """Saves adapters and states under sd-scripts' names, and knows the last file that was saved whole.
 
-    Only the main process writes; every process may call.
+    Only the main process writes adapters; every process has to call.
 
     :param metadata: of `library.training.metadata`
+    :param length: of the whole training, whose end has files of its own
     """
 
-    def __init__(self, options: OutputOptions, adapter: Adapter, metadata: Mapping[str, str], accelerator: Accelerator):
-        self.folder, self.name = Path(options.output_dir), options.output_name
+    def __init__(
+        self,
+        options: SaveOptions,
+        adapter: Adapter,
+        metadata: Mapping[str, str],
+        setting: Setting,
+        length: Length,
+        accelerator: Accelerator,
+    ):
+        self.options, self.folder, self.name = options, Path(options.output_dir), options.output_name
         self.dtype, self.adapter, self.metadata = SAVE_DTYPES[options.save_precision], adapter, metadata
-        self.accelerator = accelerator
+        self.setting, self.length, self.accelerator = setting, length, accelerator
+        self.every_n_epochs = options.save_every_n_epochs
+        if options.save_n_epoch_ratio:
+            self.every_n_epochs = length.epochs // options.save_n_epoch_ratio or 1
         self.last_good: Path | None = None
 
-    def _save(self, suffix: str, step: int, epoch: int) -> Path:
-        path = self.folder / f"{self.name}{suffix}.safetensors"
-        if self.accelerator.is_main_process:
-            progress = {"ss_steps": step, "ss_epoch": epoch, "ss_training_finished_at": time.time()}
-            self.adapter.save(
-                path, self.dtype, {**self.metadata, **{key: str(value) for key, value in progress.items()}}
+    def at_step(self, position: Position) -> None:
+        """Where --save_every_n_steps says so."""
+        options = self.options
+        every, last = options.save_every_n_steps, options.save_last_n_steps
+        last_states = options.save_last_n_steps_state or last
+        if every and position.step % every == 0 and position.step < self.length.steps:
+            self._save(
+                self._of_step,
+                position,
+                position.step,
+                self._step_before(position.step, last, every),
+                self._step_before(position.step, last_states, every),
             )
+
+    def at_epoch(self, position: Position) -> None:
+        """Where --save_every_n_epochs or --save_n_epoch_ratio says so."""
+        options = self.options
+        every, last = self.every_n_epochs, options.save_last_n_epochs
+        last_states = options.save_last_n_epochs_state or last
+        if every and position.epoch % every == 0 and position.epoch < self.length.epochs:
+            self._save(
+                self._of_epoch,
+                position,
+                position.epoch,
+                position.epoch - every * last if last else 0,
+                position.epoch - every * last_states if last_states else 0,
+            )
+
+    def interrupted(self, position: Position) -> Path | None:
+        """The adapter and the state of a training that is asked to end; returns the state, where it is whole."""
+        name = self._of_step(position.step)
+        self._tried(self._write, name, position)
+        return self._tried(self._write_state, name, position)
+
+    def final(self, position: Position) -> Path:
+        """The state, where it is asked for, and `<output_name>.safetensors`, which is returned.
+
+        :raises TrainingStopped: when the adapter cannot be written or is not finite
+        """
+        if self.options.save_state or self.options.save_state_on_train_end:
+            self._tried(self._write_state, self.name, position)
+        try:
+            return self._write(self.name, position)
+        except DeftError as error:
+            raise TrainingStopped(f"{error}. Last good save: {self.last_good or 'none'}") from error
+
+    def _of_epoch(self, epoch: int) -> str:
+        return f"{self.name}-{epoch:06d}"
+
+    def _of_step(self, step: int) -> str:
+        return f"{self.name}-step{step:08d}"
+
+    @staticmethod
+    def _step_before(step: int, last: int | None, every: int) -> int:
+        """The step whose files go, of those saved every so many; sd-scripts keeps what is `last` steps old at most."""
+        if last is None:
+            return 0
+        before = step - last - 1
+        return before - before % every
+
+    def _save(
+        self, name_of: Callable[[int], str], position: Position, number: int, old: int, old_state: int
+    ) -> None:
+        """:param number: of the step or epoch
+        :param old: whose adapter goes; below 1 for none
+        :param old_state: whose state goes
+        """
+        saved = self._tried(self._write, name_of(number), position)
+        state_saved = self._tried(self._write_state, name_of(number), position) if self.options.save_state else None
+        if self.accelerator.is_main_process:  # where it failed, what is there stays
+            if saved and old > 0:
+                (self.folder / f"{name_of(old)}.safetensors").unlink(missing_ok=True)
+            if state_saved and old_state > 0:
+                shutil.rmtree(self.folder / f"{name_of(old_state)}-state", ignore_errors=True)
+
+    @staticmethod
+    def _tried(write: Callable[[str, Position], Path], name: str, position: Position) -> Path | None:
+        """A failure is only reported: the disk may have room again."""
+        try:
+            return write(name, position)
+        except DeftError as error:
+            logger.error(f"step {position.step}: {error}")
+            return None
+
+    def _write(self, name: str, position: Position) -> Path:
+        path = self.folder / f"{name}.safetensors"
+        if self.accelerator.is_main_process:
+            now = {"ss_steps": position.step, "ss_epoch": position.epoch, "ss_training_finished_at": time.time()}
+            fields = {**self.metadata, **{key: str(value) for key, value in now.items()}}
+            self.adapter.save(path, self.dtype, fields)
             logger.info(f"saved {path}")
         self.last_good = path
         return path
 
-    def during_training(self, suffix: str, step: int, epoch: int) -> None:
-        """Writes `<output_name><suffix>.safetensors`; a failure is only reported: the disk may have room again."""
-        try:
-            self._save(suffix, step, epoch)
-        except DeftError as error:
-            logger.error(f"step {step}: {error}")
-
-    def final(self, step: int, epoch: int) -> Path:
-        """Writes `<output_name>.safetensors`.
-
-        :raises TrainingStopped: when it cannot be written or the network is not finite
-        """
-        try:
-            return self._save("", step, epoch)
-        except DeftError as error:
-            raise TrainingStopped(f"{error}. Last good save: {self.last_good or 'none'}") from error
+    def _write_state(self, name: str, position: Position) -> Path:
+        folder = self.folder / f"{name}-state"
+        state.write(folder, position, self.setting, self.accelerator)
+        logger.info(f"saved {folder}")
+        return folder

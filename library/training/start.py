@@ -1,46 +1,134 @@
-"""How a process of the training starts: messages, devices, random numbers."""
+"""How a process of the training starts: messages, devices, random numbers, trackers."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import random
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
+import toml
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    set_seed,
+)
 
-from library.options.rooms import LoopOptions
-from networks.deft_config import DeftError
+from library.options.rooms import LogOptions, ProcessOptions
+from networks.deft_config import DeftError, read_text, reason_of
+
+TRACKERS = {"wandb": "wandb", "trackio": "trackio"}  # beside TensorBoard: name -> package
+ONE_WEIGHT_EVERYWHERE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
-def log_from_main_process() -> None:
-    """Messages to the terminal, those of other processes only where something has failed."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+def log_messages(options: LogOptions) -> None:
+    """Messages to the terminal or a file, those of other processes only where something has failed."""
+    where: dict[str, Any] = {}
+    if options.console_log_file:
+        Path(options.console_log_file).parent.mkdir(parents=True, exist_ok=True)
+        where = {"filename": options.console_log_file, "encoding": "utf-8"}
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", **where)
     main = int(os.environ.get("RANK", "0")) == 0
-    logging.getLogger().setLevel(logging.INFO if main else logging.ERROR)
+    logging.getLogger().setLevel(options.console_log_level if main else logging.ERROR)
     for chatty in ("httpx", "PIL", "diffusers", "transformers", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
-def accelerator_of(options: LoopOptions, logging_dir: str | None) -> Accelerator:
-    """Devices, precision and trackers.
+def accelerator_of(options: ProcessOptions, logs: LogOptions) -> tuple[Accelerator, int]:
+    """Devices, precision and trackers; and the seed, of which every process is seeded alike, so that all start from the
+    same adapter.
 
-    :raises DeftError: when the device cannot train in the precision that is asked for
+    :raises DeftError: when the device cannot train in the precision that is asked for, or the model would be split over
+        processes
     """
     if options.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise DeftError("--mixed_precision=fp16 needs a GPU; use bf16 or no")
-    return Accelerator(
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with="tensorboard" if logging_dir else None,
-        project_dir=logging_dir,
-    )
-
-
-def seed_everything(seed: int | None) -> int:
-    """Seeds every process alike, so that all start from the same adapter; returns the seed."""
-    seeds = [random.randrange(2**32) if seed is None else seed]
+    timeout = None if options.ddp_timeout is None else timedelta(minutes=options.ddp_timeout)
+    group = {} if timeout is None else InitProcessGroupKwargs(timeout=timeout).to_kwargs()
+    PartialState(**group)
+    seeds = [random.randrange(2**32) if options.seed is None else options.seed]
     broadcast_object_list(seeds)
     set_seed(seeds[0])
-    return seeds[0]
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seeds[0]),
+        step_scheduler_with_optimizer=False,  # a schedule counts steps, whatever the number of processes
+        log_with=_trackers(logs),
+        project_dir=_folder(logs),
+    )
+    if accelerator.distributed_type not in ONE_WEIGHT_EVERYWHERE:
+        raise DeftError(
+            f"accelerate launch: {accelerator.distributed_type.value} splits the model over processes, which is not "
+            f"done here; choose plain multi-GPU (DDP) in accelerate config, or pass --multi_gpu"
+        )
+    return accelerator, seeds[0]
+
+
+def check_trackers(options: LogOptions) -> None:
+    """:raises DeftError: for trackers that are not installed, have nowhere to write, or whose file cannot be read"""
+    names = [options.log_with] if options.log_with != "all" else ["tensorboard"]
+    for name in names:
+        if name == "tensorboard" and options.logging_dir is None:
+            raise DeftError(f"--log_with {options.log_with} needs --logging_dir")
+        if name in TRACKERS and importlib.util.find_spec(TRACKERS[name]) is None:
+            raise DeftError(f"--log_with {name}: not installed; pip install {TRACKERS[name]}")
+    _tracker_arguments(options)
+
+
+def start_trackers(accelerator: Accelerator, options: LogOptions, settings: Mapping[str, Any]) -> None:
+    """Begins a run of each tracker.
+
+    :param settings: that are logged with --log_config
+    """
+    if not accelerator.log_with:
+        return
+    arguments = _tracker_arguments(options)
+    if options.wandb_api_key and accelerator.is_main_process:
+        import wandb
+
+        wandb.login(key=options.wandb_api_key)
+    for name in ("wandb", "trackio"):
+        if options.wandb_run_name:
+            arguments.setdefault(name, {})["name"] = options.wandb_run_name
+    config = {key: str(value) for key, value in settings.items()} if options.log_config else None
+    accelerator.init_trackers(options.log_tracker_name or "network_train", config, arguments)
+
+
+def _trackers(options: LogOptions) -> str | None:
+    return options.log_with or ("tensorboard" if options.logging_dir else None)
+
+
+def _folder(options: LogOptions) -> str | None:
+    """Of this run, sd-scripts' name."""
+    if options.logging_dir is None:
+        return None
+    folder = Path(options.logging_dir) / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
+    os.environ.setdefault("WANDB_DIR", str(options.logging_dir))
+    return str(folder)
+
+
+def _tracker_arguments(options: LogOptions) -> dict[str, dict[str, Any]]:
+    """A tracker's name -> its own arguments."""
+    if options.log_tracker_config is None:
+        return {}
+    path = options.log_tracker_config
+    text = read_text(path, f"--log_tracker_config {path}:") if Path(path).is_file() else None
+    if text is None:
+        raise DeftError(f"--log_tracker_config: no such file: {path}")
+    try:
+        found = toml.loads(text)
+    except Exception as error:  # of many kinds
+        raise DeftError(f"--log_tracker_config {path}: no TOML ({reason_of(error)})") from None
+    if not all(isinstance(section, dict) for section in found.values()):
+        raise DeftError(f"--log_tracker_config {path}: a tracker's arguments stand in its section, as [wandb]")
+    return found
