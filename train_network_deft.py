@@ -18,6 +18,7 @@ from library.options.rooms import Run
 from library.training import given, metadata, prepare, start
 from library.training.adapter import DeftAdapter
 from library.training.loop import Length, TrainingLoop
+from library.training.objective import objective_of
 from library.training.samples import Samples
 from library.training.saves import Saves, TrainingStopped
 from networks.deft_config import DeftError
@@ -37,6 +38,7 @@ def train(run: Run) -> Path:
     seed = start.seed_everything(run.loop.seed)
     dtype = prepare.WEIGHT_DTYPES[run.loop.mixed_precision]
     model = load(run.model, dtype)
+    objective = objective_of(run.objective, model)
     prepare.tell_what_is_cut(model, files.texts())
     data = prepare.cache_latents(run.data, files.images, model, accelerator)
     adapter = DeftAdapter(run.network, files, model, accelerator, folder)
@@ -56,7 +58,19 @@ def train(run: Run) -> Path:
     parameters = sum(p.numel() for p in adapter.parameters())
     logger.info(f"training {parameters:,} parameters for {length.steps} steps in {length.epochs} epochs")
     loop = TrainingLoop(
-        run.loop, accelerator, model, adapter, loader, optimizer, schedule, names, saves, samples, length
+        run.loop,
+        accelerator,
+        model,
+        objective,
+        seed,
+        adapter,
+        loader,
+        optimizer,
+        schedule,
+        names,
+        saves,
+        samples,
+        length,
     )
     loop.run()
     accelerator.end_training()

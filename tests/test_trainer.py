@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,6 @@ from library.options.parse import parse
 from library.prompts import Prompt, read_prompts
 from library.training import given, start
 from library.training.adapter import DeftAdapter
-from library.training.objective import diffusion_loss
 from library.training.samples import drawing
 from networks import deft, deft_io
 from networks.deft_config import DeftError
@@ -257,38 +255,6 @@ def test_latents_and_repeats(model_folder, photos):
     spread = distribution.std * model.vae.config.scaling_factor
     error = (data[0].latents - distribution.mean[0] * model.vae.config.scaling_factor) / spread[0]
     assert 0.5 < error.std() < 1.5  # a draw from the encoder's distribution, scaled
-
-
-def sure_of(picture, scheduler, seen):
-    """A model that takes every noisy input for this picture's; it notes the timesteps that it has seen."""
-
-    def predict(noisy, timesteps):
-        seen.append(timesteps)
-        a = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
-        b = (1 - a**2).sqrt()
-        noise = (noisy - a * picture) / b
-        return noise if scheduler.config.prediction_type == "epsilon" else a * noise - b * picture
-
-    return predict
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_loss_is_zero_for_the_right_prediction_at_every_timestep(model, prediction):
-    scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type=prediction)
-    latents, seen = torch.randn(400, 4, 2, 2), []
-    assert diffusion_loss(sure_of(latents, scheduler, seen), latents, scheduler) < 1e-4
-    assert seen[0].min() < 30
-    assert seen[0].max() > 970
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_min_snr_weights_the_error_of_the_picture(model, prediction):
-    """Whatever is predicted, a picture that is off by 1 everywhere costs min(SNR, gamma)."""
-    scheduler = DDPMScheduler.from_config(model.pipeline.scheduler.config, prediction_type=prediction)
-    latents, seen = torch.randn(400, 4, 2, 2), []
-    loss = diffusion_loss(sure_of(latents + 1, scheduler, seen), latents, scheduler, min_snr_gamma=5.0)
-    kept = scheduler.alphas_cumprod[seen[0]]
-    assert loss == pytest.approx(float((kept / (1 - kept)).clamp(max=5).mean()), rel=1e-3)
 
 
 def test_samples_are_drawn_without_dropout(model):

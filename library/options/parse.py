@@ -19,6 +19,7 @@ from library.options.rooms import (
     LoopOptions,
     ModelOptions,
     NetworkOptions,
+    ObjectiveOptions,
     OptimizerOptions,
     OutputOptions,
     Run,
@@ -28,6 +29,8 @@ from networks.deft_config import DeftError, nearest, read_text, reason_of
 
 logger = logging.getLogger(__name__)
 
+_OFF_AT_0 = ("min_snr_gamma", "v_pred_like_loss", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations",
+             "ip_noise_gamma")  # fmt: skip
 _NEEDED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
 _BACKSLASH = re.compile(r'"[^"\n]*\\[^"\n]*"')  # in double quotes
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -178,6 +181,7 @@ def _run(values: dict[str, Any]) -> Run:
     for name in _NEEDED:
         if not values[name]:
             raise DeftError(f"--{name} is needed, on the command line or in --config_file")
+    values |= {name: values[name] or None for name in _OFF_AT_0}
     recorded = {option.metadata: values[option.name] for option in OPTIONS if option.metadata}
     name = values["output_name"]
     if Path(name).name != name or not name.isprintable() or not 0 < len(name.encode()) <= 200:
@@ -186,6 +190,12 @@ def _run(values: dict[str, Any]) -> Run:
         raise DeftError("--lr_warmup_steps: --lr_scheduler=constant has no warmup; use constant_with_warmup")
     if values["network_train_unet_only"] and values["network_train_text_encoder_only"]:
         raise DeftError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
+    if values["adaptive_noise_scale"] is not None and values["noise_offset"] is None:
+        raise DeftError("--adaptive_noise_scale needs --noise_offset")
+    if values["min_timestep"] > values["max_timestep"]:
+        raise DeftError(
+            f"--min_timestep={values['min_timestep']}: must not be above --max_timestep, {values['max_timestep']}"
+        )
     if values["dim_from_weights"] and not values["network_weights"]:
         raise DeftError("--dim_from_weights needs --network_weights")
     if len(values["base_weights_multiplier"]) > len(values["base_weights"]):
@@ -211,6 +221,7 @@ def _run(values: dict[str, Any]) -> Run:
         _room(NetworkOptions, values),
         _room(OptimizerOptions, values),
         _room(LoopOptions, values),
+        _room(ObjectiveOptions, values),
         _room(OutputOptions, values),
         recorded,
     )

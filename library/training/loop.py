@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -19,7 +18,8 @@ from library.data.latents import Batch
 from library.models.family import Family
 from library.options.rooms import LoopOptions
 from library.training.adapter import Adapter
-from library.training.objective import diffusion_loss
+from library.training.objective import Objective
+from library.training.randoms import Randoms
 from library.training.samples import Samples
 from library.training.saves import Saves, TrainingStopped
 
@@ -51,6 +51,8 @@ class TrainingLoop:
     options: LoopOptions
     accelerator: Accelerator
     model: Family
+    objective: Objective
+    seed: int
     adapter: Adapter
     loader: DataLoader
     optimizer: Any
@@ -61,14 +63,12 @@ class TrainingLoop:
     length: Length
     step: int = 0
     epoch: int = 0
+    accumulated: int = 0  # batches of the step that is under way
     first_batch: Batch | None = None
     has_gradients: bool = False  # of the step that is under way
     non_finite: str = ""  # what was not finite in it
     non_finite_in_a_row: int = 0
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=100))
-
-    def __post_init__(self) -> None:
-        self.noise_scheduler: DDPMScheduler = self.model.noise_scheduler()  # type: ignore[attr-defined]
 
     def run(self) -> None:
         """Trains for `steps` optimizer steps.
@@ -100,22 +100,27 @@ class TrainingLoop:
         """Of the last 100 batches."""
         return sum(self.recent_losses) / max(len(self.recent_losses), 1)
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _randoms(self, batch: Batch) -> Randoms:
+        """This batch's, whose pictures stand in the step behind those of other processes and accumulated batches."""
+        b = self.loader.batch_size or len(batch.latents)
+        first = (self.accumulated * self.accelerator.num_processes + self.accelerator.process_index) * b
+        return Randoms(self.seed, self.step, range(first, first + len(batch.latents)))
+
+    def _loss(self, batch: Batch, randoms: Randoms) -> Tensor:
         """The objective at random noise and timesteps."""
+        randoms.seed_torch()
+        noised = self.objective.draw(randoms, batch.latents.to(self.accelerator.device))
         with self.accelerator.autocast():
             text = self.model.encode_text(list(batch.captions))
-            return diffusion_loss(
-                lambda noisy, timesteps: self.model.predict(noisy, timesteps, text, batch.sizes),
-                batch.latents.to(self.accelerator.device),
-                self.noise_scheduler,
-                self.options.min_snr_gamma or None,
-            )
+            prediction = self.model.predict(noised.noisy, noised.timesteps, text, batch.sizes)
+        return self.objective.loss(noised, prediction).mean()
 
     def _batch(self, batch: Batch) -> float:
         """Forward, backward and, where gradients are complete, the update; returns the loss over all processes."""
         self.adapter.start_step()
         self.first_batch = self.first_batch or batch
-        loss = self._loss(batch)
+        loss = self._loss(batch, self._randoms(batch))
+        self.accumulated += 1
         value = self.accelerator.gather(loss.detach()).mean().item()  # one value, so that all processes agree
         if math.isfinite(value):
             self.recent_losses.append(value)
@@ -127,7 +132,7 @@ class TrainingLoop:
             if self.has_gradients:
                 self._update()
             self._count_non_finite()
-            self.has_gradients = False
+            self.has_gradients, self.accumulated = False, 0
         self.schedule.step()
         self.optimizer.zero_grad()
         return value
@@ -142,8 +147,9 @@ class TrainingLoop:
         for on in (False, True):
             self.adapter.switch(on)
             with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
-                torch.manual_seed(0)
-                losses.append(float(self._loss(self.first_batch)))
+                losses.append(
+                    float(self._loss(self.first_batch, Randoms(self.seed, 0, range(len(self.first_batch.latents)))))
+                )
         network.train(training)
         if abs(losses[1] - losses[0]) <= 1e-6 * abs(losses[0]):
             logger.warning(

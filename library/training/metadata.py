@@ -11,6 +11,7 @@ from library.data.latents import CachedLatents
 from library.models.family import Family
 from library.options.rooms import Run
 from library.training.loop import Length
+from library.training.objective import FLOW_ONLY
 from networks.deft import DeftNetwork
 from networks.deft_progress import Bar
 
@@ -30,8 +31,9 @@ def of_training(
     """The fields that are known before the first step; with --no_metadata, those alone that clients need."""
     width, height = run.data.resolution
     network_args = {key: value for key, value in run.network.network_args.items() if key != "neuron_dropout"}
+    unused = () if model.objective == "flow" else tuple(f"ss_{name}" for name in FLOW_ONLY)
     fields: dict[str, object] = {
-        **run.recorded,
+        **{name: value for name, value in run.recorded.items() if name not in unused},
         **model.names(),
         "ss_training_started_at": time.time(),
         "ss_num_train_images": len(data),
