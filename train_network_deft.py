@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import library
@@ -12,14 +14,23 @@ if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "lib
     print(f"error: found another project's library/ at {library.__path__[0]}; take it off PYTHONPATH", file=sys.stderr)
     sys.exit(2)
 
+from library.data.folders import split
 from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
-from library.training import given, metadata, prepare, start
+from library.training import given, interrupts, metadata, prepare, start, state
 from library.training.adapter import DeftAdapter
-from library.training.loop import Length, TrainingLoop
+from library.training.interrupts import Interrupted
+from library.training.loop import TrainingLoop
+from library.training.losses import Losses
+from library.training.objective import objective_of
+from library.training.optimizers import evaluated, optimizer_of
 from library.training.samples import Samples
 from library.training.saves import Saves, TrainingStopped
+from library.training.schedules import schedule_of
+from library.training.state import Length, Position, Setting
+from library.training.texts import Texts
+from library.training.validation import Validation
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
@@ -30,45 +41,66 @@ def train(run: Run) -> Path:
 
     :raises DeftError: for mistakes in options, data or files, before the first step
     :raises TrainingStopped: when the training cannot go on, or its result cannot be written
+    :raises Interrupted: when a signal has ended it, after saving
     """
-    start.log_from_main_process()
-    files, folder = given.read(run), Path(run.output.output_dir)
-    accelerator = start.accelerator_of(run.loop, run.output.logging_dir)
-    seed = start.seed_everything(run.loop.seed)
-    dtype = prepare.WEIGHT_DTYPES[run.loop.mixed_precision]
+    start.log_messages(run.logs)
+    files, folder = given.read(run), Path(run.saves.output_dir)
+    accelerator, seed = start.accelerator_of(run.process, run.logs)
+    dtype = prepare.WEIGHT_DTYPES[run.process.mixed_precision]
     model = load(run.model, dtype)
+    objective, texts = objective_of(run.objective, model), Texts(model, accelerator)
     prepare.tell_what_is_cut(model, files.texts())
-    data = prepare.cache_latents(run.data, files.images, model, accelerator)
-    adapter = DeftAdapter(run.network, files, model, accelerator, folder)
-    model.place(accelerator.device, dtype, encoders=True)
-    adapter.module.to(accelerator.device)
 
-    loader = prepare.batches(run.data, data, accelerator, seed)
+    validation_seed = seed if run.validation.validation_seed is None else run.validation.validation_seed
+    parts = split(files.images, run.validation.validation_split, validation_seed)
+    data, *to_validate = prepare.cache_latents(run.data, parts, model, accelerator)
+    adapter = DeftAdapter(run.network, files, model, accelerator, folder)
+    if run.data.cache_text_encoder_outputs:
+        texts.keep(files.texts_encoded(), dtype, run.data.text_encoder_batch_size or run.data.train_batch_size)
+    model.place(accelerator.device, dtype, encoders=not run.data.cache_text_encoder_outputs)
+    accelerator.prepare_model(adapter.module, evaluation_mode=True)
+
+    batch = run.data.train_batch_size
+    loader = prepare.batches(data, batch, True, accelerator)
     length = Length.of(run.loop, len(loader))
     groups, names = adapter.groups(run.optimizer)
-    optimizer, schedule = prepare.optimizer_of(run.optimizer, groups, length.steps, accelerator)
+    optimizer = accelerator.prepare(optimizer_of(run.optimizer, groups))
+    schedule = accelerator.prepare(schedule_of(run.optimizer, optimizer.optimizer, length.steps))
+    averaged = functools.partial(evaluated, optimizer)
+    setting = Setting(seed, accelerator.num_processes, len(loader), batch, run.loop.gradient_accumulation_steps)
+    position = Position()
+    if run.saves.resume and files.resumed:
+        position, then = files.resumed
+        state.restore(run.saves.resume, then, setting, accelerator)
+
+    losses = Losses(model, texts, objective, accelerator)
+    validation = None
+    if to_validate:
+        kept = prepare.batches(to_validate[0], batch, False, accelerator)
+        validation = Validation(kept, losses, adapter, validation_seed, run.validation.max_validation_steps)
     fields = metadata.of_training(run, model, adapter.module, data, length, seed)
-    saves = Saves(run.output, adapter, fields, accelerator)
-    samples = Samples(files.samples, model, adapter, accelerator, folder, run.output.output_name)
-    if run.output.logging_dir:
-        accelerator.init_trackers(run.output.output_name)
+    saves = Saves(run.saves, adapter, fields, setting, length, averaged, accelerator)
+    samples = Samples(files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name)
+    start.start_trackers(accelerator, run.logs, run.recorded)
 
     parameters = sum(p.numel() for p in adapter.parameters())
     logger.info(f"training {parameters:,} parameters for {length.steps} steps in {length.epochs} epochs")
     loop = TrainingLoop(
-        run.loop, accelerator, model, adapter, loader, optimizer, schedule, names, saves, samples, length
-    )
+        run.loop, accelerator, losses, seed, adapter, loader, optimizer, schedule, names, averaged, saves, samples,
+        validation, length, position,
+    )  # fmt: skip
     loop.run()
     accelerator.end_training()
-    file = saves.final(length.steps, length.epochs)
+    file = saves.final(position)
     loop.warn_where_nothing_moved()
     return file
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 2 for a mistake of the user's, 1 for a training that could not go on."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, 2 for a mistake of the user's, 1 for a training that could not go on, 128 and a signal's number."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        train(parse(sys.argv[1:] if argv is None else argv))
+        train(parse(argv))
         return 0
     except DeftError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
@@ -76,6 +108,12 @@ def main(argv: list[str] | None = None) -> int:
     except TrainingStopped as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as ended:
+        print(interrupts.how_to_go_on(ended, argv), file=sys.stderr)
+        return ended.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing had been trained since the last save", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

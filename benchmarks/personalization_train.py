@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import compute_snr
 from personalization_adapters import Adapter, adapter_of
 from torch import Tensor, nn
 
 from library.models.sd import StableDiffusion
+from library.options.rooms import ObjectiveOptions
+from library.training.objective import Diffusion
 from library.world import concepts, draw
 from library.world.scenes import BACKGROUNDS
 
@@ -53,19 +54,19 @@ def data_set(model: StableDiffusion, concept: int, word: str, seed: int, steps: 
     device = next(model.denoiser.parameters()).device
     latents, text = model.pipeline.vae.encode(pixels.to(device)).latent_dist.mean, model.encode_text(captions)["hidden"]
     latents = (latents * model.vae.config.scaling_factor).cpu()
-    generator, scheduler = torch.Generator().manual_seed(1000 * concept + seed), model.noise_scheduler()
-    number = scheduler.config.num_train_timesteps
+    generator = torch.Generator().manual_seed(1000 * concept + seed)
+    objective = Diffusion(ObjectiveOptions(min_snr_gamma=GAMMA), model.noise_scheduler())
     noise = torch.randn(steps, *latents.shape, generator=generator)
-    timesteps = torch.randint(0, number, (steps, len(latents)), generator=generator)
+    timesteps = torch.randint(0, objective.steps, (steps, len(latents)), generator=generator)
     every = latents.expand(steps, -1, -1, -1, -1).flatten(0, 1)
-    noisy = scheduler.add_noise(every, noise.flatten(0, 1), timesteps.flatten()).view_as(noise)
-    ratio = compute_snr(scheduler, timesteps.flatten()).view_as(timesteps)
-    noisy, timesteps, noise = noisy.to(device), timesteps.to(device), noise.to(device)
-    return DataSet(noisy, timesteps, noise, (ratio.clamp(max=GAMMA) / ratio).to(device), text, seed)
+    noised = objective.at(every, noise.flatten(0, 1), timesteps.flatten())
+    parts = (noised.noisy, noised.timesteps, noised.target, noised.weights)
+    noisy, timesteps, target, weights = (part.unflatten(0, (steps, -1)).to(device) for part in parts)
+    return DataSet(noisy, timesteps, target, weights, text, seed)
 
 
 class Loss(nn.Module):
-    """`library.training.objective.diffusion_loss` with min-SNR's weights, on noise that is given.
+    """The mean of `Diffusion.loss` over pictures, of what `data_set` has noised.
 
     :param extra: what holds parameters beside the U-Net
     """

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,15 +106,20 @@ def in_two_processes(folder: Path, code: str, *arguments: str) -> None:
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}", encoding="utf-8")
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # keeps its free port
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-              "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}  # fmt: skip
+              "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+              "OMP_NUM_THREADS": "1"}  # fmt: skip
     children, told = [], [folder / f"errors{rank}.txt" for rank in range(2)]
     for rank, errors in enumerate(told):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with open(errors, "w") as file:
             children.append(subprocess.Popen([sys.executable, str(script), *arguments], env=environment, stderr=file))
     try:
+        end = time.monotonic() + 300
+        while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+            assert time.monotonic() < end
+            time.sleep(0.05)
         for child, errors in zip(children, told, strict=True):
-            assert child.wait(timeout=300) == 0, errors.read_text(errors="replace")[-3000:]
+            assert not child.poll(), errors.read_text(errors="replace")[-3000:]
     finally:
         for child in children:
             child.kill()

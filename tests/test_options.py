@@ -48,7 +48,7 @@ def test_a_configuration_with_sd_scripts_defaults_asks_for_nothing(tmp_path):
 def test_every_honoured_option_reaches_a_room():
     """By its name, but for those that are taken up into another's value or read on the way."""
     kinds = (rooms.ModelOptions, rooms.DataOptions, rooms.NetworkOptions, rooms.OptimizerOptions, rooms.LoopOptions,
-             rooms.OutputOptions)  # fmt: skip
+             rooms.ObjectiveOptions, rooms.OutputOptions)  # fmt: skip
     reached = [field.name for kind in kinds for field in fields(kind)]
     honoured = {option.name for option in OPTIONS if not option.status}
     one_choice = {option.name for option in OPTIONS if len(option.choices) == 1} - set(reached)

@@ -14,7 +14,8 @@ from tests.conftest import loaded
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from library.training.objective import diffusion_loss  # noqa: E402
+from library.options.rooms import ObjectiveOptions  # noqa: E402
+from library.training.objective import Diffusion  # noqa: E402
 from library.world import measure  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -94,15 +95,11 @@ def test_loss_is_the_trainers(monkeypatch):
     clean = model.noise_scheduler()
     alphas = clean.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     latents = (data.noisy[1] - (1 - alphas).sqrt() * noise) / alphas.sqrt()
-    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: timesteps)
+    objective = Diffusion(ObjectiveOptions(min_snr_gamma=training.GAMMA), clean)
     with torch.no_grad():
-        expected = diffusion_loss(
-            lambda noisy, at: model.predict(noisy, at, {"hidden": data.text}, torch.zeros(0)),
-            latents,
-            clean,
-            training.GAMMA,
-        )
+        noised = objective.at(latents, noise, timesteps)
+        prediction = model.predict(noised.noisy, timesteps, {"hidden": data.text}, torch.zeros(0))
+        expected = objective.loss(noised, prediction).mean()
         found = loss(data.noisy[1], timesteps, noise, data.weights[1])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 

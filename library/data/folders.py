@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import os
+import random
 import re
 from collections.abc import Container
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from library.data.pixels import PLUGINS, readable_formats
@@ -120,6 +123,26 @@ def _images_of(
         if path.suffix.lower() not in formats and path not in captions:
             remarks.add(_unused(path, extension.lower()), path)
     return images
+
+
+def split(images: list[TrainImage], share: float, seed: int) -> tuple[list[TrainImage], list[TrainImage]]:
+    """What is trained on, and of each folder a share to validate on, chosen by the seed as sd-scripts chooses it.
+
+    :raises DeftError: when none is left to train on
+    """
+    trained: list[TrainImage] = []
+    kept: list[TrainImage] = []
+    for _, group in itertools.groupby(images, lambda image: image.path.parent):
+        shuffled = list(group)
+        random.Random(seed).shuffle(shuffled)
+        number = math.ceil(len(shuffled) * (1 - share))
+        trained += shuffled[:number]
+        kept += [replace(image, repeats=1) for image in shuffled[number:]]
+    if not kept and share:
+        logger.warning(f"--validation_split {share}: less than a picture of every folder; nothing is validated")
+    if not trained:
+        raise DeftError(f"--validation_split {share}: leaves no picture to train on")
+    return trained, kept
 
 
 def _first_line(caption: Path, remarks: Remarks) -> str:

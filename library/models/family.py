@@ -9,11 +9,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
+from library.sampling import counted_by
 from networks.deft_config import DeftError, reason_of
+from networks.deft_progress import Bar
 
 Text = dict[str, Tensor]  # a family's own names -> what the text encoders make of captions, (captions, ...) each
 
@@ -106,9 +109,9 @@ class Family(ABC):
             for part in parts:
                 part.train()
                 if hasattr(part, "enable_gradient_checkpointing"):
-                    part.enable_gradient_checkpointing()  # type: ignore[operator]
+                    part.enable_gradient_checkpointing()
                 else:
-                    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+                    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @abstractmethod
     def sampler(self, name: str | None) -> Any:
@@ -118,23 +121,43 @@ class Family(ABC):
         :raises DeftError: for one that the family does not have
         """
 
-    @torch.no_grad()
-    def draw(self, prompt: Prompt, text: Text, negative: Text | None, sampler: str | None = None, **call: Any) -> Any:
-        """One picture (PIL), by the family's own pipeline, from encoded texts.
+    def free_text_encoders(self) -> None:
+        """Once their outputs are kept; from here on, there are none."""
+        for name in ("text_encoder", "text_encoder_2"):
+            if getattr(self.pipeline, name, None) is not None:
+                self.pipeline.register_modules(**{name: None})
 
-        :param call: further arguments of the pipeline's call
+    def decode(self, latents: Tensor, prompt: Prompt) -> Image.Image:
+        """A picture of a pipeline's latents, in float32: SDXL's VAE overflows in float16.
+
+        :param prompt: that says how large it is
+        """
+        config = self.vae.config
+        with torch.autocast(latents.device.type, enabled=False):
+            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0)
+            pixels = self.vae.decode(latents, return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels)[0]
+
+    @torch.no_grad()
+    def draw(self, prompt: Prompt, text: Text, negative: Text | None, sampler: str | None, bar: Bar) -> Image.Image:
+        """One picture, by the family's own pipeline.
+
+        :param text: of the prompt
+        :param bar: that counts the prompt's steps
         """
         trained_with = self.pipeline.scheduler
         self.pipeline.scheduler = self.sampler(sampler)
         try:
-            return self.pipeline(
+            latents = self.pipeline(
                 **self.drawing_inputs(text, negative),
                 width=prompt.width,
                 height=prompt.height,
                 guidance_scale=prompt.guidance,
                 num_inference_steps=prompt.steps,
                 generator=prompt.generator(),
-                **call,
-            ).images[0]
+                output_type="latent",
+                callback_on_step_end=counted_by(bar),
+            ).images
         finally:
             self.pipeline.scheduler = trained_with
+        return self.decode(latents, prompt)

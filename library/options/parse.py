@@ -7,31 +7,21 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import toml
 from PIL import ImageColor
 
-from library.options.rooms import (
-    DataOptions,
-    LogOptions,
-    LoopOptions,
-    ModelOptions,
-    NetworkOptions,
-    OptimizerOptions,
-    ProcessOptions,
-    Run,
-    SampleOptions,
-    SaveOptions,
-    ValidationOptions,
-)
+from library.options.rooms import Run
 from library.options.table import OPTIONS, Option, asks_for_nothing
 from networks.deft_config import DeftError, nearest, read_text, reason_of
 
 logger = logging.getLogger(__name__)
 
+_OFF_AT_0 = ("min_snr_gamma", "v_pred_like_loss", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations",
+             "ip_noise_gamma")  # fmt: skip
 _NEEDED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
 _BACKSLASH = re.compile(r'"[^"\n]*\\[^"\n]*"')  # in double quotes
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -182,6 +172,7 @@ def _run(values: dict[str, Any]) -> Run:
     for name in _NEEDED:
         if not values[name]:
             raise DeftError(f"--{name} is needed, on the command line or in --config_file")
+    values |= {name: values[name] or None for name in _OFF_AT_0}
     recorded = {option.metadata: values[option.name] for option in OPTIONS if option.metadata}
     name = values["output_name"]
     if Path(name).name != name or not name.isprintable() or not 0 < len(name.encode()) <= 200:
@@ -196,6 +187,12 @@ def _run(values: dict[str, Any]) -> Run:
     if values["cache_text_encoder_outputs"] and not values["network_train_unet_only"]:
         raise DeftError("--cache_text_encoder_outputs: text encoders that are trained give new outputs in every step; "
                         "add --network_train_unet_only, or leave it out")  # fmt: skip
+    if values["adaptive_noise_scale"] is not None and values["noise_offset"] is None:
+        raise DeftError("--adaptive_noise_scale needs --noise_offset")
+    if values["min_timestep"] > values["max_timestep"]:
+        raise DeftError(
+            f"--min_timestep={values['min_timestep']}: must not be above --max_timestep, {values['max_timestep']}"
+        )
     if values["dim_from_weights"] and not values["network_weights"]:
         raise DeftError("--dim_from_weights needs --network_weights")
     if len(values["base_weights_multiplier"]) > len(values["base_weights"]):
@@ -215,19 +212,8 @@ def _run(values: dict[str, Any]) -> Run:
     values["network_args"] = dict(argument.split("=", 1) for argument in values["network_args"])
     if values["network_dropout"] is not None:
         values["network_args"]["neuron_dropout"] = values["network_dropout"]
-    return Run(
-        _room(ModelOptions, values),
-        _room(DataOptions, values),
-        _room(NetworkOptions, values),
-        _room(OptimizerOptions, values),
-        _room(ProcessOptions, values),
-        _room(LoopOptions, values),
-        _room(SaveOptions, values),
-        _room(SampleOptions, values),
-        _room(ValidationOptions, values),
-        _room(LogOptions, values),
-        recorded,
-    )
+    rooms: dict[str, Any] = {name: kind for name, kind in get_type_hints(Run).items() if is_dataclass(kind)}
+    return Run(**{name: _room(kind, values) for name, kind in rooms.items()}, recorded=recorded)
 
 
 def _room(kind: type[Room], values: Mapping[str, Any]) -> Room:

@@ -68,13 +68,43 @@ class LoopOptions:
     max_train_epochs: int | None
     gradient_accumulation_steps: int
     max_grad_norm: float
-    min_snr_gamma: float | None
     max_nan_steps: int
     sample_every_n_epochs: int | None
     sample_every_n_steps: int | None
     sample_at_first: bool
     validate_every_n_epochs: int | None
     validate_every_n_steps: int | None
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Noise, timesteps, target and loss. None is off; the defaults are sd-scripts'."""
+
+    min_snr_gamma: float | None = None
+    scale_v_pred_loss_like_noise_pred: bool = False
+    v_pred_like_loss: float | None = None
+    debiased_estimation_loss: bool = False
+    noise_offset: float | None = None
+    noise_offset_random_strength: bool = False
+    adaptive_noise_scale: float | None = None
+    multires_noise_iterations: int | None = None
+    multires_noise_discount: float = 0.3
+    ip_noise_gamma: float | None = None
+    ip_noise_gamma_random_strength: bool = False
+    min_timestep: int = 0
+    max_timestep: int = 1000  # itself left out, unless it is min_timestep
+    loss_type: str = "l2"
+    huber_schedule: str = "snr"
+    huber_c: float = 0.1
+    huber_scale: float = 1.0
+    timestep_sampling: str = "sigma"
+    sigmoid_scale: float = 1.0
+    discrete_flow_shift: float = 3.0
+    model_prediction_type: str = "sigma_scaled"
+    weighting_scheme: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
 
 
 @dataclass(frozen=True)
@@ -152,6 +182,7 @@ class Run:
     optimizer: OptimizerOptions
     process: ProcessOptions
     loop: LoopOptions
+    objective: ObjectiveOptions
     saves: SaveOptions
     samples: SampleOptions
     validation: ValidationOptions

@@ -15,7 +15,11 @@ Check = tuple[Callable[[Any], bool], str]  # whether a value is good, and what i
 
 AT_LEAST_1: Check = (lambda value: value >= 1, "at least 1")
 AT_LEAST_0: Check = (lambda value: 0 <= value < math.inf, "a number of at least 0")
+ABOVE_0: Check = (lambda value: 0 < value < math.inf, "a number above 0")
 FINITE: Check = (lambda value: math.isfinite(value), "a finite number")
+TIMESTEP: Check = (lambda value: 0 <= value <= 999, "from 0 to 999")
+PAST_TIMESTEP: Check = (lambda value: 1 <= value <= 1000, "from 1 to 1000")
+MODE_SCALE: Check = (lambda value: -1 <= value <= 1.75, "from -1 to 1.75")  # arXiv 2403.03206, section 3.1
 SEED: Check = (lambda value: 0 <= value < 2**32, f"from 0 to {2**32 - 1}")
 
 
@@ -50,12 +54,10 @@ def _group(title: str, *options: Option) -> list[Option]:
 
 # sd-scripts' defaults of what is not honoured: in a configuration they ask for nothing, and nor does 0
 _ASK_FOR_NOTHING = {
-    "guidance_scale": 3.5, "timestep_sampling": "sigma", "sigmoid_scale": 1, "model_prediction_type": "sigma_scaled",
-    "discrete_flow_shift": 3, "model_type": "flux", "weighting_scheme": "uniform", "logit_std": 1, "mode_scale": 1.29,
-    "clip_skip": 1, "max_token_length": 75, "prior_loss_weight": 1, "dataset_repeats": 1, "min_bucket_reso": 256,
-    "max_bucket_reso": 1024, "bucket_reso_steps": 64, "caption_separator": ",", "token_warmup_min": 1,
-    "lr_scheduler_num_cycles": 1, "lr_scheduler_power": 1, "multires_noise_discount": 0.3, "loss_type": "l2",
-    "huber_schedule": "snr", "huber_c": 0.1, "huber_scale": 1, "dynamo_backend": "inductor", "zero_stage": 2,
+    "guidance_scale": 3.5, "model_type": "flux", "clip_skip": 1, "max_token_length": 75, "prior_loss_weight": 1,
+    "dataset_repeats": 1, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
+    "caption_separator": ",", "token_warmup_min": 1, "lr_scheduler_num_cycles": 1, "lr_scheduler_power": 1,
+    "dynamo_backend": "inductor", "zero_stage": 2,
 }  # fmt: skip
 
 
@@ -93,6 +95,7 @@ _MEMORY = IN_SD_SCRIPTS
 _DEEPSPEED = "DeepSpeed is not used here; several GPUs train by accelerate launch"
 _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
 
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TRACKERS = ("tensorboard", "wandb", "trackio", "all")
 SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
 
@@ -117,15 +120,7 @@ OPTIONS: list[Option] = [
             "controlnet_model_name_or_path",
             "t5xxl_max_token_length",
             "guidance_scale",
-            "timestep_sampling",
-            "sigmoid_scale",
-            "model_prediction_type",
-            "discrete_flow_shift",
             "model_type",
-            "weighting_scheme",
-            "logit_mean",
-            "logit_std",
-            "mode_scale",
         ),
         *_to_come(_FAMILY, "apply_t5_attn_mask", "split_mode", "train_inpainting", switch=True),
     ),
@@ -309,29 +304,139 @@ OPTIONS: list[Option] = [
             check=AT_LEAST_0,
             metadata="ss_min_snr_gamma",
         ),
-        *_to_come(
-            IN_SD_SCRIPTS,
-            "noise_offset",
-            "multires_noise_iterations",
-            "multires_noise_discount",
-            "ip_noise_gamma",
-            "adaptive_noise_scale",
-            "min_timestep",
-            "max_timestep",
-            "loss_type",
-            "huber_schedule",
-            "huber_c",
-            "huber_scale",
-            "v_pred_like_loss",
-        ),
-        *_to_come(
-            IN_SD_SCRIPTS,
-            "noise_offset_random_strength",
-            "ip_noise_gamma_random_strength",
+        Option(
             "debiased_estimation_loss",
-            "scale_v_pred_loss_like_noise_pred",
-            switch=True,
+            bool,
+            False,
+            "weight timesteps by 1 / sqrt(SNR)",
+            metadata="ss_debiased_estimation",
         ),
+        Option("scale_v_pred_loss_like_noise_pred", bool, False, "velocity: weight timesteps as for noise"),
+        Option("v_pred_like_loss", float, None, "noise: add this share of the velocity's loss", check=AT_LEAST_0),
+        Option(
+            "noise_offset",
+            float,
+            None,
+            "shift each channel's noise by a random number of this size; 0.1 is usual",
+            check=AT_LEAST_0,
+            metadata="ss_noise_offset",
+        ),
+        Option(
+            "noise_offset_random_strength",
+            bool,
+            False,
+            "a random size up to --noise_offset for each picture",
+            metadata="ss_noise_offset_random_strength",
+        ),
+        Option(
+            "adaptive_noise_scale",
+            float,
+            None,
+            "add this times the channel's mean to --noise_offset",
+            check=FINITE,
+            metadata="ss_adaptive_noise_scale",
+        ),
+        Option(
+            "multires_noise_iterations",
+            int,
+            None,
+            "add coarser noise so many times; 6 to 10 is usual",
+            check=AT_LEAST_0,
+            metadata="ss_multires_noise_iterations",
+        ),
+        Option(
+            "multires_noise_discount",
+            float,
+            0.3,
+            "each time this much weaker",
+            check=AT_LEAST_0,
+            metadata="ss_multires_noise_discount",
+        ),
+        Option(
+            "ip_noise_gamma",
+            float,
+            None,
+            "show the model this much more noise than is asked for; 0.1 is usual",
+            check=AT_LEAST_0,
+            metadata="ss_ip_noise_gamma",
+        ),
+        Option(
+            "ip_noise_gamma_random_strength",
+            bool,
+            False,
+            "a random size up to --ip_noise_gamma for each picture",
+            metadata="ss_ip_noise_gamma_random_strength",
+        ),
+        Option("min_timestep", int, 0, "lowest timestep that is drawn", check=TIMESTEP),
+        Option("max_timestep", int, 1000, "timesteps are drawn below this one", check=PAST_TIMESTEP),
+        Option(
+            "loss_type",
+            str,
+            "l2",
+            "what an error costs",
+            ("l1", "l2", "huber", "smooth_l1"),
+            metadata="ss_loss_type",
+        ),
+        Option(
+            "huber_schedule",
+            str,
+            "snr",
+            "how huber_c depends on the timestep",
+            ("constant", "exponential", "snr"),
+            metadata="ss_huber_schedule",
+        ),
+        Option(
+            "huber_c",
+            float,
+            0.1,
+            "error above which the cost grows linearly",
+            check=ABOVE_0,
+            metadata="ss_huber_c",
+        ),
+        Option("huber_scale", float, 1.0, "factor of huber_c", check=ABOVE_0, metadata="ss_huber_scale"),
+        Option(
+            "timestep_sampling",
+            str,
+            "sigma",
+            "FLUX: how timesteps are drawn",
+            ("sigma", "uniform", "sigmoid", "shift", "flux_shift"),
+            metadata="ss_timestep_sampling",
+        ),
+        Option(
+            "sigmoid_scale",
+            float,
+            1.0,
+            "FLUX: spread of sigmoid, shift and flux_shift",
+            check=ABOVE_0,
+            metadata="ss_sigmoid_scale",
+        ),
+        Option(
+            "discrete_flow_shift",
+            float,
+            3.0,
+            "FLUX: above 1, sigma and shift draw more noise",
+            check=ABOVE_0,
+            metadata="ss_discrete_flow_shift",
+        ),
+        Option(
+            "model_prediction_type",
+            str,
+            "sigma_scaled",
+            "FLUX: what becomes of the answer; raw is what it was made for",
+            ("raw", "additive", "sigma_scaled"),
+            metadata="ss_model_prediction_type",
+        ),
+        Option(
+            "weighting_scheme",
+            str,
+            "uniform",
+            "FLUX: density of sigma's timesteps, or sigma_scaled's weights",
+            ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"),
+            metadata="ss_weighting_scheme",
+        ),
+        Option("logit_mean", float, 0.0, "FLUX: of logit_normal", check=FINITE, metadata="ss_logit_mean"),
+        Option("logit_std", float, 1.0, "FLUX: of logit_normal", check=AT_LEAST_0, metadata="ss_logit_std"),
+        Option("mode_scale", float, 1.29, "FLUX: of mode", check=MODE_SCALE, metadata="ss_mode_scale"),
     ),
     *_group(
         "saving",
@@ -397,7 +502,7 @@ OPTIONS: list[Option] = [
         Option("log_config", bool, False, "also log the training's settings"),
         Option("wandb_run_name", str, None, "the run's name"),
         Option("wandb_api_key", str, None, "to log in with"),
-        Option("console_log_level", str, "INFO", "the least that is told", ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
+        Option("console_log_level", str, "INFO", "the least that is told", LEVELS),
         Option("console_log_file", str, metavar="FILE", help="messages go there, not to the terminal"),
         *_always("messages are plain lines anyway", "console_log_simple"),
         *_to_come(IN_SD_SCRIPTS, "show_timesteps"),

@@ -11,6 +11,8 @@ from library import keep
 from library.data.folders import TrainImage, find_images
 from library.options.rooms import NetworkOptions, OptimizerOptions, Run
 from library.prompts import Prompt, read_prompts
+from library.training import start, state
+from library.training.state import Position, Setting
 from networks import deft_io
 from networks.deft_config import DeftError, parse_options, user_options
 from networks.deft_io import AdapterFile
@@ -24,6 +26,7 @@ class Given:
     :param to_keep: prompts of what the model is to go on drawing, where `keep` names such
     :param start: the adapter that the training goes on from
     :param base: adapters that are merged first, with their strengths
+    :param resumed: where a state was saved, and the setting then
     """
 
     images: list[TrainImage]
@@ -31,11 +34,16 @@ class Given:
     to_keep: list[Prompt]
     start: AdapterFile | None
     base: list[tuple[AdapterFile, float]]
+    resumed: tuple[Position, Setting] | None
 
     def texts(self) -> dict[str, str]:
         """What a user knows a text by -> the text, of captions and prompts."""
         captions = {str(image.path): image.caption for image in self.images}
         return captions | {f"prompt {i + 1}": prompt.text for i, prompt in enumerate(self.samples)}
+
+    def texts_encoded(self) -> list[str]:
+        """All that the text encoders are ever asked for."""
+        return [*self.texts().values(), *(prompt.negative for prompt in self.samples)]
 
 
 def read(run: Run) -> Given:
@@ -55,18 +63,21 @@ def _read(run: Run) -> Given:
         to_keep = keep.read_prompts(keep_file, size, "--network_args keep")
     elif keep_file is not None:
         deft_io.read_kept(keep_file)
-    start = None if network.network_weights is None else deft_io.read_adapter(network.network_weights)
+    adapter = None if network.network_weights is None else deft_io.read_adapter(network.network_weights)
     base = [(deft_io.read_adapter(file), strength) for file, strength in network.base_weights]
     _check_rates(run.optimizer, network)
-    for option in ("output_dir", "logging_dir"):
-        _check_writable(option, getattr(run.output, option))
-    file = Path(run.output.output_dir, f"{run.output.output_name}.safetensors")
+    _check_writable("output_dir", run.saves.output_dir)
+    _check_writable("logging_dir", run.logs.logging_dir)
+    start.check_trackers(run.logs)
+    file = Path(run.saves.output_dir, f"{run.saves.output_name}.safetensors")
     if file.is_dir():
-        raise DeftError(f"--output_name {run.output.output_name}: {file} is a folder")
+        raise DeftError(f"--output_name {run.saves.output_name}: {file} is a folder")
+    position = state.read(run.saves.resume) if run.saves.resume else None
     _tell_what_has_no_effect(run)
-    prompts = run.output.sample_prompts
+    prompts = run.samples.sample_prompts
     samples = [] if prompts is None else read_prompts(prompts, size)
-    return Given(find_images(run.data.train_data_dir, run.data.caption_extension), samples, to_keep, start, base)
+    images = find_images(run.data.train_data_dir, run.data.caption_extension)
+    return Given(images, samples, to_keep, adapter, base, position)
 
 
 def _check_rates(rates: OptimizerOptions, network: NetworkOptions) -> None:
@@ -81,17 +92,29 @@ def _check_rates(rates: OptimizerOptions, network: NetworkOptions) -> None:
 
 def _tell_what_has_no_effect(run: Run) -> None:
     """What was asked for and does nothing beside the other options."""
-    loop, network, rates = run.loop, run.network, run.optimizer
+    loop, network, rates, saves = run.loop, run.network, run.optimizer, run.saves
+    by_epochs = saves.save_every_n_epochs or saves.save_n_epoch_ratio
     drawn = loop.sample_at_first or loop.sample_every_n_steps or loop.sample_every_n_epochs
     without_effect = {
         "--sample_prompts draws nothing without --sample_every_n_steps, --sample_every_n_epochs, --sample_at_first":
-            run.output.sample_prompts and not drawn,
+            run.samples.sample_prompts and not drawn,
         "--sample_every_n_steps and the like draw nothing without --sample_prompts":
-            drawn and not run.output.sample_prompts,
+            drawn and not run.samples.sample_prompts,
         "--text_encoder_lr has no effect with --network_train_unet_only":
             network.network_train_unet_only and rates.text_encoder_lr,
         "--unet_lr has no effect with --network_train_text_encoder_only":
             network.network_train_text_encoder_only and rates.unet_lr,
+        "--save_state saves but the last without --save_every_n_steps, --save_every_n_epochs or --save_n_epoch_ratio":
+            saves.save_state and not (saves.save_every_n_steps or by_epochs),
+        "--save_last_n_epochs has no effect without --save_every_n_epochs or --save_n_epoch_ratio":
+            saves.save_last_n_epochs and not by_epochs,
+        "--save_last_n_steps has no effect without --save_every_n_steps":
+            saves.save_last_n_steps is not None and not saves.save_every_n_steps,
+        "--save_last_n_epochs_state and --save_last_n_steps_state have no effect without --save_state":
+            (saves.save_last_n_epochs_state or saves.save_last_n_steps_state) and not saves.save_state,
+        "--validate_every_n_steps and the like do nothing without --validation_split":
+            not run.validation.validation_split and (
+                loop.validate_every_n_steps or loop.validate_every_n_epochs or run.validation.max_validation_steps),
         "--network_dim has no effect with --dim_from_weights": network.dim_from_weights and network.network_dim,
     }  # fmt: skip
     for line, is_so in without_effect.items():

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,10 +23,10 @@ class Interrupted(Exception):
     """A training was asked to end, and has saved what goes on from there.
 
     :param number: of the signal
-    :param state: the folder for --resume
+    :param state: the folder for --resume; None where it could not be written
     """
 
-    def __init__(self, number: int, state: str | None):
+    def __init__(self, number: int, state: Path | None):
         super().__init__(number, state)
         self.number, self.state = number, state
 
@@ -49,3 +55,21 @@ class Interrupts:
         self.number = number
         signal.signal(number, self._before[number])
         logger.warning("ending after this step; what is learnt will be saved. Again: end at once, saving nothing")
+
+
+def how_to_go_on(ended: Interrupted, argv: Sequence[str]) -> str:
+    """The command that does, for a terminal of this system.
+
+    :param argv: the training's arguments
+    """
+    if ended.state is None:
+        return "interrupted; the state could not be saved"
+    rest, skip = [], False
+    for word in argv:
+        if not skip and word != "--resume" and not word.startswith("--resume="):
+            rest.append(word)
+        skip = word == "--resume"
+    command = ["python"] if int(os.environ.get("WORLD_SIZE", "1")) == 1 else ["accelerate", "launch"]
+    command += [sys.argv[0], *rest, "--resume", str(ended.state)]
+    joined = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+    return f"interrupted; to go on:\n{joined}"

@@ -5,118 +5,123 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from library.data.latents import Batch
-from library.models.family import Family
 from library.options.rooms import LoopOptions
 from library.training.adapter import Adapter
-from library.training.objective import diffusion_loss
+from library.training.interrupts import Interrupted, Interrupts
+from library.training.losses import Losses
+from library.training.randoms import Randoms
 from library.training.samples import Samples
 from library.training.saves import Saves, TrainingStopped
+from library.training.state import Length, Position
+from library.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Length:
-    """Of a training."""
-
-    steps: int
-    epochs: int
-
-    @staticmethod
-    def of(options: LoopOptions, batches: int) -> Length:
-        """:param batches: of an epoch, in this process"""
-        an_epoch = math.ceil(batches / options.gradient_accumulation_steps)
-        steps = options.max_train_epochs * an_epoch if options.max_train_epochs else options.max_train_steps
-        return Length(steps, math.ceil(steps / an_epoch))
-
-
 @dataclass
 class TrainingLoop:
-    """Everything that a step needs. `optimizer` and `schedule` are prepared by accelerate.
+    """Everything that a step needs. `optimizer`, `schedule` and `loader` are prepared by accelerate.
 
+    :param seed: of all noise and the order of pictures
     :param group_names: of the optimizer's parameter groups, for the logs
+    :param evaluated: within which the adapter is as it is to be used, where the optimizer averages weights
+    :param position: where the training begins
     """
 
     options: LoopOptions
     accelerator: Accelerator
-    model: Family
+    losses: Losses
+    seed: int
     adapter: Adapter
     loader: DataLoader
     optimizer: Any
     schedule: Any
     group_names: list[str]
+    evaluated: Callable[[], AbstractContextManager[None]]
     saves: Saves
     samples: Samples
+    validation: Validation | None
     length: Length
-    step: int = 0
-    epoch: int = 0
+    position: Position
+    accumulated: int = 0  # batches of the step that is under way
     first_batch: Batch | None = None
     has_gradients: bool = False  # of the step that is under way
     non_finite: str = ""  # what was not finite in it
     non_finite_in_a_row: int = 0
-    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=100))
+    recent_losses: deque[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.noise_scheduler: DDPMScheduler = self.model.noise_scheduler()  # type: ignore[attr-defined]
+        self.recent_losses = deque(self.position.recent, maxlen=100)
 
     def run(self) -> None:
-        """Trains for `steps` optimizer steps.
+        """Trains for `length.steps` optimizer steps.
 
         :raises TrainingStopped: after `--max_nan_steps` non-finite losses in a row
+        :raises Interrupted: when a signal has ended it, after saving
         """
-        if self.options.sample_at_first:
-            self.samples.draw("000000")
         main = self.accelerator.is_local_main_process
-        with tqdm(total=self.length.steps, desc="steps", disable=not main, smoothing=0.1) as progress:
-            while self.step < self.length.steps:
-                self.epoch += 1
-                self.adapter.start_epoch()
-                for batch in self.loader:
-                    with self.accelerator.accumulate():
-                        loss = self._batch(batch)
-                    if not self.accelerator.sync_gradients:
-                        continue
-                    self.step += 1
-                    self._after_step(loss)
-                    progress.update()
-                    progress.set_postfix(avr_loss=f"{self.average_loss:.4f}")
-                    if self.step >= self.length.steps:
-                        break
-                self._after_epoch()
+        total, done = self.length.steps, self.position.step
+        with (
+            Interrupts() as self.interrupts,
+            tqdm(total=total, initial=done, desc="steps", disable=not main, smoothing=0.1) as self.progress,
+        ):
+            if done == 0 and self.options.sample_at_first:
+                self._draw("000000")
+            while self.position.step < total:
+                self._epoch()
 
     @property
     def average_loss(self) -> float:
         """Of the last 100 batches."""
         return sum(self.recent_losses) / max(len(self.recent_losses), 1)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """The objective at random noise and timesteps."""
-        with self.accelerator.autocast():
-            text = self.model.encode_text(list(batch.captions))
-            return diffusion_loss(
-                lambda noisy, timesteps: self.model.predict(noisy, timesteps, text, batch.sizes),
-                batch.latents.to(self.accelerator.device),
-                self.noise_scheduler,
-                self.options.min_snr_gamma or None,
-            )
+    def _epoch(self) -> None:
+        """The rest of the epoch that is under way, or the next one."""
+        position, loader = self.position, self.loader
+        if position.batches:
+            loader = self.accelerator.skip_first_batches(self.loader, position.batches)
+        else:
+            position.epoch += 1
+        self.adapter.start_epoch()
+        for one in (self.loader, loader):
+            one.set_epoch(position.epoch)  # type: ignore[attr-defined]
+        for batch in loader:
+            with self.accelerator.accumulate():
+                loss = self._batch(batch)
+            position.batches += 1
+            if self.accelerator.sync_gradients:
+                position.step += 1
+                self._after_step(loss)
+                if position.step >= self.length.steps:
+                    break
+        position.batches = 0
+        self._after_epoch()
+
+    def _randoms(self, batch: Batch) -> Randoms:
+        """This batch's, whose pictures stand in the step behind those of other processes and accumulated batches."""
+        b = self.loader.batch_size or len(batch.latents)
+        first = (self.accumulated * self.accelerator.num_processes + self.accelerator.process_index) * b
+        return Randoms(self.seed, self.position.step, range(first, first + len(batch.latents)))
 
     def _batch(self, batch: Batch) -> float:
         """Forward, backward and, where gradients are complete, the update; returns the loss over all processes."""
         self.adapter.start_step()
         self.first_batch = self.first_batch or batch
-        loss = self._loss(batch)
-        value = self.accelerator.gather(loss.detach()).mean().item()  # one value, so that all processes agree
+        loss = self.losses(batch, self._randoms(batch)).mean()
+        self.accumulated += 1
+        value = self._agree_on(loss)
         if math.isfinite(value):
             self.recent_losses.append(value)
             self.accelerator.backward(loss)
@@ -127,23 +132,53 @@ class TrainingLoop:
             if self.has_gradients:
                 self._update()
             self._count_non_finite()
-            self.has_gradients = False
-        self.schedule.step()
-        self.optimizer.zero_grad()
+            self.has_gradients, self.accumulated = False, 0
+            self.schedule.step()
+            self.optimizer.zero_grad()
         return value
+
+    def _agree_on(self, loss: Tensor) -> float:
+        """The loss's mean over processes, in all of which a signal to one of them is noted."""
+        signal = torch.tensor(float(self.interrupts.number), device=loss.device)
+        found = self.accelerator.gather(torch.stack([loss.detach().float(), signal])).view(-1, 2)
+        mean, number = found[:, 0].mean().item(), int(found[:, 1].max())
+        self.interrupts.number = number
+        return mean
+
+    def _update(self) -> None:
+        """Averages the gradients over processes, clips them, and steps unless they are not finite."""
+        parameters = list(self.adapter.parameters())
+        if self.accelerator.num_processes > 1:
+            self._average_gradients(parameters)
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm or math.inf))
+        if self.accelerator.scaler is not None or math.isfinite(norm):
+            self.optimizer.step()  # a GradScaler skips non-finite gradients by itself, and finds its scale that way
+        else:
+            self.non_finite = f"gradient {norm}"
+
+    def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """In one piece. DistributedDataParallel would count each gradient as it comes; ours come together, at the end
+        of the backward pass, and of a layer that dropout has skipped in this process there is none."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        together = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
     def warn_where_nothing_moved(self) -> None:
         """After a training: where the loss on the first batch is what it is without the adapter, noise alike."""
-        assert self.first_batch is not None
+        if self.first_batch is None:  # nothing was left to do
+            return
         network, losses = self.adapter.module, []
         training = network.training
         network.eval()
         for on in (False, True):
             self.adapter.switch(on)
-            with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
-                torch.manual_seed(0)
-                losses.append(float(self._loss(self.first_batch)))
+            randoms = Randoms(self.seed, 0, range(len(self.first_batch.latents)))
+            losses.append(float(self.losses(self.first_batch, randoms).mean()))
         network.train(training)
         if abs(losses[1] - losses[0]) <= 1e-6 * abs(losses[0]):
             logger.warning(
@@ -151,22 +186,9 @@ class TrainingLoop:
                 f"A higher learning rate, more steps or another --mixed_precision may help"
             )
 
-    def _update(self) -> None:
-        """Averages the gradients over processes, clips them, and steps unless they are not finite."""
-        parameters = list(self.adapter.parameters())
-        if self.accelerator.num_processes > 1:
-            for parameter in parameters:  # dropout may have skipped a layer in one process and not in another
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
-        norm = float(self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm or math.inf))
-        if self.accelerator.scaler is not None or math.isfinite(norm):
-            self.optimizer.step()  # a GradScaler skips non-finite gradients by itself, and finds its scale that way
-        else:
-            self.non_finite = f"gradient {norm}"
-
     def _count_non_finite(self) -> None:
         """Counts steps in a row with a non-finite loss or gradient; what was not finite has been left out."""
-        number, what, self.non_finite = self.step + 1, self.non_finite, ""
+        number, what, self.non_finite = self.position.step + 1, self.non_finite, ""
         self.non_finite_in_a_row = self.non_finite_in_a_row + 1 if what else 0
         if what:
             logger.warning(f"step {number}: non-finite {what}, left out ({self.non_finite_in_a_row} in a row)")
@@ -177,24 +199,54 @@ class TrainingLoop:
             )
 
     def _after_step(self, loss: float) -> None:
-        options = self.options
+        options, step = self.options, self.position.step
         self.adapter.after_step()
-        if self.accelerator.trackers:
-            rates = zip(self.group_names, self.schedule.get_last_lr(), strict=True)
-            values = {"loss/current": loss, "loss/average": self.average_loss}
-            self.accelerator.log(values | {f"lr/{name}": rate for name, rate in rates}, step=self.step)
-        if options.sample_every_n_steps and self.step % options.sample_every_n_steps == 0:
-            self.samples.draw(f"{self.step:06d}")
-        if options.save_every_n_steps and self.step % options.save_every_n_steps == 0 and self.step < self.length.steps:
-            self.saves.during_training(f"-step{self.step:08d}", self.step, self.epoch)
+        self.position.recent = list(self.recent_losses)
+        self.progress.update()
+        self.progress.set_postfix(avr_loss=f"{self.average_loss:.4f}", **self._memory())
+        self.accelerator.log(self._meters(loss), step=step)
+        if options.sample_every_n_steps and step % options.sample_every_n_steps == 0:
+            self._draw(f"{step:06d}")
+        self.saves.at_step(self.position)
+        if options.validate_every_n_steps and step % options.validate_every_n_steps == 0:
+            self._validate("step")
+        if self.interrupts.number and step < self.length.steps:
+            raise Interrupted(self.interrupts.number, self.saves.interrupted(self.position))
 
     def _after_epoch(self) -> None:
-        options = self.options
-        if options.sample_every_n_epochs and self.epoch % options.sample_every_n_epochs == 0:
-            self.samples.draw(f"e{self.epoch:06d}")
-        if (
-            options.save_every_n_epochs
-            and self.epoch % options.save_every_n_epochs == 0
-            and self.step < self.length.steps
-        ):
-            self.saves.during_training(f"-{self.epoch:06d}", self.step, self.epoch)
+        options, epoch = self.options, self.position.epoch
+        if options.validate_every_n_epochs is None or epoch % options.validate_every_n_epochs == 0:
+            self._validate("epoch")
+        self.accelerator.log({"loss/epoch_average": self.average_loss}, step=self.position.step)
+        self.saves.at_epoch(self.position)
+        if options.sample_every_n_epochs and epoch % options.sample_every_n_epochs == 0:
+            self._draw(f"e{epoch:06d}")
+
+    def _draw(self, label: str) -> None:
+        with self.evaluated():
+            self.samples.draw(label, self.position.step)
+
+    def _validate(self, when: str) -> None:
+        """Under sd-scripts' names."""
+        if self.validation is None:
+            return
+        with self.evaluated():
+            found = self.validation.measure()
+        logger.info(f"step {self.position.step}: validation loss {found:.5f}")
+        values = {"average": found, "divergence": found - self.average_loss}
+        self.accelerator.log({f"loss/validation/{when}_{k}": v for k, v in values.items()}, step=self.position.step)
+
+    def _memory(self) -> dict[str, str]:
+        """The most that was taken of the GPU's, for the bar."""
+        device = self.accelerator.device
+        return {"GPU": f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}G"} if device.type == "cuda" else {}
+
+    def _meters(self, loss: float) -> dict[str, float]:
+        """Under sd-scripts' names; of optimizers that find their own rate, also that."""
+        found = {"loss/current": loss, "loss/average": self.average_loss}
+        for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
+            rate = group["lr"]
+            found[f"lr/{name}"] = float(rate) if rate is not None else math.nan
+            if "d" in group and rate is not None:
+                found[f"lr/d*lr/{name}"] = float(group["d"] * rate)
+        return found

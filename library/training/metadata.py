@@ -10,7 +10,8 @@ from pathlib import Path
 from library.data.latents import CachedLatents
 from library.models.family import Family
 from library.options.rooms import Run
-from library.training.loop import Length
+from library.training.objective import FLOW_ONLY
+from library.training.state import Length
 from networks.deft import DeftNetwork
 from networks.deft_progress import Bar
 
@@ -30,8 +31,9 @@ def of_training(
     """The fields that are known before the first step; with --no_metadata, those alone that clients need."""
     width, height = run.data.resolution
     network_args = {key: value for key, value in run.network.network_args.items() if key != "neuron_dropout"}
+    unused = () if model.objective == "flow" else tuple(f"ss_{name}" for name in FLOW_ONLY)
     fields: dict[str, object] = {
-        **run.recorded,
+        **{name: value for name, value in run.recorded.items() if name not in unused},
         **model.names(),
         "ss_training_started_at": time.time(),
         "ss_num_train_images": len(data),
@@ -47,11 +49,11 @@ def of_training(
         "ss_network_args": json.dumps(network_args),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": run.output.output_name,
+        "modelspec.title": run.saves.output_name,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
-    if run.output.no_metadata:
+    if run.saves.no_metadata:
         fields = {key: value for key, value in fields.items() if key in _ALWAYS or key.startswith("modelspec.")}
     elif model.path.is_file():
         fields["ss_new_sd_model_hash"] = sha256_of(model.path)

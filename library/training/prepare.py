@@ -1,21 +1,18 @@
-"""What stands between a model and the first step: latents, batches, the optimizer."""
+"""What stands between a model and the first step: latents, captions, batches."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
 from library.data.folders import TrainImage
 from library.data.latents import CachedLatents
 from library.models.family import Family
-from library.options.rooms import DataOptions, OptimizerOptions
+from library.options.rooms import DataOptions
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
@@ -24,9 +21,9 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 def cache_latents(
-    options: DataOptions, images: list[TrainImage], model: Family, accelerator: Accelerator
-) -> CachedLatents:
-    """Encodes all images once and puts the VAE aside.
+    options: DataOptions, parts: Sequence[list[TrainImage]], model: Family, accelerator: Accelerator
+) -> list[CachedLatents]:
+    """Encodes all images of each part that has some once, and puts the VAE aside.
 
     :raises DeftError: when no image can be read, or for a resolution that the model cannot have
     """
@@ -34,9 +31,11 @@ def cache_latents(
     if width % step or height % step:
         raise DeftError(f"--resolution {width},{height}: both must be multiples of {step}")
     model.vae.to(accelerator.device)
-    data = CachedLatents(images, options.resolution, model.encode_image, options.transparent_background)
+    background = options.transparent_background
+    data = [CachedLatents(images, options.resolution, model.encode_image, background) for images in parts if images]
     model.vae.to("cpu")
-    logger.info(f"{len(data.images)} images, {len(data)} with repeats, latents cached")
+    told = [f"{len(one.images)} images, {len(one)} with repeats" for one in data]
+    logger.info(f"{', to validate on '.join(told)}, latents cached")
     return data
 
 
@@ -55,24 +54,9 @@ def tell_what_is_cut(model: Family, captions: Mapping[str, str]) -> None:
         )
 
 
-def batches(options: DataOptions, data: CachedLatents, accelerator: Accelerator, seed: int) -> DataLoader:
-    """Shuffled batches of (latents, captions), shared out among the processes, which draw different noise from here."""
-    set_seed(seed, device_specific=True)
-    generator = torch.Generator()
-    generator.manual_seed(seed)
-    loader: DataLoader = DataLoader(data, batch_size=options.train_batch_size, shuffle=True, generator=generator)
-    return accelerator.prepare(loader)
+def batches(data: CachedLatents, number: int, shuffle: bool, accelerator: Accelerator) -> DataLoader:
+    """Batches, shared out among the processes; shuffled, in an order that the accelerator's seed and the epoch decide.
 
-
-def optimizer_of(
-    options: OptimizerOptions, groups: list[dict[str, Any]], steps: int, accelerator: Accelerator
-) -> tuple[Any, Any]:
-    """AdamW and its learning rate schedule, both prepared by accelerate."""
-    optimizer = accelerator.prepare(torch.optim.AdamW(groups))
-    schedule = get_scheduler(
-        options.lr_scheduler,
-        optimizer,
-        num_warmup_steps=options.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=steps * accelerator.num_processes,
-    )
-    return optimizer, accelerator.prepare(schedule)
+    :param number: of pictures in a batch
+    """
+    return accelerator.prepare(DataLoader(data, batch_size=number, shuffle=shuffle))

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ class Saves:
     Only the main process writes adapters; every process has to call.
 
     :param metadata: of `library.training.metadata`
+    :param evaluated: within which the adapter is as it is to be used
     :param length: of the whole training, whose end has files of its own
     """
 
@@ -42,11 +44,13 @@ class Saves:
         metadata: Mapping[str, str],
         setting: Setting,
         length: Length,
+        evaluated: Callable[[], AbstractContextManager[None]],
         accelerator: Accelerator,
     ):
         self.options, self.folder, self.name = options, Path(options.output_dir), options.output_name
         self.dtype, self.adapter, self.metadata = SAVE_DTYPES[options.save_precision], adapter, metadata
-        self.setting, self.length, self.accelerator = setting, length, accelerator
+        self.setting, self.length = setting, length
+        self.evaluated, self.accelerator = evaluated, accelerator
         self.every_n_epochs = options.save_every_n_epochs
         if options.save_n_epoch_ratio:
             self.every_n_epochs = length.epochs // options.save_n_epoch_ratio or 1
@@ -112,9 +116,7 @@ class Saves:
         before = step - last - 1
         return before - before % every
 
-    def _save(
-        self, name_of: Callable[[int], str], position: Position, number: int, old: int, old_state: int
-    ) -> None:
+    def _save(self, name_of: Callable[[int], str], position: Position, number: int, old: int, old_state: int) -> None:
         """:param number: of the step or epoch
         :param old: whose adapter goes; below 1 for none
         :param old_state: whose state goes
@@ -141,7 +143,8 @@ class Saves:
         if self.accelerator.is_main_process:
             now = {"ss_steps": position.step, "ss_epoch": position.epoch, "ss_training_finished_at": time.time()}
             fields = {**self.metadata, **{key: str(value) for key, value in now.items()}}
-            self.adapter.save(path, self.dtype, fields)
+            with self.evaluated():
+                self.adapter.save(path, self.dtype, fields)
             logger.info(f"saved {path}")
         self.last_good = path
         return path

@@ -14,7 +14,7 @@ from typing import Any
 
 import toml
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
@@ -53,24 +53,26 @@ def accelerator_of(options: ProcessOptions, logs: LogOptions) -> tuple[Accelerat
     if options.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise DeftError("--mixed_precision=fp16 needs a GPU; use bf16 or no")
     timeout = None if options.ddp_timeout is None else timedelta(minutes=options.ddp_timeout)
-    group = {} if timeout is None else InitProcessGroupKwargs(timeout=timeout).to_kwargs()
-    PartialState(**group)
-    seeds = [random.randrange(2**32) if options.seed is None else options.seed]
-    broadcast_object_list(seeds)
-    set_seed(seeds[0])
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seeds[0]),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
         step_scheduler_with_optimizer=False,  # a schedule counts steps, whatever the number of processes
         log_with=_trackers(logs),
         project_dir=_folder(logs),
+        kwargs_handlers=None if timeout is None else [InitProcessGroupKwargs(timeout=timeout)],
     )
     if accelerator.distributed_type not in ONE_WEIGHT_EVERYWHERE:
         raise DeftError(
             f"accelerate launch: {accelerator.distributed_type.value} splits the model over processes, which is not "
             f"done here; choose plain multi-GPU (DDP) in accelerate config, or pass --multi_gpu"
         )
+    if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DeftError("several processes were started that do not know each other; on CPUs: accelerate launch --cpu")
+    seeds = [random.randrange(2**32) if options.seed is None else options.seed]
+    broadcast_object_list(seeds)
+    set_seed(seeds[0])
+    accelerator.dataloader_config.data_seed = seeds[0]
     return accelerator, seeds[0]
 
 

@@ -7,10 +7,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -112,7 +110,7 @@ def _replace(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read(path: str) -> tuple[Position, dict[str, Any]]:
+def read(path: str) -> tuple[Position, Setting]:
     """The position of a state and the setting that it was saved with.
 
     :raises DeftError: when it is no state of this trainer's, or not whole
@@ -126,21 +124,23 @@ def read(path: str) -> tuple[Position, dict[str, Any]]:
     try:
         content = json.loads(read_text(file, f"{file}:"))
         position = Position(**{one.name: content.pop(one.name) for one in fields(Position)})
-        return position, {one.name: content[one.name] for one in fields(Setting)}
+        return position, Setting(**{one.name: content[one.name] for one in fields(Setting)})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DeftError(f"--resume {file}: not of this trainer's ({reason_of(error)})") from None
 
 
-def restore(path: str, then: Mapping[str, Any], now: Setting, accelerator: Accelerator) -> None:
+def restore(path: str, then: Setting, now: Setting, accelerator: Accelerator) -> None:
     """Takes over what `write` has written.
 
     :param then: the setting that it was saved with
     :raises DeftError: when the adapter or the optimizer is another one now
     """
-    differing = [f"{key} {then[key]} -> {value}" for key, value in asdict(now).items() if then[key] != value]
+    before = asdict(then)
+    differing = [f"{key} {before[key]} -> {value}" for key, value in asdict(now).items() if before[key] != value]
     if differing:
         logger.warning(
-            f"--resume {path}: {', '.join(differing)}: the training goes on with other pictures or noise than it would have"
+            f"--resume {path}: {', '.join(differing)}: the training goes on with other pictures or noise than it would "
+            f"have had"
         )
     try:
         accelerator.load_state(path)

@@ -1,0 +1,240 @@
+"""A training that is ended, by a state, a signal or a kill, and goes on: the same file as undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.training import state
+from networks.deft_config import DeftError
+from tests.conftest import ROOT, arguments, in_two_processes
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+EXACT = os.environ | {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+
+
+def train_of_34_steps(model_folder, photos, folder, **changes) -> list[str]:
+    """Five pictures, of which an epoch of 34 batches is made, with dropout, so that layers draw random numbers too."""
+    for number, path in zip((7, 7, 7, 7, 6), sorted(photos.glob("*.jpg")), strict=True):
+        target = photos.parent / f"{number}_sks cat {path.stem}"
+        target.mkdir(exist_ok=True)
+        path.rename(target / path.name)
+    return arguments(model_folder, photos, folder, **options(**changes))
+
+
+def options(**changes):
+    return {"learning_rate": 1e-3, "network_dropout": 0.1, "lr_scheduler": "cosine", "max_train_steps": 12} | changes
+
+
+def command(arguments: list[str]) -> list[str]:
+    return [sys.executable, str(ROOT / "train_network_deft.py"), *arguments]
+
+
+def run(arguments: list[str], expected: int = 0) -> str:
+    found = subprocess.run(command(arguments), cwd=ROOT, env=EXACT, capture_output=True, text=True, timeout=600)
+    assert found.returncode == expected, found.stderr[-3000:]
+    return found.stderr
+
+
+def tensors(folder: Path, name: str = "cat") -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{name}.safetensors")
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+OPTIMIZERS = {
+    "AdamW": {},
+    "Prodigy": {"optimizer_type": "Prodigy", "learning_rate": 1, "optimizer_args": ["use_bias_correction=True"]},
+    "AdamWScheduleFree": {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "constant"},
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_resumed_in_the_middle_of_an_epoch_bit_for_bit(model_folder, photos, tmp_path, name):
+    out = tmp_path / "out"
+    given = train_of_34_steps(model_folder, photos, tmp_path, save_every_n_steps=7, save_state=True, **OPTIMIZERS[name])
+    run(given)
+    undisturbed = tensors(out)
+    assert json.loads((out / "cat-step00000007-state" / state.FILE).read_text())["batches"] == 7
+    (out / "cat.safetensors").unlink()
+    run([*given, "--resume", str(out / "cat-step00000007-state")])
+    assert_equal(tensors(out), undisturbed)
+
+
+def test_resumed_across_epochs_with_accumulated_batches_and_a_last_epoch_that_is_not_whole(
+    model_folder, photos, tmp_path
+):
+    """Five pictures in batches of two, two batches a step: 2 steps an epoch, the second of one picture."""
+    changes = options(train_batch_size=2, gradient_accumulation_steps=2, save_every_n_epochs=2, save_state=True)
+    given = arguments(model_folder, photos, tmp_path, **changes | {"max_train_steps": 7})
+    run(given)
+    undisturbed, out = tensors(tmp_path / "out"), tmp_path / "out"
+    assert json.loads((out / "cat-000002-state" / state.FILE).read_text())["step"] == 4
+    run([*given, "--resume", str(out / "cat-000002-state")])
+    assert_equal(tensors(out), undisturbed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent otherwise there")
+def test_a_signal_saves_and_prints_the_command_that_goes_on(model_folder, photos, tmp_path, number, code):
+    given = train_of_34_steps(model_folder, photos, tmp_path, max_train_steps=40)
+    run([*given, "--output_name", "undisturbed"])
+    with open(tmp_path / "told.txt", "w") as told:
+        child = subprocess.Popen(command(given), cwd=ROOT, env=EXACT, stderr=told)
+        wait_until(lambda: "avr_loss" in (tmp_path / "told.txt").read_text())
+        child.send_signal(number)
+        assert child.wait(timeout=60) == code
+    last = (tmp_path / "told.txt").read_text().strip().splitlines()[-1]
+    (folder,) = (tmp_path / "out").glob("cat-step*-state")
+    assert (tmp_path / "out" / f"{folder.name.removesuffix('-state')}.safetensors").is_file()
+    words = shlex.split(last)
+    assert words[-2:] == ["--resume", str(folder)]
+    subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=EXACT, check=True, capture_output=True)
+    assert_equal(tensors(tmp_path / "out"), tensors(tmp_path / "out", "undisturbed"))
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+KILLS = int(os.environ.get("DEFT_KILLS", "3"))  # docs/trainer.md: 20 were tried
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there")
+def test_killed_at_random_moments_every_file_is_whole_and_every_state_goes_on(model_folder, photos, tmp_path):
+    out, rng = tmp_path / "out", random.Random(0)
+    saving = {"save_every_n_steps": 1, "save_state": True, "save_last_n_steps": 3, "network_dim": 16}
+    given = train_of_34_steps(model_folder, photos, tmp_path, **saving)
+    run([*given, "--output_name", "undisturbed"])
+    for _ in range(KILLS):
+        for path in out.glob("cat*"):
+            subprocess.run(["rm", "-r", str(path)], check=True)
+        child = subprocess.Popen(command(given), cwd=ROOT, env=EXACT, stderr=subprocess.DEVNULL)
+        wait_until(lambda: any(out.glob("cat-step*-state")))
+        time.sleep(rng.uniform(0, 2))
+        child.kill()
+        child.wait()
+        for file in out.glob("cat*.safetensors"):
+            assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+        states = sorted(folder for folder in out.iterdir() if re.fullmatch(r"cat-step\d+-state", folder.name))
+        assert states
+        (out / "cat.safetensors").unlink(missing_ok=True)
+        run([*given, "--resume", str(states[-1])])
+        assert_equal(tensors(out), tensors(out, "undisturbed"))
+
+
+SAVE_AND_GO_ON = """
+import sys
+import train_network_deft as trainer
+sys.exit(trainer.main(sys.argv[1:]))
+"""
+
+
+def test_resumed_in_two_processes(model_folder, photos, tmp_path, monkeypatch):
+    """Nine batches of one epoch in two processes: five each, the last one filled up."""
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    out, extra = tmp_path / "out", {"mixed_precision": "no", "save_every_n_steps": 3, "save_state": True}
+    given = arguments(model_folder, photos, tmp_path, **options(**extra, max_train_steps=7))
+    in_two_processes(tmp_path, SAVE_AND_GO_ON, *given)
+    undisturbed = tensors(out)
+    in_two_processes(tmp_path, SAVE_AND_GO_ON, *given, "--resume", str(out / "cat-step00000003-state"))
+    assert_equal(tensors(out), undisturbed)
+
+
+RECORD = """
+import json, os, sys
+import train_network_deft as trainer
+losses = []
+before = trainer.TrainingLoop._after_step
+trainer.TrainingLoop._after_step = lambda self, loss: (losses.append(self.recent_losses[-1]), before(self, loss))
+code = trainer.main(sys.argv[2:])
+if os.environ.get("RANK", "0") == "0":
+    json.dump(losses, open(sys.argv[1], "w"))
+sys.exit(code)
+"""
+
+
+def test_one_process_and_two_have_the_same_losses(model_folder, photos, tmp_path):
+    """For the same global batch; four pictures, so that no batch has to be filled up."""
+    next(photos.glob("*_5.jpg")).unlink()
+    common = {"learning_rate": 1e-3, "max_train_steps": 6, "noise_offset": 0.05}
+    given = {
+        number: arguments(
+            model_folder, photos, tmp_path, **common, train_batch_size=2 // number, output_name=f"{number}"
+        )
+        for number in (1, 2)
+    }
+    script = tmp_path / "one.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{RECORD}", encoding="utf-8")
+    subprocess.run([sys.executable, str(script), str(tmp_path / "1.json"), *given[1]], check=True, env=EXACT)
+    in_two_processes(tmp_path, RECORD, str(tmp_path / "2.json"), *given[2])
+    one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
+    assert len(one) == 6
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_files_of_old_saves_go(model_folder, photos, tmp_path):
+    import train_network_deft
+
+    steps = {"max_train_steps": 13, "save_every_n_steps": 3, "save_last_n_steps": 6, "save_last_n_steps_state": 3}
+    epochs = {"save_every_n_epochs": 1, "save_last_n_epochs": 1, "save_state": True}
+    assert train_network_deft.main(arguments(model_folder, photos, tmp_path, **steps, **epochs)) == 0
+    names = sorted(path.name.removeprefix("cat").removesuffix(".safetensors") for path in (tmp_path / "out").iterdir())
+    assert names == ["", "-000002", "-000002-state", "-state", "-step00000006", "-step00000009", "-step00000009-state",
+                     "-step00000012", "-step00000012-state"]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", ["no folder", "a file of sd-scripts", "other network"])
+def test_states_that_do_not_fit_are_refused_in_a_line(model_folder, photos, tmp_path, capsys, broken):
+    import train_network_deft
+
+    changes = {"max_train_steps": 2, "save_every_n_steps": 1, "save_state": True}
+    assert train_network_deft.main(arguments(model_folder, photos, tmp_path, **changes)) == 0
+    folder = tmp_path / "out" / "cat-step00000001-state"
+    if broken == "no folder":
+        folder = tmp_path / "nowhere"
+    elif broken == "a file of sd-scripts":
+        (folder / state.FILE).write_text('{"current_epoch": 1, "current_step": 1}')
+    else:
+        changes["network_dim"] = 8
+    capsys.readouterr()
+    assert train_network_deft.main(arguments(model_folder, photos, tmp_path, **changes, resume=folder)) == 2
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(message) == 1
+    assert "--resume" in message[0]
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    accelerator, folder = Accelerator(cpu=True), tmp_path / "a-state"
+    setting = state.Setting(1, 1, 5, 1, 1)
+    state.write(folder, state.Position(3, 1, 3, [0.5]), setting, accelerator)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", full)
+    with pytest.raises(DeftError, match="No space left"):
+        state.write(folder, state.Position(4, 1, 4), setting, accelerator)
+    assert state.read(str(folder)) == (state.Position(3, 1, 3, [0.5]), setting)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-state"]
