@@ -89,10 +89,12 @@ def train(run: Run) -> Path:
         run.loop, accelerator, losses, seed, adapter, loader, optimizer, schedule, names, averaged, saves, samples,
         validation, length, position,
     )  # fmt: skip
-    loop.run()
-    accelerator.end_training()
-    file = saves.final(position)
-    loop.warn_where_nothing_moved()
+    try:
+        loop.run()
+        file = saves.final(position)
+        loop.warn_where_nothing_moved()
+    finally:
+        accelerator.end_training()
     return file
 
 
