@@ -133,7 +133,8 @@ class TrainingLoop:
                 self._update()
             self._count_non_finite()
             self.has_gradients, self.accumulated = False, 0
-        self.schedule.step()
+            if not self.optimizer.step_was_skipped:  # by a GradScaler
+                self.schedule.step()
         self.optimizer.zero_grad()
         return value
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
 from library.data.folders import TrainImage
 from library.data.latents import CachedLatents
 from library.models.family import Family
 from library.options.rooms import DataOptions, OptimizerOptions
+from library.training import optimizers, schedules
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
@@ -67,12 +67,10 @@ def batches(options: DataOptions, data: CachedLatents, accelerator: Accelerator,
 def optimizer_of(
     options: OptimizerOptions, groups: list[dict[str, Any]], steps: int, accelerator: Accelerator
 ) -> tuple[Any, Any]:
-    """AdamW and its learning rate schedule, both prepared by accelerate."""
-    optimizer = accelerator.prepare(torch.optim.AdamW(groups))
-    schedule = get_scheduler(
-        options.lr_scheduler,
-        optimizer,
-        num_warmup_steps=options.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=steps * accelerator.num_processes,
-    )
-    return optimizer, accelerator.prepare(schedule)
+    """The optimizer, prepared by accelerate, and its schedule, which is stepped once a step of the optimizer.
+
+    :raises DeftError: for options that do not fit the adapter's rates or the number of steps
+    """
+    optimizer = optimizers.optimizer_of(options, groups)
+    schedule = schedules.schedule_of(options, optimizer, steps)
+    return accelerator.prepare(optimizer), schedule
