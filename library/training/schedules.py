@@ -70,6 +70,19 @@ class _NoSchedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+class _OwnRates(optimization.AdafactorSchedule):
+    """A number for every group, also where dropout has left out the layer that transformers asks for it."""
+
+    def get_lr(self) -> list[Any]:
+        optimizer: Any = self.optimizer
+        found: list[Any] = []
+        for group, first in zip(optimizer.param_groups, self.base_lrs, strict=True):
+            states = (optimizer.state.get(parameter) for parameter in group["params"])
+            state = next((state for state in states if state), None)
+            found.append(first if state is None else float(optimizer._get_lr(group, state)))
+        return found
+
+
 def schedule_of(options: OptimizerOptions, optimizer: Optimizer, steps: int) -> Any:
     """The schedule, which is stepped once behind every step of the optimizer, and not wrapped by accelerate.
 
@@ -115,7 +128,7 @@ def _used(options: OptimizerOptions, optimizer: Optimizer) -> set[str]:
     if options.lr_scheduler_type:
         return {"lr_scheduler_type", "lr_scheduler_args"}
     if optimizers.sets_own_rates(options):
-        return {"lr_scheduler"} if options.lr_scheduler == "adafactor" else set()
+        return {"lr_scheduler"}  # of which `optimizers` tells
     sources = SCHEDULES[options.lr_scheduler][1].values() if options.lr_scheduler in SCHEDULES else ()
     return {"lr_scheduler", "lr_scheduler_args", *(source.split(" ")[0] for source in sources)}
 
@@ -131,7 +144,7 @@ def _built(options: OptimizerOptions, optimizer: Optimizer, steps: int) -> Any:
     if options.lr_scheduler_type:
         return _of_class(options, optimizer)
     if own_rates:
-        return optimization.AdafactorSchedule(optimizer, options.learning_rate)
+        return _OwnRates(optimizer, options.learning_rate)
     if name == "adafactor":
         raise DeftError("--lr_scheduler=adafactor needs --optimizer_type Adafactor with relative_step=True")
     if name not in SCHEDULES:
