@@ -52,7 +52,8 @@ def test_every_honoured_option_reaches_a_room():
     reached = [field.name for kind in kinds for field in fields(kind)]
     honoured = {option.name for option in OPTIONS if not option.status}
     one_choice = {option.name for option in OPTIONS if len(option.choices) == 1} - set(reached)
-    on_the_way = {"config_file", "network_dropout", "base_weights_multiplier", "training_comment"}
+    on_the_way = {"config_file", "network_dropout", "base_weights_multiplier", "training_comment", "use_8bit_adam",
+                  "use_lion_optimizer"}  # fmt: skip
     assert len(reached) == len(set(reached))
     assert set(reached) == honoured - on_the_way - one_choice
     assert parse([*NEEDED, "--training_comment", "x"]).recorded["ss_training_comment"] == "x"

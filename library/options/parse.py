@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _OFF_AT_0 = ("min_snr_gamma", "v_pred_like_loss", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations",
              "ip_noise_gamma")  # fmt: skip
+_LITERALS = ("optimizer_args", "lr_scheduler_args")  # whose values are Python's
 _NEEDED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
 _BACKSLASH = re.compile(r'"[^"\n]*\\[^"\n]*"')  # in double quotes
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -126,7 +128,8 @@ def _config_arguments(path: str) -> list[str]:
         elif value == "" and option.kind is not bool:
             continue  # as if it were not given
         elif isinstance(value, dict) and option.many:  # network_args = {conv_dim = 4}
-            arguments += [f"--{key}", *(f"{name}={one}" for name, one in value.items())]
+            shown = repr if key in _LITERALS else str
+            arguments += [f"--{key}", *(f"{name}={shown(one)}" for name, one in value.items())]
         elif isinstance(value, list) and not option.many and key != "resolution":
             raise DeftError(f"{path}: {key} takes one value, not {value}")
         elif isinstance(value, list) and not option.many:  # resolution = [512, 768]
@@ -173,12 +176,12 @@ def _run(values: dict[str, Any]) -> Run:
         if not values[name]:
             raise DeftError(f"--{name} is needed, on the command line or in --config_file")
     values |= {name: values[name] or None for name in _OFF_AT_0}
+    values["optimizer_type"] = _optimizer_type(values)
+    values["text_encoder_lr"] = values["text_encoder_lr"] or None
     recorded = {option.metadata: values[option.name] for option in OPTIONS if option.metadata}
     name = values["output_name"]
     if Path(name).name != name or not name.isprintable() or not 0 < len(name.encode()) <= 200:
         raise DeftError(f"--output_name={values['output_name']}: must be a file name without its extension")
-    if values["lr_warmup_steps"] and values["lr_scheduler"] == "constant":
-        raise DeftError("--lr_warmup_steps: --lr_scheduler=constant has no warmup; use constant_with_warmup")
     if values["network_train_unet_only"] and values["network_train_text_encoder_only"]:
         raise DeftError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train")
     for precision in ("full_fp16", "full_bf16"):
@@ -204,12 +207,12 @@ def _run(values: dict[str, Any]) -> Run:
         "caption_extension": "." + values["caption_extension"].lstrip("."),
         "transparent_background": _colour(values["transparent_background"]),
         "resolution": _resolution(values["resolution"]),
+        "text_encoder_lr": tuple(values["text_encoder_lr"] or ()),
         "base_weights": tuple(zip(values["base_weights"], strengths, strict=False)),
     }
-    for argument in values["network_args"]:
-        if "=" not in argument:
-            raise DeftError(f"--network_args {argument}: must be KEY=VALUE")
-    values["network_args"] = dict(argument.split("=", 1) for argument in values["network_args"])
+    values["network_args"] = dict(_pairs("network_args", values))
+    for name in _LITERALS:
+        values[name] = _literals(name, values)
     if values["network_dropout"] is not None:
         values["network_args"]["neuron_dropout"] = values["network_dropout"]
     rooms: dict[str, Any] = {name: kind for name, kind in get_type_hints(Run).items() if is_dataclass(kind)}
@@ -218,6 +221,45 @@ def _run(values: dict[str, Any]) -> Run:
 
 def _room(kind: type[Room], values: Mapping[str, Any]) -> Room:
     return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _optimizer_type(values: Mapping[str, Any]) -> str:
+    """What --optimizer_type or an older switch names."""
+    switches = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
+    given = {f"--{name}": meant for name, meant in switches.items() if values[name]}
+    if values["optimizer_type"]:
+        given["--optimizer_type"] = values["optimizer_type"]
+    if len(given) > 1:
+        raise DeftError(f"{' and '.join(given)} name different optimizers; give one of them")
+    return next(iter(given.values()), "AdamW")
+
+
+def _pairs(name: str, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """:raises DeftError: for an argument that is not KEY=VALUE"""
+    for argument in values[name]:
+        if "=" not in argument:
+            raise DeftError(f"--{name} {argument}: must be KEY=VALUE")
+    return [(key.strip(), value) for key, value in (argument.split("=", 1) for argument in values[name])]
+
+
+def _literals(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a class, each a Python literal.
+
+    :raises DeftError: for what is none, or is given twice
+    """
+    found: dict[str, Any] = {}
+    for key, text in _pairs(name, values):
+        if key in found:
+            raise DeftError(f"--{name} {key} is given twice")
+        try:
+            found[key] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            capitals = {"true": "True", "false": "False", "none": "None"}.get(text.strip().lower())
+            hint = f"write {capitals}" if capitals else f"quote a text: \"{key}='{text}'\""
+            raise DeftError(
+                f"--{name} {key}={text}: must be a Python value, as 0.9, True or 0.9,0.99; {hint}"
+            ) from None
+    return found
 
 
 def _colour(text: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ A field has the name of its option, unless a comment says which.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -53,11 +53,20 @@ class NetworkOptions:
 class OptimizerOptions:
     """What moves the adapter, and how fast."""
 
-    learning_rate: float
-    unet_lr: float | None
-    text_encoder_lr: float | None
-    lr_scheduler: str
-    lr_warmup_steps: int
+    optimizer_type: str = "AdamW"  # or what --use_8bit_adam and --use_lion_optimizer stand for
+    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-4
+    unet_lr: float | None = None
+    text_encoder_lr: tuple[float, ...] = ()  # one for all encoders, or one for each
+    lr_scheduler: str = "constant"
+    lr_scheduler_type: str | None = None
+    lr_scheduler_args: Mapping[str, Any] = field(default_factory=dict)
+    lr_warmup_steps: int | float = 0  # a float is a share of all steps
+    lr_decay_steps: int | float = 0  # likewise
+    lr_scheduler_num_cycles: int = 1
+    lr_scheduler_power: float = 1.0
+    lr_scheduler_timescale: int | None = None
+    lr_scheduler_min_lr_ratio: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ honoured, why. The command line and the TOML reader are made of these rows; `roo
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,21 @@ class Option:
     group: str = ""
 
 
+def steps_or_share(text: str) -> int | float:
+    """An int for steps, a float for a share of all steps, which is below 1 or in %.
+
+    :raises argparse.ArgumentTypeError: for anything else
+    """
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        number = float(text)
+        return int(text) if number >= 1 else number or 0
+    except ValueError:
+        told = f"'{text}' must be a whole number of steps, or a share of them as 0.1 or 10%"
+        raise argparse.ArgumentTypeError(told) from None
+
+
 def _group(title: str, *options: Option) -> list[Option]:
     return [replace(option, group=title) for option in options]
 
@@ -56,8 +72,7 @@ def _group(title: str, *options: Option) -> list[Option]:
 _ASK_FOR_NOTHING = {
     "guidance_scale": 3.5, "model_type": "flux", "clip_skip": 1, "max_token_length": 75, "prior_loss_weight": 1,
     "dataset_repeats": 1, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
-    "caption_separator": ",", "token_warmup_min": 1, "lr_scheduler_num_cycles": 1, "lr_scheduler_power": 1,
-    "dynamo_backend": "inductor", "zero_stage": 2,
+    "caption_separator": ",", "token_warmup_min": 1, "dynamo_backend": "inductor", "zero_stage": 2,
 }  # fmt: skip
 
 
@@ -97,7 +112,10 @@ _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TRACKERS = ("tensorboard", "wandb", "trackio", "all")
-SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
+SCHEDULERS = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+    "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor",
+)  # fmt: skip
 
 OPTIONS: list[Option] = [
     *_group(
@@ -230,7 +248,10 @@ OPTIONS: list[Option] = [
     ),
     *_group(
         "training",
-        Option("optimizer_type", str, "AdamW", "so far, the one there is", ("AdamW",)),
+        Option("optimizer_type", str, "", "sd-scripts' names, or MODULE.CLASS (AdamW where none is given)"),
+        Option("optimizer_args", str, (), "its further arguments", many=True, metavar="KEY=VALUE"),
+        Option("use_8bit_adam", bool, False, "--optimizer_type AdamW8bit"),
+        Option("use_lion_optimizer", bool, False, "--optimizer_type Lion"),
         Option(
             "learning_rate",
             float,
@@ -243,13 +264,28 @@ OPTIONS: list[Option] = [
         Option(
             "text_encoder_lr",
             float,
-            None,
-            "the text encoder's own rate",
+            (),
+            "the text encoders' own rate, or one for each",
+            many=True,
             check=AT_LEAST_0,
             metadata="ss_text_encoder_lr",
         ),
         Option("lr_scheduler", str, "constant", "how the rate changes", SCHEDULERS, metadata="ss_lr_scheduler"),
-        Option("lr_warmup_steps", int, 0, "steps of rising rate", check=AT_LEAST_0, metadata="ss_lr_warmup_steps"),
+        Option("lr_scheduler_type", str, None, "a class instead, of torch.optim.lr_scheduler or MODULE.CLASS"),
+        Option("lr_scheduler_args", str, (), "further arguments of the schedule", many=True, metavar="KEY=VALUE"),
+        Option(
+            "lr_warmup_steps",
+            steps_or_share,
+            0,
+            "steps of rising rate, or a share of all steps (0.1 or 10%%)",
+            check=AT_LEAST_0,
+            metadata="ss_lr_warmup_steps",
+        ),
+        Option("lr_decay_steps", steps_or_share, 0, "steps of falling rate, or their share", check=AT_LEAST_0),
+        Option("lr_scheduler_num_cycles", int, 1, "how often the cosine restarts", check=AT_LEAST_0),
+        Option("lr_scheduler_power", float, 1.0, "of polynomial", check=FINITE),
+        Option("lr_scheduler_timescale", int, None, "of inverse_sqrt (the warmup's steps)", check=AT_LEAST_1),
+        Option("lr_scheduler_min_lr_ratio", float, None, "the least rate, as a share of the rate", check=AT_LEAST_0),
         Option("max_train_steps", int, 1600, "how long", check=AT_LEAST_1),
         Option("max_train_epochs", int, None, "overrides --max_train_steps", check=AT_LEAST_1),
         Option(
@@ -280,19 +316,7 @@ OPTIONS: list[Option] = [
             metadata="ss_mixed_precision",
         ),
         Option("seed", int, None, "of everything random (a new one each run where none is given)", check=SEED),
-        *_to_come(IN_SD_SCRIPTS, "use_8bit_adam", "use_lion_optimizer", "fused_backward_pass", switch=True),
-        *_to_come(
-            IN_SD_SCRIPTS,
-            "optimizer_args",
-            "lr_scheduler_type",
-            "lr_scheduler_args",
-            "lr_decay_steps",
-            "lr_scheduler_num_cycles",
-            "lr_scheduler_power",
-            "lr_scheduler_timescale",
-            "lr_scheduler_min_lr_ratio",
-            many=True,
-        ),
+        *_refused("sd-scripts steps so only where it trains a whole model", "fused_backward_pass", switch=True),
     ),
     *_group(
         "objective",

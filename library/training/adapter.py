@@ -88,7 +88,14 @@ class DeftAdapter:
 
     def groups(self, rates: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
         """See `Adapter`."""
-        return self.module.prepare_optimizer_params(rates.text_encoder_lr, rates.unet_lr, rates.learning_rate)
+        encoders = len(self.module.modules_of_encoders)
+        if 0 < encoders < len(rates.text_encoder_lr):
+            logger.warning(
+                f"--text_encoder_lr: {len(rates.text_encoder_lr)} rates for {encoders}; the last have no effect"
+            )
+        return self.module.prepare_optimizer_params_with_multiple_te_lrs(
+            rates.text_encoder_lr or None, rates.unet_lr, rates.learning_rate
+        )
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """See `Adapter`."""

@@ -11,7 +11,7 @@ from library import keep
 from library.data.folders import TrainImage, find_images
 from library.options.rooms import NetworkOptions, OptimizerOptions, Run
 from library.prompts import Prompt, read_prompts
-from library.training import start, state
+from library.training import optimizers, schedules, start, state
 from library.training.state import Position, Setting
 from networks import deft_io
 from networks.deft_config import DeftError, parse_options, user_options
@@ -65,6 +65,7 @@ def _read(run: Run) -> Given:
         deft_io.read_kept(keep_file)
     adapter = None if network.network_weights is None else deft_io.read_adapter(network.network_weights)
     base = [(deft_io.read_adapter(file), strength) for file, strength in network.base_weights]
+    schedules.check(run.optimizer)  # and the optimizer
     _check_rates(run.optimizer, network)
     _check_writable("output_dir", run.saves.output_dir)
     _check_writable("logging_dir", run.logs.logging_dir)
@@ -81,13 +82,15 @@ def _read(run: Run) -> Given:
 
 
 def _check_rates(rates: OptimizerOptions, network: NetworkOptions) -> None:
-    trained = []
+    trained: list[float | None] = []
     if not network.network_train_text_encoder_only:
         trained.append(rates.unet_lr)
     if not network.network_train_unet_only:
-        trained.append(rates.text_encoder_lr)
-    if not any(rates.learning_rate if rate is None else rate for rate in trained):
+        trained += rates.text_encoder_lr or [None]
+    given = [rates.learning_rate if rate is None else rate for rate in trained]
+    if not any(given):
         raise DeftError("nothing to train: every learning rate is 0 (--learning_rate, --unet_lr, --text_encoder_lr)")
+    optimizers.check_rates(rates, given)
 
 
 def _tell_what_has_no_effect(run: Run) -> None:
@@ -101,7 +104,7 @@ def _tell_what_has_no_effect(run: Run) -> None:
         "--sample_every_n_steps and the like draw nothing without --sample_prompts":
             drawn and not run.samples.sample_prompts,
         "--text_encoder_lr has no effect with --network_train_unet_only":
-            network.network_train_unet_only and rates.text_encoder_lr,
+            network.network_train_unet_only and any(rates.text_encoder_lr),
         "--unet_lr has no effect with --network_train_text_encoder_only":
             network.network_train_text_encoder_only and rates.unet_lr,
         "--save_state saves but the last without --save_every_n_steps, --save_every_n_epochs or --save_n_epoch_ratio":

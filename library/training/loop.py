@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingLoop:
-    """Everything that a step needs. `optimizer`, `schedule` and `loader` are prepared by accelerate.
+    """Everything that a step needs. `optimizer` and `loader` are prepared by accelerate.
 
     :param seed: of all noise and the order of pictures
     :param group_names: of the optimizer's parameter groups, for the logs
@@ -133,7 +133,8 @@ class TrainingLoop:
                 self._update()
             self._count_non_finite()
             self.has_gradients, self.accumulated = False, 0
-            self.schedule.step()
+            if not self.optimizer.step_was_skipped:  # by a GradScaler
+                self.schedule.step()
             self.optimizer.zero_grad()
         return value
 

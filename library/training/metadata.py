@@ -10,6 +10,7 @@ from pathlib import Path
 from library.data.latents import CachedLatents
 from library.models.family import Family
 from library.options.rooms import Run
+from library.training import optimizers, schedules
 from library.training.objective import FLOW_ONLY
 from library.training.state import Length
 from networks.deft import DeftNetwork
@@ -39,7 +40,8 @@ def of_training(
         "ss_num_train_images": len(data),
         "ss_num_epochs": length.epochs,
         "ss_max_train_steps": length.steps,
-        "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_optimizer": optimizers.described(run.optimizer),
+        "ss_lr_scheduler": schedules.named(run.optimizer),
         "ss_seed": seed,
         "ss_resolution": f"({width}, {height})",
         "ss_dataset_dirs": json.dumps(data.folder_counts()),

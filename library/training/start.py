@@ -57,7 +57,6 @@ def accelerator_of(options: ProcessOptions, logs: LogOptions) -> tuple[Accelerat
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        step_scheduler_with_optimizer=False,  # a schedule counts steps, whatever the number of processes
         log_with=_trackers(logs),
         project_dir=_folder(logs),
         kwargs_handlers=None if timeout is None else [InitProcessGroupKwargs(timeout=timeout)],
