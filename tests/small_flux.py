@@ -21,7 +21,7 @@ from library.models.reading import CONFIGS
 from library.world import tokenizer as clip_tokenizer
 
 WIDTH, TEXT = 128, 32  # of the transformer, one head of the published models' width; and of both text encoders
-VAE = {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 64}
+VAE = {"block_out_channels": [32] * 4, "layers_per_block": 1, "sample_size": 64}  # in sd-scripts, 32 groups always
 CLIP = {"hidden_size": TEXT, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
 T5 = {"d_model": TEXT, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_layers": 2}
 
@@ -62,8 +62,8 @@ def build(to: Path, dev: bool = True) -> SmallFlux:
     folder = to / "model"
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        clip, t5 = clip_tokenizer.build(to / "tokenizers" / "openai_clip-vit-large-patch14"), t5_tokenizer()
-        t5.save_pretrained(str(to / "tokenizers" / "google_t5-v1_1-xxl"))
+        clip = clip_tokenizer.build(to / "tokenizers" / "openai_clip-vit-large-patch14")
+        t5 = t5_tokenizer(to / "tokenizers" / "google_t5-v1_1-xxl")
         ids = {"bos_token_id": clip.bos_token_id, "eos_token_id": clip.eos_token_id, "vocab_size": len(clip)}
         original = transformer_tensors(dev)
         transformer = FluxTransformer2DModel.from_config(
@@ -101,14 +101,18 @@ def config(part: str, file: str = "config.json") -> dict:
     return json.loads((CONFIGS / "flux" / part / file).read_text(encoding="utf-8"))
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer(folder: Path) -> T5TokenizerFast:
     """A token for each letter."""
+    folder.mkdir(parents=True)
     letters = ["<pad>", "</s>", "<unk>", "▁", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.Unigram([(letter, -1.0) for letter in letters], unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
-    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "T5TokenizerFast", "extra_ids": 0, "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return T5TokenizerFast.from_pretrained(str(folder))
 
 
 def transformer_tensors(dev: bool, double: int = 2, single: int = 3) -> dict[str, Tensor]:
