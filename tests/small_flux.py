@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def build(to: Path, dev: bool = True) -> SmallFlux:
             | {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 1, "guidance_embeds": dev}
             | {"joint_attention_dim": TEXT, "pooled_projection_dim": TEXT}
         )
-        transformer.load_state_dict(_by_diffusers(original))
+        converter = of_small_width(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
+        transformer.load_state_dict(converter(dict(original)))
         pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler.from_config(
                 config("scheduler", "scheduler_config.json")
@@ -138,12 +140,12 @@ def transformer_tensors(dev: bool, double: int = 2, single: int = 3) -> dict[str
     return tensors | {f"{name}.{of}_norm.scale": 0.5 + torch.rand(128) for name in norms for of in ("query", "key")}
 
 
-def _by_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By diffusers' own converter, which knows the published width alone."""
-    code = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
-    space = dict(vars(single_file_utils))
-    exec(code.replace("inner_dim = 3072", f"inner_dim = {WIDTH}"), space)
-    return space["convert_flux_transformer_checkpoint_to_diffusers"](dict(tensors))
+def of_small_width(converter: Callable) -> Callable:
+    """One of diffusers' converters, which know the published width alone."""
+    code, space = inspect.getsource(converter), dict(converter.__globals__)
+    assert "3072" in code
+    exec(code.replace("12288", str(4 * WIDTH)).replace("3072", str(WIDTH)), space)
+    return space[converter.__name__]
 
 
 def _original_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,25 +14,26 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import (
+from transformers import (  # type: ignore[attr-defined]  # 5 knows T5TokenizerFast as another name of T5Tokenizer
     CLIPTextConfig,
     CLIPTextModel,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,  # type: ignore[attr-defined]  # of transformers 4; in 5, another name of T5Tokenizer
+    T5TokenizerFast,
 )
 
 from library.models.family import Family, Text
 from library.models.reading import (
     CONFIGS,
-    check_tokenizer,
     check_whole,
     find_tokenizer,
     of_folder,
     shapes_of,
     tokenizer_from,
+    variant_of,
 )
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
@@ -61,7 +62,8 @@ class Flux(Family):
     @property
     def text_encoders(self) -> list[nn.Module]:
         """See `Family`: CLIP-L's and T5-XXL's."""
-        return [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
+        encoders = self.pipeline.text_encoder, self.pipeline.text_encoder_2
+        return [encoder for encoder in encoders if encoder is not None]
 
     @property
     def multiple_of(self) -> int:
@@ -93,16 +95,22 @@ class Flux(Family):
         b, _, height, width = noisy.shape
         hidden = text["hidden"].to(noisy)
         rows, columns = torch.arange(height // 2), torch.arange(width // 2)
+        places = torch.cartesian_prod(torch.tensor([0]), rows, columns).to(noisy.device, torch.float32)
         answer = self.pipeline.transformer(
-            hidden_states=F.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2),
+            hidden_states=F.pixel_unshuffle(noisy, 2).flatten(2).mT,
             encoder_hidden_states=hidden,
             pooled_projections=text["pooled"].to(noisy),
             timestep=timesteps.to(noisy) / 1000,
-            img_ids=torch.cartesian_prod(torch.zeros(1, dtype=rows.dtype), rows, columns).to(noisy),
-            txt_ids=noisy.new_zeros(hidden.shape[1], 3),
+            img_ids=places,
+            txt_ids=places.new_zeros(hidden.shape[1], 3),
             guidance=noisy.new_full((b,), self.options.guidance_scale) if self.is_dev else None,
         ).sample
-        return F.pixel_shuffle(answer.transpose(1, 2).unflatten(2, (len(rows), len(columns))), 2)
+        return _unpacked(answer, len(rows), len(columns))
+
+    def decode(self, latents: Tensor, prompt: Prompt) -> Image.Image:
+        """See `Family`: the pipeline's latents are tokens, (1, tokens, 64)."""
+        size = prompt.height // self.multiple_of, prompt.width // self.multiple_of
+        return super().decode(_unpacked(latents, *size), prompt)
 
     def beyond(self, caption: str) -> tuple[str, int]:
         """See `Family`: what T5 does not read."""
@@ -138,7 +146,13 @@ class Flux(Family):
             "ss_apply_t5_attn_mask": str(self.options.apply_t5_attn_mask),
             "ss_guidance_scale": str(self.options.guidance_scale),
             "modelspec.architecture": f"flux-1-{'dev' if self.is_dev else 'schnell'}/lora",
+            "modelspec.implementation": "https://github.com/black-forest-labs/flux",
         }
+
+
+def _unpacked(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """(b, rows * columns, 4 c) -> (b, c, 2 rows, 2 columns)."""
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), 2)
 
 
 def _leave_padding_out(transformer: nn.Module, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -178,18 +192,16 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
     parts: dict[str, Any] = {name: _given_part(name, path, dtype) for name, path in files.items() if path}
     try:
         if location.is_dir():
-            if options.tokenizer:
-                parts["tokenizer"] = tokenizer_from(options.tokenizer)
-            types = {"default": dtype, "vae": torch.float32}
-            pipeline = FluxPipeline.from_pretrained(str(location), torch_dtype=types, **of_folder(location), **parts)
+            parts["tokenizer"] = tokenizer_from(options.tokenizer or str(location / "tokenizer"))
+            parts["tokenizer_2"] = tokenizer_from(str(location / "tokenizer_2"), T5TokenizerFast)
+            parts.setdefault("vae", _of_folder("vae", location / "vae", torch.float32))
+            pipeline = FluxPipeline.from_pretrained(str(location), torch_dtype=dtype, **of_folder(location) | parts)
         else:
             pipeline = _from_file(location, options, dtype, parts)
     except DeftError:
         raise
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
         raise DeftError(f"{location}: not a readable FLUX.1 model ({reason_of(error)})") from error
-    for name in ("tokenizer", "tokenizer_2"):
-        check_tokenizer(getattr(pipeline, name), location)
     check_whole(location, pipeline, {"transformer": "", **dict.fromkeys(_PARTS, "")})
     _check_widths(location, pipeline)
     for module in pipeline.text_encoder_2.modules():  # frozen, it is not to be random where checkpointing trains it
@@ -260,12 +272,18 @@ def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
     try:
         if location.is_file():
             return _PART_FROM[name](location, "", dtype)
-        dtype = torch.float32 if name == "vae" else dtype
-        return _KINDS[name].from_pretrained(path, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        return _of_folder(name, location, torch.float32 if name == "vae" else dtype)
     except DeftError as error:
         raise DeftError(f"{option}: {error}") from None
     except Exception as error:  # of many kinds
         raise DeftError(f"{option} {path}: not readable ({reason_of(error)})") from error
+
+
+def _of_folder(name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
+    variant = variant_of(folder)
+    return _KINDS[name].from_pretrained(
+        str(folder), torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True
+    )
 
 
 class _Tensors:
