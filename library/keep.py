@@ -28,7 +28,7 @@ from library import prompts as prompts_file
 from library.models.loading import load as load_model
 from library.models.reading import of_folder
 from library.options.rooms import ModelOptions
-from library.prompts import Prompt
+from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
 from networks import deft_io, deft_targets
 from networks.deft_config import DeftError, reason_of
@@ -74,7 +74,7 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], k
                     width=alike.width,
                     height=alike.height,
                     num_inference_steps=alike.steps,
-                    guidance_scale=alike.guidance,
+                    guidance_scale=GUIDANCE if alike.guidance is None else alike.guidance,
                     generator=[prompt.generator() for prompt in part],
                     output_type="latent",
                     callback_on_step_end=counted_by(bar, len(part)),

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 MOST_STEPS = 1000  # the timesteps that the models were trained with; a sampler has no more
 LARGEST = 16384  # pixels a side
 MOST_SEEDS = 2**64  # that torch takes
+GUIDANCE = 7.5  # of Stable Diffusion, where a prompt gives none
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Prompt:
     width: int = 512
     height: int = 512
     seed: int | None = None
-    guidance: float = 7.5
+    guidance: float | None = None  # classifier-free; None: as the model's family is used to
     steps: int = 30
+    embedded_guidance: float | None = None  # that FLUX is told; None likewise
 
     def generator(self) -> torch.Generator:
         """Of the picture's noise, the same on every device; from a seed of its own where there is none."""
@@ -50,12 +52,13 @@ _FIELDS = {
     "seed": ("d", "seed", int),
     "guidance": ("l", "scale", float),
     "steps": ("s", "sample_steps", int),
+    "embedded_guidance": ("g", "guidance_scale", float),
 }
 _BY_LETTER = {letter: key for letter, key, _ in _FIELDS.values() if letter}
 _BY_KEY = {key: (name, kind) for name, (_, key, kind) in _FIELDS.items()}
 # sd-scripts' further ones, for samplers and models that are not here
 _NOT_USED = {
-    "g": "guidance_scale", "ss": "sample_sampler", "cn": "controlnet_image", "ctr": "cfg_trunc_ratio",
+    "ss": "sample_sampler", "cn": "controlnet_image", "ctr": "cfg_trunc_ratio",
     "rcfg": "renorm_cfg", "fs": "flow_shift", "mk": "mask_image", "i": "image",
 }  # fmt: skip
 
@@ -164,6 +167,7 @@ def _prompt(table: Mapping[str, Any], defaults: Mapping[str, Any], option: str) 
         raise DeftError(f"{option} --s {prompt.steps} must be from 1 to {MOST_STEPS}, {where}")
     if prompt.seed is not None and not 0 <= prompt.seed < MOST_SEEDS:
         raise DeftError(f"{option} --d {prompt.seed} must be from 0 to 2^64 - 1, {where}")
-    if not abs(prompt.guidance) < 1e6:
-        raise DeftError(f"{option} --l {prompt.guidance} must be a number, {where}")
+    for letter, value in (("l", prompt.guidance), ("g", prompt.embedded_guidance)):
+        if value is not None and not abs(value) < 1e6:
+            raise DeftError(f"{option} --{letter} {value} must be a number, {where}")
     return prompt

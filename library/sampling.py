@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from library.prompts import Prompt
+from library.prompts import GUIDANCE, Prompt
 from networks.deft_progress import Bar
 
 
@@ -28,7 +28,7 @@ def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt]) -> list[I
                     negative_prompt=prompt.negative,
                     width=prompt.width,
                     height=prompt.height,
-                    guidance_scale=prompt.guidance,
+                    guidance_scale=GUIDANCE if prompt.guidance is None else prompt.guidance,
                     num_inference_steps=prompt.steps,
                     generator=prompt.generator(),
                     callback_on_step_end=counted_by(bar),

@@ -32,7 +32,7 @@ def test_lines(tmp_path, line, expected):
 
 
 ONE = Prompt("a cat", "blurry", 128, 64, 5, 4.0, 20)
-TWO = Prompt("a dog", "", 64, 32, None, 7.5, 30)
+TWO = Prompt("a dog", "", 64, 32, None, None, 30)
 
 
 def test_the_three_formats_say_the_same(tmp_path):
@@ -50,8 +50,8 @@ def test_the_three_formats_say_the_same(tmp_path):
 
 
 def test_what_is_not_used_of_sd_scripts_options_is_told(tmp_path, caplog):
-    read(tmp_path, "p.txt", "a cat --ss euler_a --g 3.5\na dog --ss euler_a")
-    assert caplog.messages == [f"--sample_prompts {tmp_path / 'p.txt'}: guidance_scale, sample_sampler not used; "
+    read(tmp_path, "p.txt", "a cat --ss euler_a --fs 3\na dog --ss euler_a")
+    assert caplog.messages == [f"--sample_prompts {tmp_path / 'p.txt'}: flow_shift, sample_sampler not used; "
                                "samples are drawn by DDIM"]  # fmt: skip
 
 
@@ -66,6 +66,7 @@ WRONG = {
     "a cat --w 100": "--w and --h must be multiples of 8",
     "a cat --h 0": "--w and --h must be multiples of 8",
     "a cat --l nan": "--l nan must be a number",
+    "a cat --g inf": "--g inf must be a number",
     "a cat --q 5": "unknown option --q in 'a cat --q 5'",
 }
 

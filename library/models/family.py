@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.options.rooms import ModelOptions
-from library.prompts import Prompt
+from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
 from networks.deft_config import DeftError, reason_of
 from networks.deft_progress import Bar
@@ -87,6 +87,10 @@ class Family(ABC):
     def drawing_inputs(self, prompt: Text, negative: Text | None) -> dict[str, Tensor]:
         """What the pipeline's call takes instead of `prompt` and `negative_prompt`."""
 
+    def guidance(self, prompt: Prompt) -> dict[str, float]:
+        """The pipeline's arguments for it."""
+        return {"guidance_scale": GUIDANCE if prompt.guidance is None else prompt.guidance}
+
     @abstractmethod
     def names(self) -> Mapping[str, str]:
         """What a file's metadata calls it: `ss_...` and `modelspec....`."""
@@ -152,7 +156,7 @@ class Family(ABC):
                 **self.drawing_inputs(text, negative),
                 width=prompt.width,
                 height=prompt.height,
-                guidance_scale=prompt.guidance,
+                **self.guidance(prompt),
                 num_inference_steps=prompt.steps,
                 generator=prompt.generator(),
                 output_type="latent",

@@ -11,7 +11,7 @@ import torch
 import transformers
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-from library.models import sd
+from library.models import flux, sd
 from library.models.family import Family
 from library.models.reading import index_of, shapes_of
 from library.options.rooms import ModelOptions
@@ -22,11 +22,13 @@ from networks.deft_io import is_adapter_dict
 FAMILIES: dict[str, Callable[[Path, ModelOptions, torch.dtype], Family]] = {
     "v1": sd.load,
     "StableDiffusionPipeline": sd.load,
+    **dict.fromkeys(("flux-dev", "flux-schnell", "FluxPipeline"), flux.load),
 }
 
 # diffusers' names of single files' models that are not trained here, in words
 _OTHERS = {"xl_refiner": "SDXL's refiner", "inpainting": "an inpainting model", "sd3": "Stable Diffusion 3",
-           "controlnet": "a ControlNet"}  # fmt: skip
+           "controlnet": "a ControlNet", "chroma": "Chroma", "flux-fill": "FLUX.1 Fill",
+           "flux-depth": "FLUX.1 Canny or Depth", "flux-2-dev": "FLUX.2", "flux-3-image": "FLUX.3"}  # fmt: skip
 
 
 def load(options: ModelOptions, dtype: torch.dtype = torch.float32) -> Family:
@@ -43,7 +45,7 @@ def load(options: ModelOptions, dtype: torch.dtype = torch.float32) -> Family:
         raise DeftError(f"--pretrained_model_name_or_path: no such model: {path} (a Diffusers folder or .safetensors)")
     if location.is_dir() and not (location / "model_index.json").is_file():
         raise DeftError(f"{path}: no Diffusers model folder, since it has no model_index.json")
-    if location.is_file() and location.suffix != ".safetensors":
+    if location.is_file() and location.suffix not in (".safetensors", ".sft"):
         raise DeftError(f"{path}: only .safetensors checkpoints are read, since others can run code; convert it first")
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()

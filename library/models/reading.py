@@ -15,6 +15,7 @@ from networks.deft_config import DeftError, read_text, reason_of
 
 CONFIGS = Path(__file__).parent / "configs"
 CLIP_L = "openai/clip-vit-large-patch14"
+NEEDS_SENTENCEPIECE = "a tokenizer of spiece.model, without tokenizer.json, needs: pip install sentencepiece"
 
 
 def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
@@ -35,11 +36,16 @@ def of_folder(folder: Path) -> dict[str, Any]:
     index = index_of(folder)
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     options |= dict.fromkeys(index.keys() & {"safety_checker", "feature_extractor", "image_encoder"})
-    for part in (folder / name for name in index):
-        names = [path.name.removesuffix(".safetensors") for path in part.glob("*model*.safetensors")]
-        if names and all("." in name for name in names):  # diffusion_pytorch_model.fp16-00001-of-00002
-            options["variant"] = names[0].split(".")[1].split("-0")[0]
-    return options
+    variants = [found for part in index if (found := variant_of(folder / part))]
+    return options | ({"variant": variants[0]} if variants else {})
+
+
+def variant_of(part: Path) -> str | None:
+    """Such as fp16, where a part's folder has its weights in no other."""
+    names = [path.name.removesuffix(".safetensors") for path in part.glob("*model*.safetensors")]
+    if names and all("." in name for name in names):  # diffusion_pytorch_model.fp16-00001-of-00002
+        return names[0].split(".")[1].split("-0")[0]
+    return None
 
 
 def index_of(folder: Path) -> dict[str, Any]:
@@ -87,9 +93,12 @@ def find_tokenizer(
         return tokenizer_from(str(cached), kind)
     try:
         return tokenizer_from(name, kind)
-    except DeftError:
+    except DeftError as error:
+        if NEEDS_SENTENCEPIECE in str(error):
+            raise
+        own = "--tokenizer FOLDER, or " if name == CLIP_L else ""
         raise DeftError(
-            f"a single-file checkpoint holds no tokenizer: give --tokenizer FOLDER, or --tokenizer_cache_dir FOLDER "
+            f"a single-file checkpoint holds no tokenizer: give {own}--tokenizer_cache_dir FOLDER "
             f"with {cached.name}/ in it, or put {name} into the local hub cache"
         ) from None
 
@@ -99,7 +108,10 @@ def tokenizer_from(folder: str, kind: Any = CLIPTokenizer) -> PreTrainedTokenize
     try:
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of many kinds, by transformers' version
-        raise DeftError(f"{folder}: no tokenizer there ({reason_of(error)})") from None
+        reason = reason_of(error)
+        if any(word in reason.lower() for word in ("sentencepiece", "tiktoken")):
+            raise DeftError(f"{folder}: {NEEDS_SENTENCEPIECE}") from None
+        raise DeftError(f"{folder}: no tokenizer there ({reason})") from None
     check_tokenizer(tokenizer, folder)
     return tokenizer
 

@@ -19,6 +19,12 @@ class ModelOptions:
     tokenizer_cache_dir: str | None = None
     xformers: bool = False
     gradient_checkpointing: bool = False
+    clip_l: str | None = None
+    t5xxl: str | None = None
+    ae: str | None = None
+    t5xxl_max_token_length: int | None = None  # None: 512 for dev, 256 for schnell
+    apply_t5_attn_mask: bool = False
+    guidance_scale: float = 3.5
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _group(title: str, *options: Option) -> list[Option]:
 
 # sd-scripts' defaults of what is not honoured: in a configuration they ask for nothing, and nor does 0
 _ASK_FOR_NOTHING = {
-    "guidance_scale": 3.5, "model_type": "flux", "clip_skip": 1, "max_token_length": 75, "prior_loss_weight": 1,
+    "clip_skip": 1, "max_token_length": 75, "prior_loss_weight": 1,
     "dataset_repeats": 1, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
     "caption_separator": ",", "token_warmup_min": 1, "dynamo_backend": "inductor", "zero_stage": 2,
 }  # fmt: skip
@@ -130,17 +130,24 @@ OPTIONS: list[Option] = [
         *_refused("give a Diffusers folder with that VAE", "vae"),
         *_to_come(IN_SD_SCRIPTS, "clip_skip", "max_token_length"),
         *_to_come(IN_SD_SCRIPTS, "zero_terminal_snr", switch=True),
-        *_to_come(
-            _FAMILY,
-            "clip_l",
-            "t5xxl",
-            "ae",
-            "controlnet_model_name_or_path",
+        Option("clip_l", str, metavar="FILE", help="FLUX: CLIP-L, a .safetensors file or its folder"),
+        Option("t5xxl", str, metavar="FILE", help="FLUX: T5-XXL, a .safetensors file or its folder"),
+        Option("ae", str, metavar="FILE", help="FLUX: the VAE, a .safetensors file or its folder"),
+        Option(
             "t5xxl_max_token_length",
-            "guidance_scale",
-            "model_type",
+            int,
+            None,
+            "FLUX: tokens that T5 reads (512 for dev and 256 for schnell where none is given)",
+            check=AT_LEAST_1,
         ),
-        *_to_come(_FAMILY, "apply_t5_attn_mask", "split_mode", "train_inpainting", switch=True),
+        Option("apply_t5_attn_mask", bool, False, "FLUX: what fills a caption up is not attended to"),
+        Option(
+            "guidance_scale", float, 3.5, "FLUX dev: the guidance that it is told while it is trained", check=FINITE
+        ),
+        Option("model_type", str, "flux", "of FLUX's transformers, the one that is trained here", ("flux",)),
+        *_refused("a FLUX ControlNet is trained by sd-scripts' own script", "controlnet_model_name_or_path"),
+        *_refused("sd-scripts has given it up too, for --blocks_to_swap", "split_mode", switch=True),
+        *_to_come(_FAMILY, "train_inpainting", switch=True),
     ),
     *_group(
         "data",
@@ -566,10 +573,12 @@ OPTIONS: list[Option] = [
             "cpu_offload_checkpointing",
             "torch_compile",
             "compile",
-            "disable_mmap_load_safetensors",
             "cuda_allow_tf32",
             "cuda_cudnn_benchmark",
             switch=True,
+        ),
+        *_refused(
+            "files are mapped into memory and read tensor by tensor", "disable_mmap_load_safetensors", switch=True
         ),
         *_to_come(_MEMORY, "blocks_to_swap", "dynamo_backend", "device"),
         *_always(

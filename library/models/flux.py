@@ -1,0 +1,400 @@
+"""FLUX.1: dev, which is told its guidance, and schnell, which is not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FluxTransformer2DModel as Transformer
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (  # type: ignore[attr-defined]  # 5 knows T5TokenizerFast as another name of T5Tokenizer
+    CLIPTextConfig,
+    CLIPTextModel,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from library.models.family import Family, Text
+from library.models.reading import (
+    CONFIGS,
+    check_whole,
+    find_tokenizer,
+    of_folder,
+    shapes_of,
+    tokenizer_from,
+    variant_of,
+)
+from library.options.rooms import ModelOptions
+from library.prompts import Prompt
+from networks import deft_targets
+from networks.deft_config import DeftError, reason_of
+
+T5_XXL = "google/t5-v1_1-xxl"
+
+
+class Flux(Family):
+    """See `Family`."""
+
+    objective = "flow"
+
+    def __init__(self, path: Path, pipeline: DiffusionPipeline, options: ModelOptions):
+        super().__init__(path, pipeline, options)
+        self.tokens = options.t5xxl_max_token_length or (512 if self.is_dev else 256)
+        if options.apply_t5_attn_mask:
+            self.denoiser.register_forward_pre_hook(_leave_padding_out, with_kwargs=True)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """See `Family`."""
+        return self.pipeline.transformer
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """See `Family`: CLIP-L's and T5-XXL's."""
+        encoders = self.pipeline.text_encoder, self.pipeline.text_encoder_2
+        return [encoder for encoder in encoders if encoder is not None]
+
+    @property
+    def multiple_of(self) -> int:
+        """See `Family`: a token is 2 x 2 latents."""
+        return 2 * self.pixels_per_latent
+
+    @property
+    def is_dev(self) -> bool:
+        """Whether it is told its guidance."""
+        return self.pipeline.transformer.config.guidance_embeds
+
+    def encode_text(self, captions: list[str]) -> Text:
+        """`pooled` (b, 768) of CLIP; `hidden` (b, tokens, 4096) of T5, 0 for what --apply_t5_attn_mask leaves out."""
+        clip, t5 = self.pipeline.text_encoder, self.pipeline.text_encoder_2
+        short = self._tokens_of(self.pipeline.tokenizer, captions, clip.config.max_position_embeddings)
+        long = self._tokens_of(self.pipeline.tokenizer_2, captions, self.tokens)
+        ids, mask = long.input_ids.to(t5.device), long.attention_mask.to(t5.device)
+        pooled = clip(short.input_ids.to(clip.device)).pooler_output
+        if not self.options.apply_t5_attn_mask:
+            return {"pooled": pooled, "hidden": t5(ids)[0]}
+        return {"pooled": pooled, "hidden": t5(ids, mask)[0].where(mask.bool()[..., None], 0)}
+
+    @staticmethod
+    def _tokens_of(tokenizer: Any, captions: list[str], length: int) -> Any:
+        return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:
+        """See `Family`: noise - latents, by a model that has learnt it."""
+        b, _, height, width = noisy.shape
+        hidden = text["hidden"].to(noisy)
+        rows, columns = torch.arange(height // 2), torch.arange(width // 2)
+        places = torch.cartesian_prod(torch.tensor([0]), rows, columns).to(noisy.device, torch.float32)
+        answer = self.pipeline.transformer(
+            hidden_states=F.pixel_unshuffle(noisy, 2).flatten(2).mT,
+            encoder_hidden_states=hidden,
+            pooled_projections=text["pooled"].to(noisy),
+            timestep=timesteps.to(noisy) / 1000,
+            img_ids=places,
+            txt_ids=places.new_zeros(hidden.shape[1], 3),
+            guidance=noisy.new_full((b,), self.options.guidance_scale) if self.is_dev else None,
+        ).sample
+        return _unpacked(answer, len(rows), len(columns))
+
+    def decode(self, latents: Tensor, prompt: Prompt) -> Image.Image:
+        """See `Family`: the pipeline's latents are tokens, (1, tokens, 64)."""
+        size = prompt.height // self.multiple_of, prompt.width // self.multiple_of
+        return super().decode(_unpacked(latents, *size), prompt)
+
+    def beyond(self, caption: str) -> tuple[str, int]:
+        """See `Family`: what T5 does not read."""
+        read = self.tokens - 1
+        ids = self.pipeline.tokenizer_2(caption, verbose=False).input_ids[:-1]
+        return str(self.pipeline.tokenizer_2.decode(ids[read:])).strip(), read
+
+    def drawing_inputs(self, prompt: Text, negative: Text | None) -> dict[str, Tensor]:
+        """See `Family`."""
+        texts = {"": prompt} if negative is None else {"": prompt, "negative_": negative}
+        names = {"prompt_embeds": "hidden", "pooled_prompt_embeds": "pooled"}
+        return {who + name: text[key] for who, text in texts.items() for name, key in names.items()}
+
+    def guidance(self, prompt: Prompt) -> dict[str, float]:
+        """See `Family`: as in sd-scripts, `--g` is what dev is told, 3.5 by default, and `--l` is of classifier-free
+        guidance, off by default."""
+        told = 3.5 if prompt.embedded_guidance is None else prompt.embedded_guidance
+        return {"guidance_scale": told, "true_cfg_scale": 1.0 if prompt.guidance is None else prompt.guidance}
+
+    def sampler(self, name: str | None) -> Any:
+        """See `Family`: Euler's, with the model's own shift."""
+        if name not in (None, "euler", "k_euler"):
+            raise DeftError(f"--sample_sampler={name}: FLUX.1 is drawn by euler alone; leave it out")
+        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+
+    def names(self) -> dict[str, str]:
+        """See `Family`: the fields of sd-scripts' flux_train_network.py (commit 48d368fa)."""
+        return {
+            "ss_v2": "False",
+            "ss_base_model_version": "flux1",
+            "ss_sd_model_name": self.path.name,
+            "ss_model_type": "flux",
+            "ss_apply_t5_attn_mask": str(self.options.apply_t5_attn_mask),
+            "ss_guidance_scale": str(self.options.guidance_scale),
+            "modelspec.architecture": f"flux-1-{'dev' if self.is_dev else 'schnell'}/lora",
+            "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+        }
+
+
+def _unpacked(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """(b, rows * columns, 4 c) -> (b, c, 2 rows, 2 columns)."""
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (rows, columns)), 2)
+
+
+def _leave_padding_out(transformer: nn.Module, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Text that is 0 is not attended to, in any block; a hook, so that pictures are drawn as the training computes."""
+    text, picture = named["encoder_hidden_states"], named["hidden_states"]
+    tokens = text.ne(0).any(-1)
+    mask = torch.cat([tokens, tokens.new_ones(picture.shape[:2])], 1)[:, None, None]
+    more = named.get("joint_attention_kwargs") or {}
+    return given, named | {"joint_attention_kwargs": {**more, "attention_mask": mask}}
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+CONFIG = CONFIGS / "flux"
+# part of the pipeline -> its option, and what stands before its tensors' names in a file that holds all parts
+_PARTS = {
+    "text_encoder": ("clip_l", "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("t5xxl", "text_encoders.t5xxl.transformer."),
+    "vae": ("ae", "vae."),
+}
+_CHANNELS = "img_in.weight"  # every FLUX.1 has it
+# of diffusers' modules, those that networks.deft does not adapt: (their path, black-forest-labs' name)
+_NOT_ADAPTED = (
+    (r"^transformer_blocks\.(\d+)\.attn\.norm_([qk])$", r"double_blocks.\1.img_attn.norm.\2"),
+    (r"^transformer_blocks\.(\d+)\.attn\.norm_added_([qk])$", r"double_blocks.\1.txt_attn.norm.\2"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.norm_([qk])$", r"single_blocks.\1.norm.\2"),
+    (r"\.norm\.q$", ".norm.query_norm"),
+    (r"\.norm\.k$", ".norm.key_norm"),
+    (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1"),
+    (r"^proj_out$", "final_layer.linear"),
+)
+
+
+def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
+    """See `library.models.loading.load`; --clip_l, --t5xxl and --ae replace what a folder or file holds."""
+    files = {name: getattr(options, option) for name, (option, _) in _PARTS.items()}
+    parts: dict[str, Any] = {name: _given_part(name, path, dtype) for name, path in files.items() if path}
+    try:
+        if location.is_dir():
+            parts["tokenizer"] = tokenizer_from(options.tokenizer or str(location / "tokenizer"))
+            parts["tokenizer_2"] = tokenizer_from(str(location / "tokenizer_2"), T5TokenizerFast)
+            parts.setdefault("vae", _of_folder("vae", location / "vae", torch.float32))
+            pipeline = FluxPipeline.from_pretrained(str(location), torch_dtype=dtype, **of_folder(location) | parts)
+        else:
+            pipeline = _from_file(location, options, dtype, parts)
+    except DeftError:
+        raise
+    except Exception as error:  # what the libraries raise for files that are no model is of many kinds
+        raise DeftError(f"{location}: not a readable FLUX.1 model ({reason_of(error)})") from error
+    check_whole(location, pipeline, {"transformer": "", **dict.fromkeys(_PARTS, "")})
+    _check_widths(location, pipeline)
+    for module in pipeline.text_encoder_2.modules():  # frozen, it is not to be random where checkpointing trains it
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    pipeline.set_progress_bar_config(disable=True)
+    for name in ("transformer", *_PARTS):
+        getattr(pipeline, name).requires_grad_(False).eval()
+    return Flux(location, pipeline, options)
+
+
+def _check_widths(location: Path, pipeline: FluxPipeline) -> None:
+    """:raises DeftError: for parts that do not belong together, and for what is made out of more than text"""
+    config, channels = pipeline.transformer.config, 4 * pipeline.vae.config.latent_channels
+    if config.in_channels != channels:
+        raise DeftError(
+            f"{location}: its transformer takes {config.in_channels} channels for {channels}, as those of FLUX.1 Fill, "
+            f"Canny and Depth do, which are not trained here"
+        )
+    for option, takes, gives in (
+        ("clip_l", config.pooled_projection_dim, pipeline.text_encoder.config.hidden_size),
+        ("t5xxl", config.joint_attention_dim, pipeline.text_encoder_2.config.d_model),
+    ):
+        if takes != gives:
+            raise DeftError(
+                f"--{option}: its width is {gives}, and the transformer takes {takes}; give the one of FLUX.1"
+            )
+
+
+def _from_file(location: Path, options: ModelOptions, dtype: torch.dtype, parts: dict[str, Any]) -> FluxPipeline:
+    """:param parts: that are there already"""
+    held = shapes_of(location)
+    missing = [
+        f"--{option}"
+        for name, (option, prefix) in _PARTS.items()
+        if name not in parts and not any(key.startswith(prefix) for key in held)
+    ]
+    if missing:
+        raise DeftError(f"{location}: the transformer alone is in it; give {', '.join(missing)} too")
+    clip = find_tokenizer(options.tokenizer, options.tokenizer_cache_dir)
+    t5 = find_tokenizer(None, options.tokenizer_cache_dir, T5_XXL, T5TokenizerFast)
+    for name, (_, prefix) in _PARTS.items():
+        if name not in parts:
+            parts[name] = _PART_FROM[name](location, prefix, dtype)
+    prefix = next(key for key in held if key.endswith(_CHANNELS)).removesuffix(_CHANNELS)
+    transformer = _transformer(location, prefix, dtype)
+    schedule = json.loads((CONFIG / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    if not transformer.config.guidance_embeds:
+        schedule |= {"shift": 1.0, "use_dynamic_shifting": False}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(schedule)
+    return FluxPipeline(scheduler=scheduler, transformer=transformer, tokenizer=clip, tokenizer_2=t5, **parts)
+
+
+def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
+    """A text encoder or the VAE that an option names, a folder with a config.json or a file.
+
+    :raises DeftError: when it cannot be read
+    """
+    option, location = f"--{_PARTS[name][0]}", Path(path)
+    if not location.exists():
+        raise DeftError(f"{option}: no such file: {path}")
+    if location.is_file() and location.suffix not in (".safetensors", ".sft"):
+        raise DeftError(
+            f"{option} {path}: only .safetensors files are read, since others can run code; convert it first"
+        )
+    try:
+        if location.is_file():
+            return _PART_FROM[name](location, "", dtype)
+        return _of_folder(name, location, torch.float32 if name == "vae" else dtype)
+    except DeftError as error:
+        raise DeftError(f"{option}: {error}") from None
+    except Exception as error:  # of many kinds
+        raise DeftError(f"{option} {path}: not readable ({reason_of(error)})") from error
+
+
+def _of_folder(name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
+    variant = variant_of(folder)
+    return _KINDS[name].from_pretrained(
+        str(folder), torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True
+    )
+
+
+class _Tensors:
+    """Those of a file, read one by one and cast, so that a model is not held twice nor in another precision."""
+
+    def __init__(self, opened: Any, file: Path, prefix: str, dtype: torch.dtype):
+        self.opened, self.file, self.prefix, self.dtype = opened, file, prefix, dtype
+        self.names = {key.removeprefix(prefix) for key in opened.keys() if key.startswith(prefix)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.opened.get_slice(self.prefix + name).get_shape())
+
+    def read(self, name: str, first: int = 0, behind: int | None = None) -> Tensor:
+        """:param first: of the rows; those up to `behind`
+        :raises DeftError: for numbers that are no values
+        """
+        tensor = self.opened.get_slice(self.prefix + name)[first:behind]
+        if not tensor.is_floating_point():
+            raise DeftError(
+                f"{self.file}: {name} is quantised ({tensor.dtype}), which is not read; give one in bf16, fp16 or fp8"
+            )
+        layer = name.removesuffix(".weight")
+        for scale in (f"{layer}.scale_weight", f"{layer}.weight_scale"):  # ComfyUI's scaled fp8
+            if name.endswith(".weight") and scale in self.names:
+                factor = self.opened.get_tensor(self.prefix + scale).float()
+                if factor.numel() != 1:
+                    raise DeftError(f"{self.file}: {scale} is no single number; give a file in bf16, fp16 or fp8")
+                return (tensor.float() * factor).to(self.dtype)
+        return tensor.to(self.dtype)
+
+    def all(self, *roots: str) -> dict[str, Tensor]:
+        """:param roots: with which names begin"""
+        scales = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
+        return {
+            name: self.read(name) for name in sorted(self.names) if name.startswith(roots) and not name.endswith(scales)
+        }
+
+
+@contextmanager
+def _opened(file: Path, prefix: str, dtype: torch.dtype) -> Iterator[_Tensors]:
+    shapes_of(file)  # tells what is wrong with it
+    with safe_open(str(file), "pt") as opened:
+        yield _Tensors(opened, file, prefix, dtype)
+
+
+def _text_encoder(name: str, config: Any, roots: tuple[str, ...]) -> Callable[[Path, str, torch.dtype], nn.Module]:
+    def read(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
+        with _opened(file, prefix, dtype) as tensors:
+            state = tensors.all(*roots)
+        model, found = _KINDS[name].from_pretrained(
+            None,
+            config=config.from_pretrained(str(CONFIG / name)),
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+        missing = sorted(found["missing_keys"])
+        if missing:
+            raise DeftError(f"{file}: {len(missing)} weights of its {name} are missing, {missing[0]} for one")
+        return model
+
+    return read
+
+
+def _vae(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
+    with _opened(file, prefix, torch.float32) as tensors:
+        state = tensors.all("encoder.", "decoder.")
+    return AutoencoderKL.from_single_file(
+        state, config=str(CONFIG / "vae"), torch_dtype=torch.float32, local_files_only=True
+    )
+
+
+_KINDS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel, "vae": AutoencoderKL}
+_PART_FROM = {
+    "text_encoder": _text_encoder("text_encoder", CLIPTextConfig, ("text_model.",)),
+    "text_encoder_2": _text_encoder("text_encoder_2", T5Config, ("encoder.", "shared.")),
+    "vae": _vae,
+}
+
+
+def _transformer(file: Path, prefix: str, dtype: torch.dtype) -> Transformer:
+    """In black-forest-labs' layout; its sizes are those of the tensors."""
+    with _opened(file, prefix, dtype) as tensors:
+        config = json.loads((CONFIG / "transformer" / "config.json").read_text(encoding="utf-8"))
+        width, channels = tensors.shape(_CHANNELS)
+        blocks = {kind: {int(n) for name in tensors.names for n in re.findall(rf"^{kind}_blocks\.(\d+)\.", name)}
+                  for kind in ("double", "single")}  # fmt: skip
+        config |= {
+            "num_layers": 1 + max(blocks["double"], default=-1),
+            "num_single_layers": 1 + max(blocks["single"], default=-1),
+            "in_channels": channels,
+            "num_attention_heads": width // config["attention_head_dim"],
+            "joint_attention_dim": tensors.shape("txt_in.weight")[1],
+            "pooled_projection_dim": tensors.shape("vector_in.in_layer.weight")[1],
+            "guidance_embeds": "guidance_in.in_layer.weight" in tensors.names,
+        }
+        with init_empty_weights():
+            transformer = Transformer.from_config(config)
+        _, part = deft_targets.recognise(transformer)
+        state = {}
+        for name, weight in transformer.named_parameters():
+            path, kind = name.rsplit(".", 1)
+            for pattern, replacement in (*part.renames, *_NOT_ADAPTED):
+                path = re.sub(pattern, replacement, path)
+            path, _, number = path.partition("#")  # the how manyth part of a fused weight
+            source = f"{path}.scale" if path.endswith("_norm") else f"{path}.{kind}"
+            first = int(number or 0) * width
+            if source in tensors.names:
+                state[name] = tensors.read(source, first, first + len(weight))
+        for name in ("norm_out.linear.weight", "norm_out.linear.bias"):  # scale and shift have changed places
+            if name in state:
+                state[name] = torch.cat(state[name].chunk(2)[::-1])
+        transformer.load_state_dict(state, strict=False, assign=True)
+    return transformer
