@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
-from networks.deft_config import DeftError, reason_of
+from library.sampling import counted_by
+from networks.deft_config import reason_of
+from networks.deft_progress import Bar
+
+logger = logging.getLogger(__name__)
 
 Text = dict[str, Tensor]  # a family's own names -> what the text encoders make of captions, (captions, ...) each
 
@@ -62,6 +68,20 @@ class Family(ABC):
         latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.sample()
         return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
 
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of latents (b, c, h, w) in the model's own scale; in float32 under autocast too."""
+        config = self.vae.config
+        with torch.autocast(self.vae.device.type, enabled=False):
+            latents = latents.to(self.vae.device, self.vae.dtype) / config.scaling_factor
+            pixels = self.vae.decode(latents + (config.get("shift_factor") or 0)).sample
+        return self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+    def free_text_encoders(self) -> None:
+        """Drops them, once what they make of all texts is kept; `text_encoders` is empty then."""
+        for name in [name for name in self.pipeline.components if name.startswith("text_encoder")]:
+            setattr(self.pipeline, name, None)
+
     @abstractmethod
     def encode_text(self, captions: list[str]) -> Text:
         """What `predict` takes, with gradients where the text encoders are adapted."""
@@ -92,7 +112,6 @@ class Family(ABC):
         """The frozen parts that every step needs, in the training's precision, with the memory options.
 
         :param encoders: whether the text encoders are needed in every step
-        :raises DeftError: when xformers is asked for and fails
         """
         parts = [self.denoiser, *(self.text_encoders if encoders else ())]
         for part in parts:
@@ -100,8 +119,8 @@ class Family(ABC):
         if self.options.xformers:
             try:
                 self.denoiser.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
-            except (ImportError, ValueError) as error:
-                raise DeftError(f"--xformers: {reason_of(error)}; leave the option out") from None
+            except Exception as error:  # not installed, not for this torch or device
+                logger.warning(f"--xformers: torch's own attention is used instead ({reason_of(error)})")
         if self.options.gradient_checkpointing:
             for part in parts:
                 part.train()
@@ -119,22 +138,34 @@ class Family(ABC):
         """
 
     @torch.no_grad()
-    def draw(self, prompt: Prompt, text: Text, negative: Text | None, sampler: str | None = None, **call: Any) -> Any:
-        """One picture (PIL), by the family's own pipeline, from encoded texts.
+    def draw(
+        self,
+        prompt: Prompt,
+        text: Text,
+        negative: Text | None,
+        sampler: str | None = None,
+        bar: Bar | None = None,
+    ) -> Image.Image:
+        """One picture, by the family's own pipeline, from encoded texts. All parts have to be on one device.
 
-        :param call: further arguments of the pipeline's call
+        :param text: of one caption
+        :param negative: of one caption too; needed for a guidance above 1
+        :param sampler: see `sampler`
+        :param bar: is moved by each step
         """
         trained_with = self.pipeline.scheduler
         self.pipeline.scheduler = self.sampler(sampler)
         try:
-            return self.pipeline(
+            latents = self.pipeline(
                 **self.drawing_inputs(text, negative),
                 width=prompt.width,
                 height=prompt.height,
                 guidance_scale=prompt.guidance,
                 num_inference_steps=prompt.steps,
                 generator=prompt.generator(),
-                **call,
-            ).images[0]
+                output_type="latent",
+                callback_on_step_end=None if bar is None else counted_by(bar),
+            ).images
         finally:
             self.pipeline.scheduler = trained_with
+        return self.decode(latents)[0]

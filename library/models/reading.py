@@ -35,11 +35,16 @@ def of_folder(folder: Path) -> dict[str, Any]:
     index = index_of(folder)
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     options |= dict.fromkeys(index.keys() & {"safety_checker", "feature_extractor", "image_encoder"})
-    for part in (folder / name for name in index):
-        names = [path.name.removesuffix(".safetensors") for path in part.glob("*model*.safetensors")]
-        if names and all("." in name for name in names):  # diffusion_pytorch_model.fp16-00001-of-00002
-            options["variant"] = names[0].split(".")[1].split("-0")[0]
-    return options
+    variants = [found for part in index if (found := variant_of(folder / part))]
+    return options | ({"variant": variants[0]} if variants else {})
+
+
+def variant_of(part: Path) -> str | None:
+    """Such as fp16, where a part's folder has its weights in no other."""
+    names = [path.name.removesuffix(".safetensors") for path in part.glob("*model*.safetensors")]
+    if names and all("." in name for name in names):  # diffusion_pytorch_model.fp16-00001-of-00002
+        return names[0].split(".")[1].split("-0")[0]
+    return None
 
 
 def index_of(folder: Path) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def check_whole(location: Path, pipeline: DiffusionPipeline, parts: Mapping[str,
 
 
 def find_tokenizer(
-    tokenizer: str | None, cache_dir: str | None, name: str = CLIP_L, kind: Any = CLIPTokenizer
+    tokenizer: str | None, cache_dir: str | None, name: str = CLIP_L, kind: Any = CLIPTokenizer, subfolder: str = ""
 ) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder, sd-scripts' cache folder or the local hub cache, in this order.
 
@@ -78,6 +83,7 @@ def find_tokenizer(
     :param cache_dir: sd-scripts' layout, `openai_clip-vit-large-patch14/` inside
     :param name: the hub's
     :param kind: transformers' class
+    :param subfolder: of the hub's
     :raises DeftError: naming the three places
     """
     if tokenizer:
@@ -86,7 +92,7 @@ def find_tokenizer(
     if cache_dir and cached.is_dir():
         return tokenizer_from(str(cached), kind)
     try:
-        return tokenizer_from(name, kind)
+        return tokenizer_from(name, kind, subfolder)
     except DeftError:
         raise DeftError(
             f"a single-file checkpoint holds no tokenizer: give --tokenizer FOLDER, or --tokenizer_cache_dir FOLDER "
@@ -94,10 +100,10 @@ def find_tokenizer(
         ) from None
 
 
-def tokenizer_from(folder: str, kind: Any = CLIPTokenizer) -> PreTrainedTokenizerBase:
+def tokenizer_from(folder: str, kind: Any = CLIPTokenizer, subfolder: str = "") -> PreTrainedTokenizerBase:
     """:raises DeftError: when there is none"""
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        tokenizer = kind.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
     except Exception as error:  # of many kinds, by transformers' version
         raise DeftError(f"{folder}: no tokenizer there ({reason_of(error)})") from None
     check_tokenizer(tokenizer, folder)

@@ -19,6 +19,12 @@ class ModelOptions:
     tokenizer_cache_dir: str | None = None
     xformers: bool = False
     gradient_checkpointing: bool = False
+    v2: bool = False
+    v_parameterization: bool = False
+    zero_terminal_snr: bool = False
+    clip_skip: int | None = None
+    max_token_length: int | None = None
+    vae: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class OutputOptions:
     save_precision: str
     no_metadata: bool
     sample_prompts: str | None
+    sample_sampler: str | None
     logging_dir: str | None
 
 

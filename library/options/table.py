@@ -54,7 +54,7 @@ def _group(title: str, *options: Option) -> list[Option]:
 
 # sd-scripts' defaults of what is not honoured: in a configuration they ask for nothing, and nor does 0
 _ASK_FOR_NOTHING = {
-    "guidance_scale": 3.5, "model_type": "flux", "clip_skip": 1, "max_token_length": 75, "prior_loss_weight": 1,
+    "guidance_scale": 3.5, "model_type": "flux", "prior_loss_weight": 1,
     "dataset_repeats": 1, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
     "caption_separator": ",", "token_warmup_min": 1, "lr_scheduler_num_cycles": 1, "lr_scheduler_power": 1,
     "dynamo_backend": "inductor", "zero_stage": 2,
@@ -92,11 +92,15 @@ _DATA = "data sets in sd-scripts' form are not read here yet"
 _META = "what sharing needs is not written here yet"
 _STATE = "states are not saved here yet; --network_weights FILE --dim_from_weights goes on from an adapter"
 _VALIDATION = "no validation here yet"
-_FAMILY = "Stable Diffusion 1.x and 2.x alone are trained here so far; " + IN_SD_SCRIPTS
+_FAMILY = "Stable Diffusion 1.x, 2.x and XL alone are trained here so far; " + IN_SD_SCRIPTS
 _MEMORY = IN_SD_SCRIPTS
 _DEEPSPEED = "DeepSpeed is not used here; several GPUs train by accelerate launch"
 _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
 
+SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+)  # fmt: skip
 SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "linear")
 
 OPTIONS: list[Option] = [
@@ -108,10 +112,32 @@ OPTIONS: list[Option] = [
         Option("xformers", bool, False, "memory-efficient attention by xformers, where it is installed"),
         *_always("torch's scaled dot product attention is used anyway", "sdpa", "mem_eff_attn"),
         *_always("the VAE computes in float32 anyway", "no_half_vae"),
-        *_always("the model is recognised by its own configuration", "v2", "v_parameterization"),
-        *_refused("give a Diffusers folder with that VAE", "vae"),
-        *_to_come(IN_SD_SCRIPTS, "clip_skip", "max_token_length"),
-        *_to_come(IN_SD_SCRIPTS, "zero_terminal_snr", switch=True),
+        Option("v2", bool, False, "the model is of Stable Diffusion 2.x; it is recognised anyway"),
+        Option("v_parameterization", bool, False, "it predicts velocity, which a single file of 2.x does not say"),
+        Option(
+            "zero_terminal_snr",
+            bool,
+            False,
+            "nothing but noise at the last timestep; for models that predict velocity",
+            metadata="ss_zero_terminal_snr",
+        ),
+        Option(
+            "clip_skip",
+            int,
+            None,
+            "SD 1.x, 2.x: the text encoder's layer, counted from the last",
+            check=AT_LEAST_1,
+            metadata="ss_clip_skip",
+        ),
+        Option(
+            "max_token_length",
+            int,
+            None,
+            "tokens of a caption that are read (75 where nothing is given)",
+            (75, 150, 225),
+            metadata="ss_max_token_length",
+        ),
+        Option("vae", str, metavar="PATH", help="another VAE: a .safetensors file or a folder"),
         *_to_come(
             _FAMILY,
             "clip_l",
@@ -483,7 +509,7 @@ OPTIONS: list[Option] = [
         Option("sample_every_n_steps", int, None, "draw after every so many steps", check=AT_LEAST_1),
         Option("sample_every_n_epochs", int, None, "draw after every so many epochs", check=AT_LEAST_1),
         Option("sample_at_first", bool, False, "also before the first step"),
-        *_not_honoured("always", str, "samples are drawn by DDIM", "sample_sampler"),
+        Option("sample_sampler", str, None, "how samples are drawn (ddim where nothing is given)", SAMPLERS),
     ),
     *_group(
         "logs",
