@@ -83,12 +83,14 @@ class Reader:
 def states(encoder: nn.Module, tokens: Tensor) -> Any:
     """What the encoder makes of tokens (captions, windows, positions): `hidden_states`, of each layer, and
     `last_hidden_state`, behind the last norm; all (captions * windows, positions, width)."""
-    return encoder(tokens.flatten(0, 1).to(encoder.device), output_hidden_states=True)
+    device: Any = encoder.device
+    return encoder(tokens.flatten(0, 1).to(device), output_hidden_states=True)
 
 
 def last_norm(encoder: nn.Module) -> nn.Module:
     """The norm behind the last layer."""
-    return getattr(encoder, "text_model", encoder).final_layer_norm  # transformers before 5.6 wraps it
+    inner: Any = getattr(encoder, "text_model", encoder)  # transformers before 5.6 wraps it
+    return inner.final_layer_norm
 
 
 def joined(hidden: Tensor, windows: int) -> Tensor:

@@ -125,9 +125,9 @@ class Family(ABC):
             for part in parts:
                 part.train()
                 if hasattr(part, "enable_gradient_checkpointing"):
-                    part.enable_gradient_checkpointing()  # type: ignore[operator]
+                    part.enable_gradient_checkpointing()
                 else:
-                    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+                    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @abstractmethod
     def sampler(self, name: str | None) -> Any:

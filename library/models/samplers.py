@@ -1,4 +1,4 @@
-"""The samplers of sd-scripts' --sample_sampler (commit 48d368fa, train_util.get_my_scheduler), as diffusers has them."""
+"""The samplers of sd-scripts' --sample_sampler (commit 48d368fa, train_util.get_my_scheduler), by diffusers."""
 
 from __future__ import annotations
 

@@ -176,8 +176,8 @@ def load_pipeline(
 def tokenizers_of(
     location: Path, options: ModelOptions, names: Sequence[str], others: Sequence[clip.Place]
 ) -> dict[str, PreTrainedTokenizerBase]:
-    """Those of --tokenizer or, for a single file, from where sd-scripts keeps them; one object each, since their padding
-    differs."""
+    """Those of --tokenizer or, for a single file, from where sd-scripts keeps them; one object each, since they pad
+    differently."""
     if location.is_dir() and not options.tokenizer:
         return {}
     return {name: clip.find(options, others) for name in names}

@@ -23,7 +23,7 @@ class StableDiffusionXL(StableDiffusion):
     """See `Family`; of its texts, `hidden` is (captions, tokens + 2, 2048), `pooled` (captions, 1280)."""
 
     def encode_text(self, captions: list[str]) -> Text:
-        """See `Family`: the last layer but one of both encoders, side by side, and what the second makes of the whole."""
+        """See `Family`: the last layer but one of both encoders, side by side, and the second's view of the whole."""
         hidden = []
         for encoder, reader in zip(self.text_encoders, self.readers, strict=True):
             tokens = reader.tokens(captions)
@@ -56,7 +56,7 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> StableDif
     """See `library.models.loading.load`."""
     if options.v2:
         raise DeftError(f"--v2: {location} is SDXL; leave the option out")
-    if options.clip_skip is not None:
+    if options.clip_skip not in (None, 1):
         logger.warning("--clip_skip has no effect: SDXL is always trained on the last layer but one, in sd-scripts too")
     given = tokenizers_of(location, options, ["tokenizer", "tokenizer_2"], [clip.BIG_G]) | {"add_watermarker": False}
     pipeline = load_pipeline(StableDiffusionXLPipeline, location, CONFIGS / "sdxl", options, dtype, given)

@@ -67,11 +67,20 @@ def _of_file(file: Path, like: AutoencoderKL) -> AutoencoderKL:
     shapes_of(file)  # whether it is whole
     vae = AutoencoderKL.from_config(like.config)
     tensors = load_file(file)
-    if not tensors.keys() & {"encoder.mid_block.resnets.0.conv1.weight"}:
+    if any(".mid_block." in key for key in tensors):  # diffusers' layout
+        tensors = {_renamed(key): tensor for key, tensor in tensors.items()}
+    else:
         tensors = convert_ldm_vae_checkpoint(tensors, vae.config)
     own = vae.state_dict()
     missing = [key for key in own if key not in tensors]
     if missing:
-        raise DeftError(f"--vae {file}: {len(missing)} weights of a VAE are missing, {missing[0]} for one")
+        raise DeftError(f"--vae {file}: {len(missing)} of its weights are missing, {missing[0]} for one")
     vae.load_state_dict({key: tensors[key].float() for key in own})
     return vae
+
+
+def _renamed(key: str) -> str:
+    """Of an attention in older files."""
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        key = key.replace(f".{old}.", f".{new}.")
+    return key
