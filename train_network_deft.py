@@ -81,7 +81,9 @@ def train(run: Run) -> Path:
         validation = Validation(kept, losses, adapter, validation_seed, run.validation.max_validation_steps)
     fields = metadata.of_training(run, model, adapter.module, data, length, seed)
     saves = Saves(run.saves, adapter, fields, setting, length, averaged, accelerator)
-    samples = Samples(files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name)
+    samples = Samples(
+        files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler
+    )
     start.start_trackers(accelerator, run.logs, run.recorded)
 
     parameters = sum(p.numel() for p in adapter.parameters())

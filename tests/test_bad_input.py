@@ -73,6 +73,9 @@ MODEL = {"pretrained_model_name_or_path": "DATA/model"}
 CHECKPOINT = {"pretrained_model_name_or_path": "DATA/m.safetensors", "tokenizer": "MODEL/tokenizer"}
 
 
+SDXL_MARK = "conditioner__embedders__1__model__transformer__resblocks__9__mlp__c_proj__bias"
+
+
 def config_of(text: str):
     return lambda photos: (photos.parent / "c.toml").write_text(text)
 
@@ -92,31 +95,51 @@ BAD_INPUT = {
         {"pretrained_model_name_or_path": "DATA/sdxl.safetensors"},
         "this looks like an adapter, no model",
     ),
-    "a folder of SDXL": (
-        folder_of("StableDiffusionXLPipeline"),
+    "a folder of another family": (
+        folder_of("StableDiffusion3Pipeline"),
         MODEL,
-        "this looks like StableDiffusionXLPipeline; so far",
+        "this looks like Stable Diffusion 3, which is not trained here; sd-scripts may, with --network_module networks",
     ),
-    "a folder of FLUX": (folder_of("FluxPipeline"), MODEL, "this looks like FluxPipeline; so far"),
+    "a folder of SDXL's refiner": (
+        folder_of("StableDiffusionXLImg2ImgPipeline"),
+        MODEL,
+        "this looks like SDXL's refiner, which is not trained here",
+    ),
+    "a folder without parts": (folder_of("StableDiffusionXLPipeline"), MODEL, "not a readable Stable Diffusion"),
     "a damaged folder": (
         lambda photos: (photos.parent / "model_index.json").write_text("{"),
         {"pretrained_model_name_or_path": "DATA"},
         "model_index.json: no JSON",
     ),
-    "a file of SDXL": (
-        checkpoint_of(conditioner__embedders__1__model__transformer__resblocks__9__mlp__c_proj__bias=(1280,)),
+    "a file with little of SDXL": (checkpoint_of(**{SDXL_MARK: (1280,)}), CHECKPOINT, "not a readable Stable Diffusi"),
+    "a file of SDXL's refiner": (
+        checkpoint_of(**{SDXL_MARK.replace("1", "0"): (1280,)}),
         CHECKPOINT,
-        "this looks like SDXL",
+        "this looks like SDXL's refiner, which is not trained here; sd-scripts may",
     ),
-    "a file of FLUX": (
-        checkpoint_of(
-            double_blocks__0__img_attn__norm__key_norm__scale=(128,),
-            guidance_in__in_layer__bias=(8,),
-            img_in__weight=(8, 64),
-        ),
+    "a file of SDXL for inpainting": (
+        checkpoint_of(**{SDXL_MARK: (1280,), "model__diffusion_model__input_blocks__0__0__weight": (320, 9, 3, 3)}),
         CHECKPOINT,
-        "this looks like FLUX.1 dev",
+        "this looks like an inpainting model",
     ),
+    "v2 with a model of 1.x": (None, {"v2": True}, "is of Stable Diffusion 1.x; leave the option out"),
+    "v2 with SDXL": (folder_of("StableDiffusionXLPipeline"), MODEL | {"v2": True}, "is SDXL; leave the option out"),
+    "a layer that is not there": (None, {"clip_skip": 13}, "--clip_skip=13: the text encoder has 12 layers"),
+    "no layer": (None, {"clip_skip": 0}, "--clip_skip=0: must be at least 1"),
+    "another length": (None, {"max_token_length": 100}, "--max_token_length: invalid choice: 100"),
+    "no VAE": (None, {"vae": "nowhere.safetensors"}, "--vae nowhere.safetensors: no such file or folder"),
+    "a pickled VAE": (
+        lambda photos: (photos.parent / "v.pt").write_bytes(b"x"),
+        {"vae": "DATA/v.pt"},
+        "v.pt: only .safetensors files are read",
+    ),
+    "a VAE that is none": (
+        checkpoint_of(x=(1,)),
+        {"vae": "DATA/m.safetensors"},
+        "m.safetensors: not a readable VAE",
+    ),
+    "a folder that is no VAE": (None, {"vae": "DATA"}, "photos: not a readable VAE"),
+    "no sampler": (None, {"sample_sampler": "eular"}, "--sample_sampler: invalid choice: 'eular'"),
     "a file for inpainting": (
         checkpoint_of(model__diffusion_model__input_blocks__0__0__weight=(320, 9, 3, 3)),
         CHECKPOINT,
@@ -178,7 +201,7 @@ BAD_INPUT = {
         "--base_weights_multiplier=-inf: must be a finite number",
     ),
     "two options that are not here": (
-        config_of("optimizer_type = ''\nshuffle_caption = true\nclip_skip = 2\nkeep_tokens = 0"),
+        config_of("optimizer_type = ''\nhuggingface_token = 'x'\ndeepspeed = true\nkeep_tokens = 0"),
         CONFIG,
         "leave these out",
     ),
@@ -317,7 +340,7 @@ def test_half_precision_folders_without_what_looks_at_pictures(model_folder, tmp
     whole = loaded(model_folder).pipeline
     for parts in (None, "300KB"):
         folder = tmp_path / f"model {parts}"
-        whole.pipeline.save_pretrained(folder, variant="fp16", **({} if parts is None else {"max_shard_size": parts}))
+        whole.save_pretrained(folder, variant="fp16", **({} if parts is None else {"max_shard_size": parts}))
         assert not list(folder.rglob("*model.safetensors"))
         index = json.loads((folder / "model_index.json").read_text())
         index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"],

@@ -36,8 +36,8 @@ def test_what_is_done_anyway_may_be_asked_for(option):
 def test_a_configuration_with_sd_scripts_defaults_asks_for_nothing(tmp_path):
     """As the GUI writes them: switches that are off, and values that change nothing."""
     (tmp_path / "c.toml").write_text(
-        "shuffle_caption = false\nkeep_tokens = 0\ncaption_dropout_rate = 0.0\nnoise_offset = 0\nclip_skip = 1\n"
-        "max_token_length = 75\nhuber_c = 0.1\nloss_type = 'l2'\nlr_scheduler_args = []\nprior_loss_weight = 1.0\n"
+        "shuffle_caption = false\nkeep_tokens = 0\ncaption_dropout_rate = 0.0\nnoise_offset = 0\n"
+        "huber_c = 0.1\nloss_type = 'l2'\nlr_scheduler_args = []\nprior_loss_weight = 1.0\n"
         "min_bucket_reso = 256\ncaption_separator = ','\nmax_data_loader_n_workers = 0\ncache_latents = true\n"
     )
     assert parse([*NEEDED, "--config_file", str(tmp_path / "c.toml")]) == parse(NEEDED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from library.options.rooms import ModelOptions
 from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
-from networks.deft_config import DeftError, reason_of
+from networks.deft_config import reason_of
 from networks.deft_progress import Bar
+
+logger = logging.getLogger(__name__)
 
 Text = dict[str, Tensor]  # a family's own names -> what the text encoders make of captions, (captions, ...) each
 
@@ -65,6 +68,23 @@ class Family(ABC):
         latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.sample()
         return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
 
+    @torch.no_grad()
+    def decode(self, latents: Tensor, prompt: Prompt) -> Image.Image:
+        """A picture of the pipeline's latents, in float32 under autocast too: SDXL's VAE overflows in float16.
+
+        :param prompt: that says how large it is
+        """
+        config = self.vae.config
+        with torch.autocast(self.vae.device.type, enabled=False):
+            latents = latents.to(self.vae.device, self.vae.dtype) / config.scaling_factor
+            pixels = self.vae.decode(latents + (config.get("shift_factor") or 0)).sample
+        return self.pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+
+    def free_text_encoders(self) -> None:
+        """Drops them, once what they make of all texts is kept; `text_encoders` is empty then."""
+        for name in [name for name in self.pipeline.components if name.startswith("text_encoder")]:
+            setattr(self.pipeline, name, None)
+
     @abstractmethod
     def encode_text(self, captions: list[str]) -> Text:
         """What `predict` takes, with gradients where the text encoders are adapted."""
@@ -99,7 +119,6 @@ class Family(ABC):
         """The frozen parts that every step needs, in the training's precision, with the memory options.
 
         :param encoders: whether the text encoders are needed in every step
-        :raises DeftError: when xformers is asked for and fails
         """
         parts = [self.denoiser, *(self.text_encoders if encoders else ())]
         for part in parts:
@@ -107,8 +126,8 @@ class Family(ABC):
         if self.options.xformers:
             try:
                 self.denoiser.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
-            except (ImportError, ValueError) as error:
-                raise DeftError(f"--xformers: {reason_of(error)}; leave the option out") from None
+            except Exception as error:  # not installed, not for this torch or device
+                logger.warning(f"--xformers: torch's own attention is used instead ({reason_of(error)})")
         if self.options.gradient_checkpointing:
             for part in parts:
                 part.train()
@@ -124,23 +143,6 @@ class Family(ABC):
         :param name: of sd-scripts' `--sample_sampler`; None for the default
         :raises DeftError: for one that the family does not have
         """
-
-    def free_text_encoders(self) -> None:
-        """Once their outputs are kept; from here on, there are none."""
-        for name in ("text_encoder", "text_encoder_2"):
-            if getattr(self.pipeline, name, None) is not None:
-                self.pipeline.register_modules(**{name: None})
-
-    def decode(self, latents: Tensor, prompt: Prompt) -> Image.Image:
-        """A picture of a pipeline's latents, in float32: SDXL's VAE overflows in float16.
-
-        :param prompt: that says how large it is
-        """
-        config = self.vae.config
-        with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0)
-            pixels = self.vae.decode(latents, return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(pixels)[0]
 
     @torch.no_grad()
     def draw(self, prompt: Prompt, text: Text, negative: Text | None, sampler: str | None, bar: Bar) -> Image.Image:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-from library.models import flux, sd
+from library.models import flux, sd, sdxl
 from library.models.family import Family
 from library.models.reading import index_of, shapes_of
 from library.options.rooms import ModelOptions
@@ -21,14 +21,31 @@ from networks.deft_io import is_adapter_dict
 # diffusers' name of a single file's model, or of a folder's pipeline -> what loads it
 FAMILIES: dict[str, Callable[[Path, ModelOptions, torch.dtype], Family]] = {
     "v1": sd.load,
+    "v2": sd.load,
     "StableDiffusionPipeline": sd.load,
+    "xl_base": sdxl.load,
+    "StableDiffusionXLPipeline": sdxl.load,
     **dict.fromkeys(("flux-dev", "flux-schnell", "FluxPipeline"), flux.load),
 }
 
-# diffusers' names of single files' models that are not trained here, in words
-_OTHERS = {"xl_refiner": "SDXL's refiner", "inpainting": "an inpainting model", "sd3": "Stable Diffusion 3",
-           "controlnet": "a ControlNet", "chroma": "Chroma", "flux-fill": "FLUX.1 Fill",
-           "flux-depth": "FLUX.1 Canny or Depth", "flux-2-dev": "FLUX.2", "flux-3-image": "FLUX.3"}  # fmt: skip
+# diffusers' names of models that are not trained here, in words
+_OTHERS = {
+    **dict.fromkeys(("xl_refiner", "StableDiffusionXLImg2ImgPipeline"), "SDXL's refiner"),
+    **dict.fromkeys(
+        ("inpainting", "inpainting_v2", "xl_inpaint", "StableDiffusionInpaintPipeline",
+         "StableDiffusionXLInpaintPipeline"),
+        "an inpainting model",
+    ),
+    **dict.fromkeys(("sd3", "sd35_medium", "sd35_large", "StableDiffusion3Pipeline"), "Stable Diffusion 3"),
+    **dict.fromkeys(("controlnet", "controlnet_xl_small", "controlnet_xl_mid", "controlnet_xl_large"), "a ControlNet"),
+    "playground-v2-5": "Playground 2.5",
+    "upscale": "an upscaler",
+    "chroma": "Chroma",
+    "flux-fill": "FLUX.1 Fill",
+    "flux-depth": "FLUX.1 Canny or Depth",
+    "flux-2-dev": "FLUX.2",
+    "flux-3-image": "FLUX.3",
+}  # fmt: skip
 
 
 def load(options: ModelOptions, dtype: torch.dtype = torch.float32) -> Family:

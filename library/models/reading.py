@@ -76,7 +76,7 @@ def check_whole(location: Path, pipeline: DiffusionPipeline, parts: Mapping[str,
 
 
 def find_tokenizer(
-    tokenizer: str | None, cache_dir: str | None, name: str = CLIP_L, kind: Any = CLIPTokenizer
+    tokenizer: str | None, cache_dir: str | None, name: str = CLIP_L, kind: Any = CLIPTokenizer, subfolder: str = ""
 ) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder, sd-scripts' cache folder or the local hub cache, in this order.
 
@@ -84,6 +84,7 @@ def find_tokenizer(
     :param cache_dir: sd-scripts' layout, `openai_clip-vit-large-patch14/` inside
     :param name: the hub's
     :param kind: transformers' class
+    :param subfolder: of the hub's
     :raises DeftError: naming the three places
     """
     if tokenizer:
@@ -92,7 +93,7 @@ def find_tokenizer(
     if cache_dir and cached.is_dir():
         return tokenizer_from(str(cached), kind)
     try:
-        return tokenizer_from(name, kind)
+        return tokenizer_from(name, kind, subfolder)
     except DeftError as error:
         if NEEDS_SENTENCEPIECE in str(error):
             raise
@@ -103,10 +104,10 @@ def find_tokenizer(
         ) from None
 
 
-def tokenizer_from(folder: str, kind: Any = CLIPTokenizer) -> PreTrainedTokenizerBase:
+def tokenizer_from(folder: str, kind: Any = CLIPTokenizer, subfolder: str = "") -> PreTrainedTokenizerBase:
     """:raises DeftError: when there is none"""
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        tokenizer = kind.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
     except Exception as error:  # of many kinds, by transformers' version
         reason = reason_of(error)
         if any(word in reason.lower() for word in ("sentencepiece", "tiktoken")):

@@ -1,24 +1,48 @@
-"""Stable Diffusion 1.x and 2.x."""
+"""Stable Diffusion 1.x and 2.x, and what SDXL has in common with them."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from library.models import clip, samplers
 from library.models.family import Family, Text
-from library.models.reading import CONFIGS, check_tokenizer, check_whole, find_tokenizer, of_folder, tokenizer_from
+from library.models.reading import CONFIGS, check_tokenizer, check_whole, of_folder, shapes_of
+from library.models.vae import load_vae, own_vae
 from library.options.rooms import ModelOptions
 from networks.deft_config import DeftError, reason_of
 
+logger = logging.getLogger(__name__)
+
 
 class StableDiffusion(Family):
-    """See `Family`."""
+    """See `Family`; `hidden` of its texts is (captions, tokens + 2, width).
+
+    :param readers: of captions, one a text encoder
+    :param velocity: whether the model predicts velocity, instead of noise
+    :param zero_snr: whether its last timestep has nothing but noise
+    """
 
     objective = "diffusion"
+
+    def __init__(
+        self,
+        path: Path,
+        pipeline: DiffusionPipeline,
+        options: ModelOptions,
+        readers: list[clip.Reader],
+        velocity: bool,
+        zero_snr: bool,
+    ):
+        super().__init__(path, pipeline, options)
+        self.readers, self.velocity, self.zero_snr = readers, velocity, zero_snr
 
     @property
     def denoiser(self) -> nn.Module:
@@ -27,8 +51,9 @@ class StableDiffusion(Family):
 
     @property
     def text_encoders(self) -> list[nn.Module]:
-        """See `Family`: CLIP-L's, or OpenCLIP-H's of 2.x."""
-        return [self.pipeline.text_encoder]
+        """See `Family`: CLIP-L's, or OpenCLIP-H's of 2.x; SDXL's two."""
+        encoders = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+        return [encoder for encoder in encoders if encoder is not None]
 
     @property
     def is_v2(self) -> bool:
@@ -37,29 +62,27 @@ class StableDiffusion(Family):
 
     def noise_scheduler(self) -> DDPMScheduler:
         """The training's noise schedule, from the model's own configuration."""
-        return DDPMScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False)
+        return DDPMScheduler.from_config(
+            self.pipeline.scheduler.config,
+            clip_sample=False,
+            prediction_type="v_prediction" if self.velocity else "epsilon",
+            rescale_betas_zero_snr=self.zero_snr,
+        )
 
     def encode_text(self, captions: list[str]) -> Text:
-        """`hidden` (b, 77, width)."""
-        encoder = self.pipeline.text_encoder
-        tokens = self.pipeline.tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=encoder.config.max_position_embeddings,
-            return_tensors="pt",
-        )
-        return {"hidden": encoder(tokens.input_ids.to(encoder.device))[0]}
+        """See `Family`: `hidden`."""
+        (encoder,), (reader,) = self.text_encoders, self.readers
+        found = clip.states(encoder, reader.tokens(captions))
+        hidden = clip.last_norm(encoder)(found.hidden_states[-(self.options.clip_skip or 1)])
+        return {"hidden": clip.joined(hidden, reader.windows)}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:
         """See `Family`."""
-        return self.pipeline.unet(noisy, timesteps, text["hidden"].to(noisy.dtype)).sample
+        return self.pipeline.unet(noisy, timesteps, text["hidden"].to(noisy)).sample
 
     def beyond(self, caption: str) -> tuple[str, int]:
         """See `Family`."""
-        read = self.pipeline.text_encoder.config.max_position_embeddings - 2
-        ids = self.pipeline.tokenizer(caption, verbose=False).input_ids[1:-1]
-        return str(self.pipeline.tokenizer.decode(ids[read:])).strip(), read
+        return self.readers[0].beyond(caption)
 
     def drawing_inputs(self, prompt: Text, negative: Text | None) -> dict[str, Tensor]:
         """See `Family`."""
@@ -67,52 +90,122 @@ class StableDiffusion(Family):
         return inputs if negative is None else inputs | {"negative_prompt_embeds": negative["hidden"]}
 
     def sampler(self, name: str | None) -> Any:
-        """See `Family`: DDIM."""
-        return DDIMScheduler.from_config(self.pipeline.scheduler.config)
+        """See `Family`."""
+        return samplers.sampler(name, self.noise_scheduler().config)
 
     def names(self) -> dict[str, str]:
         """See `Family`."""
-        velocity = self.noise_scheduler().config.prediction_type == "v_prediction"
         architecture = "stable-diffusion-v1"
         if self.is_v2:
-            architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
-        return {
-            "ss_v2": str(self.is_v2),
-            "ss_base_model_version": f"sd_{'v2' if self.is_v2 else 'v1'}",
+            architecture = "stable-diffusion-v2-768-v" if self.velocity else "stable-diffusion-v2-512"
+        version = f"sd_{'v2' if self.is_v2 else 'v1'}{'_v' if self.velocity else ''}"
+        return self._names(version, architecture, self.is_v2)
+
+    def _names(self, version: str, architecture: str, v2: bool) -> dict[str, str]:
+        options = self.options
+        more = {} if options.vae is None else {"ss_vae_name": Path(options.vae).name}
+        if options.clip_skip is not None:
+            more["modelspec.encoder_layer"] = str(options.clip_skip)
+        return more | {
+            "ss_v2": str(v2),
+            "ss_base_model_version": version,
             "ss_sd_model_name": self.path.name,
+            "ss_zero_terminal_snr": str(self.zero_snr),
             "modelspec.architecture": f"{architecture}/lora",
-            "modelspec.prediction_type": "v" if velocity else "epsilon",
+            "modelspec.prediction_type": "v" if self.velocity else "epsilon",
         }
 
 
 def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> StableDiffusion:
     """See `library.models.loading.load`."""
+    v2 = location.is_file() and any(key.startswith("cond_stage_model.model.") for key in shapes_of(location))
+    config, others = (CONFIGS / "sd2", [clip.SD2]) if v2 else (CONFIGS / "sd15", [])
+    given = tokenizers_of(location, options, ["tokenizer"], others) | {"safety_checker": None}
+    pipeline = load_pipeline(StableDiffusionPipeline, location, config, options, dtype, given)
+    check_whole(location, pipeline, {"unet": "", "text_encoder": "text_model."})
+    encoder, unet = pipeline.text_encoder.config, pipeline.unet.config
+    v2 = unet.cross_attention_dim == 1024
+    if options.v2 and not v2:
+        raise DeftError(f"--v2: {location} is of Stable Diffusion 1.x; leave the option out")
+    if options.clip_skip is not None and options.clip_skip > encoder.num_hidden_layers:
+        raise DeftError(f"--clip_skip={options.clip_skip}: the text encoder has {encoder.num_hidden_layers} layers")
+    velocity, zero_snr = prediction_of(location, pipeline, options)
+    if v2 and location.is_file() and not velocity:
+        logger.info(f"{location.name}: taken as predicting noise; for 768-v models, give --v_parameterization")
+    padding = clip.OPEN_CLIP_PADDING if v2 else pipeline.tokenizer.eos_token_id
+    pipeline.tokenizer.pad_token_id = padding
+    reader = clip.Reader(pipeline.tokenizer, padding, encoder.max_position_embeddings, options.max_token_length)
+    return StableDiffusion(location, pipeline, options, [reader], velocity, zero_snr)
+
+
+def load_pipeline(
+    kind: Any, location: Path, config: Path, options: ModelOptions, dtype: torch.dtype, given: Mapping[str, Any]
+) -> DiffusionPipeline:
+    """A pipeline with its parts frozen and in evaluation mode: all in `dtype` from the start, the VAE in float32.
+
+    :param kind: diffusers' class
+    :param config: a folder of `configs/`, for single files
+    :param given: parts and options of the pipeline
+    :raises DeftError: when it cannot be read, or is for inpainting
+    """
+    how = of_folder(location) if location.is_dir() else {"config": str(config), "local_files_only": True}
+    make = kind.from_pretrained if location.is_dir() else kind.from_single_file
     try:
-        if location.is_dir():
-            given = {"tokenizer": tokenizer_from(options.tokenizer)} if options.tokenizer else {}
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(location), torch_dtype=dtype, **of_folder(location), **given
-            )
-        else:
-            pipeline = StableDiffusionPipeline.from_single_file(
-                str(location),
-                config=str(CONFIGS / "sd15"),
-                tokenizer=find_tokenizer(options.tokenizer, options.tokenizer_cache_dir),
-                safety_checker=None,
-                local_files_only=True,
-            )
-    except DeftError:
-        raise
+        vae = own_vae(location, config)
+        pipeline = make(str(location), torch_dtype=dtype, **(how | {"vae": vae} | dict(given)))
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
         raise DeftError(f"{location}: not a readable Stable Diffusion model ({reason_of(error)})") from error
-    check_tokenizer(pipeline.tokenizer, location)
-    check_whole(location, pipeline, {"unet": "", "vae": "", "text_encoder": "text_model."})
+    for name in pipeline.components.keys() & {"tokenizer", "tokenizer_2"}:
+        check_tokenizer(getattr(pipeline, name), location)
+    check_whole(location, pipeline, {"vae": ""})
     channels = pipeline.unet.config.in_channels
-    if channels != pipeline.vae.config.latent_channels:
+    if channels != vae.config.latent_channels:
         raise DeftError(
             f"{location}: its U-Net takes {channels} channels, as for inpainting, which is not trained here"
         )
+    if options.vae:
+        pipeline.vae = load_vae(options.vae, vae)
+        logger.info(f"VAE: {options.vae}")
     pipeline.set_progress_bar_config(disable=True)
-    for part, its in ((pipeline.unet, dtype), (pipeline.vae, torch.float32), (pipeline.text_encoder, dtype)):
-        part.requires_grad_(False).eval().to(dtype=its)
-    return StableDiffusion(location, pipeline, options)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    return pipeline
+
+
+def tokenizers_of(
+    location: Path, options: ModelOptions, names: Sequence[str], others: Sequence[clip.Place]
+) -> dict[str, PreTrainedTokenizerBase]:
+    """Those of --tokenizer or, for a single file, from where sd-scripts keeps them; one object each, since they pad
+    differently."""
+    if location.is_dir() and not options.tokenizer:
+        return {}
+    return {name: clip.find(options, others) for name in names}
+
+
+def prediction_of(location: Path, pipeline: DiffusionPipeline, options: ModelOptions) -> tuple[bool, bool]:
+    """Whether the model predicts velocity, and whether its last timestep has nothing but noise: by the folder's
+    scheduler, marks in the single file, and the options; the pipeline's scheduler learns it.
+
+    :raises DeftError: for a folder of another kind of model
+    """
+    config = pipeline.scheduler.config
+    if "beta_start" not in config or config.prediction_type not in ("epsilon", "v_prediction"):
+        raise DeftError(
+            f"{location}: its {type(pipeline.scheduler).__name__} is not of Stable Diffusion's training; such models "
+            f"are not trained here"
+        )
+    marks = shapes_of(location).keys() & {"v_pred", "ztsnr"} if location.is_file() else set()  # NoobAI's, and others'
+    if marks:
+        logger.info(f"{location.name} says {' and '.join(sorted(marks))} of itself: trained accordingly")
+    velocity = config.prediction_type == "v_prediction" or "v_pred" in marks
+    if options.v_parameterization and not velocity and location.is_dir():
+        logger.warning(f"--v_parameterization is followed, though the scheduler of {location} says epsilon")
+    velocity = velocity or options.v_parameterization
+    zero_snr = bool(options.zero_terminal_snr or config.get("rescale_betas_zero_snr") or "ztsnr" in marks)
+    if zero_snr and not velocity:
+        logger.warning("--zero_terminal_snr is meant for models that predict velocity, which this one does not")
+    pipeline.scheduler = type(pipeline.scheduler).from_config(
+        config, prediction_type="v_prediction" if velocity else "epsilon", rescale_betas_zero_snr=zero_snr
+    )
+    return velocity, zero_snr

@@ -19,6 +19,12 @@ class ModelOptions:
     tokenizer_cache_dir: str | None = None
     xformers: bool = False
     gradient_checkpointing: bool = False
+    v2: bool = False
+    v_parameterization: bool = False
+    zero_terminal_snr: bool = False
+    clip_skip: int | None = None
+    max_token_length: int | None = None
+    vae: str | None = None
     clip_l: str | None = None
     t5xxl: str | None = None
     ae: str | None = None
@@ -157,6 +163,7 @@ class SampleOptions:
     """What is drawn during the training; `LoopOptions` says when."""
 
     sample_prompts: str | None
+    sample_sampler: str | None
 
 
 @dataclass(frozen=True)

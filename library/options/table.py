@@ -70,7 +70,7 @@ def _group(title: str, *options: Option) -> list[Option]:
 
 # sd-scripts' defaults of what is not honoured: in a configuration they ask for nothing, and nor does 0
 _ASK_FOR_NOTHING = {
-    "clip_skip": 1, "max_token_length": 75, "prior_loss_weight": 1,
+    "prior_loss_weight": 1,
     "dataset_repeats": 1, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
     "caption_separator": ",", "token_warmup_min": 1, "dynamo_backend": "inductor", "zero_stage": 2,
 }  # fmt: skip
@@ -105,7 +105,6 @@ def _to_come(reason: str, *names: str, switch: bool = False, many: bool = False)
 IN_SD_SCRIPTS = "not here yet; sd-scripts has it, with --network_module networks.deft"
 _DATA = "data sets in sd-scripts' form are not read here yet"
 _META = "what sharing needs is not written here yet"
-_FAMILY = "Stable Diffusion 1.x and 2.x alone are trained here so far; " + IN_SD_SCRIPTS
 _MEMORY = IN_SD_SCRIPTS
 _DEEPSPEED = "DeepSpeed is not used here; several GPUs train by accelerate launch"
 _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
@@ -115,6 +114,10 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "all")
 SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
     "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant", "adafactor",
+)  # fmt: skip
+SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
 
 OPTIONS: list[Option] = [
@@ -126,10 +129,32 @@ OPTIONS: list[Option] = [
         Option("xformers", bool, False, "memory-efficient attention by xformers, where it is installed"),
         *_always("torch's scaled dot product attention is used anyway", "sdpa", "mem_eff_attn"),
         *_always("the VAE computes in float32 anyway", "no_half_vae"),
-        *_always("the model is recognised by its own configuration", "v2", "v_parameterization"),
-        *_refused("give a Diffusers folder with that VAE", "vae"),
-        *_to_come(IN_SD_SCRIPTS, "clip_skip", "max_token_length"),
-        *_to_come(IN_SD_SCRIPTS, "zero_terminal_snr", switch=True),
+        Option("v2", bool, False, "the model is of Stable Diffusion 2.x; it is recognised anyway"),
+        Option("v_parameterization", bool, False, "it predicts velocity, which a single file of 2.x does not say"),
+        Option(
+            "zero_terminal_snr",
+            bool,
+            False,
+            "nothing but noise at the last timestep; for models that predict velocity",
+            metadata="ss_zero_terminal_snr",
+        ),
+        Option(
+            "clip_skip",
+            int,
+            None,
+            "SD 1.x, 2.x: the text encoder's layer, counted from the last",
+            check=AT_LEAST_1,
+            metadata="ss_clip_skip",
+        ),
+        Option(
+            "max_token_length",
+            int,
+            None,
+            "tokens of a caption that are read (75 where nothing is given)",
+            (75, 150, 225),
+            metadata="ss_max_token_length",
+        ),
+        Option("vae", str, metavar="PATH", help="another VAE: a .safetensors file or a folder"),
         Option("clip_l", str, metavar="FILE", help="FLUX: CLIP-L, a .safetensors file or its folder"),
         Option("t5xxl", str, metavar="FILE", help="FLUX: T5-XXL, a .safetensors file or its folder"),
         Option("ae", str, metavar="FILE", help="FLUX: the VAE, a .safetensors file or its folder"),
@@ -147,7 +172,7 @@ OPTIONS: list[Option] = [
         Option("model_type", str, "flux", "of FLUX's transformers, the one that is trained here", ("flux",)),
         *_refused("a FLUX ControlNet is trained by sd-scripts' own script", "controlnet_model_name_or_path"),
         *_refused("sd-scripts has given it up too, for --blocks_to_swap", "split_mode", switch=True),
-        *_to_come(_FAMILY, "train_inpainting", switch=True),
+        *_to_come(IN_SD_SCRIPTS, "train_inpainting", switch=True),
     ),
     *_group(
         "data",
@@ -521,7 +546,7 @@ OPTIONS: list[Option] = [
         Option("sample_every_n_steps", int, None, "draw after every so many steps", check=AT_LEAST_1),
         Option("sample_every_n_epochs", int, None, "draw after every so many epochs", check=AT_LEAST_1),
         Option("sample_at_first", bool, False, "also before the first step"),
-        *_not_honoured("always", str, "samples are drawn by DDIM", "sample_sampler"),
+        Option("sample_sampler", str, None, "how samples are drawn (ddim where nothing is given)", SAMPLERS),
     ),
     *_group(
         "logs",

@@ -35,6 +35,7 @@ def of_training(
     unused = () if model.objective == "flow" else tuple(f"ss_{name}" for name in FLOW_ONLY)
     fields: dict[str, object] = {
         **{name: value for name, value in run.recorded.items() if name not in unused},
+        "modelspec.implementation": "diffusers",
         **model.names(),
         "ss_training_started_at": time.time(),
         "ss_num_train_images": len(data),
@@ -50,7 +51,6 @@ def of_training(
         "ss_network_alpha": network.config.alpha,
         "ss_network_args": json.dumps(network_args),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": "diffusers",
         "modelspec.title": run.saves.output_name,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),

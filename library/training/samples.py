@@ -46,6 +46,7 @@ class Samples:
 
     :param folder: where `sample/` is made
     :param name: the adapter's
+    :param sampler: of `--sample_sampler`
     """
 
     prompts: Sequence[Prompt]
@@ -55,6 +56,7 @@ class Samples:
     accelerator: Accelerator
     folder: Path
     name: str
+    sampler: str | None
 
     def draw(self, label: str, step: int) -> None:
         """Writes `sample/<name>_<label>_<number>_<time>[_<seed>].png`, sd-scripts' names, and shows the trackers the
@@ -79,7 +81,7 @@ class Samples:
         with torch.no_grad():
             text, negative = self.texts([prompt.text]), self.texts([prompt.negative])
         with Bar(prompt.steps, f"drawing {path.name}", "steps") as bar:
-            image = self.model.draw(prompt, text, negative, None, bar)
+            image = self.model.draw(prompt, text, negative, self.sampler, bar)
         image.save(path)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):

@@ -1,0 +1,129 @@
+"""CLIP's text encoders as sd-scripts reads them (commit 48d368fa, strategy_base.py, strategy_sd.py, strategy_sdxl.py):
+a caption of up to 75 tokens, or 150 or 225 in windows of 75, each with a start and an end of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from library.models.reading import CLIP_L, find_tokenizer
+from library.options.rooms import ModelOptions
+from networks.deft_config import DeftError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tokenizer's name at the hub, and its folder there."""
+
+    name: str
+    subfolder: str = ""
+
+
+SD2 = Place("stabilityai/stable-diffusion-2", "tokenizer")
+BIG_G = Place("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
+
+WINDOW = 75  # tokens without start and end, that --max_token_length counts in
+OPEN_CLIP_PADDING = 0  # OpenCLIP's encoders were trained with token 0 behind the end, OpenAI's with the end again
+
+
+class Reader:
+    """Captions as a text encoder's tokens.
+
+    :param padding: the token behind the end
+    :param positions: of the encoder, 77
+    :param max_token_length: of --max_token_length
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, padding: int, positions: int, max_token_length: int | None = None
+    ):
+        self.tokenizer, self.padding = tokenizer, padding
+        self.window = positions - 2
+        self.windows = 1 if max_token_length is None else max_token_length // WINDOW
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read, without start and end."""
+        return self.windows * self.window
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """(captions, windows, positions), int64."""
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        rows = []
+        for caption in captions:
+            found = [*self._of(caption)[: self.length], end]
+            found += [self.padding] * (self.length + 1 - len(found))
+            last = found.pop()
+            windows = [found[i : i + self.window] for i in range(0, self.length, self.window)]
+            rows.append([[start, *self._closed(window, last, end)] for window in windows])
+        return torch.tensor(rows)
+
+    def _closed(self, window: list[int], last: int, end: int) -> list[int]:
+        """A window with its last token; without text, it begins with an end."""
+        if self.windows > 1:
+            if window[-1] not in (end, self.padding):
+                last = end
+            if window[0] == self.padding:
+                window = [end, *window[1:]]
+        return [*window, last]
+
+    def _of(self, caption: str) -> list[int]:
+        return list(self.tokenizer(caption, verbose=False).input_ids[1:-1])
+
+    def beyond(self, caption: str) -> tuple[str, int]:
+        """See `Family.beyond`."""
+        return str(self.tokenizer.decode(self._of(caption)[self.length :])).strip(), self.length
+
+
+def states(encoder: nn.Module, tokens: Tensor) -> Any:
+    """What the encoder makes of tokens (captions, windows, positions): `hidden_states`, of each layer, and
+    `last_hidden_state`, behind the last norm; all (captions * windows, positions, width)."""
+    device: Any = encoder.device
+    return encoder(tokens.flatten(0, 1).to(device), output_hidden_states=True)
+
+
+def last_norm(encoder: nn.Module) -> nn.Module:
+    """The norm behind the last layer."""
+    inner: Any = getattr(encoder, "text_model", encoder)  # transformers before 5.6 wraps it
+    return inner.final_layer_norm
+
+
+def joined(hidden: Tensor, windows: int) -> Tensor:
+    """One start, the insides of all windows, one end: (captions * windows, positions, width) -> (captions, tokens + 2,
+    width)."""
+    if windows == 1:
+        return hidden
+    parts = hidden.unflatten(0, (-1, windows))
+    return torch.cat([parts[:, 0, :1], parts[:, :, 1:-1].flatten(1, 2), parts[:, -1, -1:]], 1)
+
+
+def pooled(encoder: nn.Module, last: Tensor, tokens: Tensor, end: int) -> Tensor:
+    """The projected state at the first end of each caption's first window, (captions, width).
+
+    :param last: `last_hidden_state`
+    :param tokens: (captions, windows, positions)
+    """
+    captions, windows, _ = tokens.shape
+    places = (tokens[:, 0] == end).int().argmax(-1).to(last.device)
+    at_end = last[::windows][torch.arange(captions, device=last.device), places]
+    projection: nn.Linear = encoder.text_projection  # type: ignore[assignment]
+    return projection(at_end.to(projection.weight.dtype)).to(last.dtype)
+
+
+def find(options: ModelOptions, others: Sequence[Place]) -> PreTrainedTokenizerBase:
+    """CLIP's tokenizer, of --tokenizer, or for a single file: its vocabulary is the same wherever it comes from.
+
+    :param others: where sd-scripts keeps it too for this family
+    :raises DeftError: when there is none in any place
+    """
+    for place in others if not options.tokenizer else ():
+        try:
+            return find_tokenizer(None, options.tokenizer_cache_dir, place.name, subfolder=place.subfolder)
+        except DeftError:
+            continue
+    return find_tokenizer(options.tokenizer, options.tokenizer_cache_dir, CLIP_L)

@@ -1,0 +1,61 @@
+"""The samplers of sd-scripts' --sample_sampler (commit 48d368fa, train_util.get_my_scheduler), by diffusers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler
+
+from networks.deft_config import DeftError, nearest, reason_of
+
+DEFAULT = "ddim"
+
+# name -> diffusers' class, and what it is made with; names with k_ in front are the same
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
+}
+
+_SMALLEST_ALPHA = 2.0**-24  # for SNR 0 in samplers that divide by it; diffusers' own value for Euler
+
+
+def sampler(name: str | None, config: Mapping[str, Any]) -> Any:
+    """A scheduler of diffusers'.
+
+    :param name: None for the default
+    :param config: of the training's noise schedule
+    :raises DeftError: for an unknown name, or one whose packages are missing
+    """
+    known = name or DEFAULT
+    kind, options = SAMPLERS.get(known.removeprefix("k_"), ("", {}))
+    if not kind:
+        raise DeftError(f"--sample_sampler {name}: no such sampler{nearest(known, SAMPLERS)}")
+    made_by = getattr(diffusers, kind)
+    if config.get("rescale_betas_zero_snr"):
+        options = options | {"timestep_spacing": "trailing"}  # to begin where there is nothing but noise
+        if "rescale_betas_zero_snr" not in inspect.signature(made_by.__init__).parameters:
+            options |= {"trained_betas": _nearly_zero_snr(config)}
+    try:
+        return made_by.from_config(config, **options)
+    except ImportError as error:  # LMS needs scipy
+        raise DeftError(f"--sample_sampler {name}: {reason_of(error)}") from None
+
+
+def _nearly_zero_snr(config: Mapping[str, Any]) -> list[float]:
+    """The schedule's betas, its last SNR nearly 0."""
+    alphas = DDPMScheduler.from_config(config).alphas_cumprod.double()
+    alphas[-1] = _SMALLEST_ALPHA
+    return (1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])).tolist()
