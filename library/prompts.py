@@ -35,6 +35,7 @@ class Prompt:
     guidance: float | None = None  # classifier-free; None: as the model's family is used to
     steps: int = 30
     embedded_guidance: float | None = None  # that FLUX is told; None likewise
+    sampler: str | None = None  # of --sample_sampler; None for the run's
 
     def generator(self) -> torch.Generator:
         """Of the picture's noise, the same on every device; from a seed of its own where there is none."""
@@ -53,12 +54,13 @@ _FIELDS = {
     "guidance": ("l", "scale", float),
     "steps": ("s", "sample_steps", int),
     "embedded_guidance": ("g", "guidance_scale", float),
+    "sampler": ("ss", "sample_sampler", str),
 }
 _BY_LETTER = {letter: key for letter, key, _ in _FIELDS.values() if letter}
 _BY_KEY = {key: (name, kind) for name, (_, key, kind) in _FIELDS.items()}
 # sd-scripts' further ones, for samplers and models that are not here
 _NOT_USED = {
-    "ss": "sample_sampler", "cn": "controlnet_image", "ctr": "cfg_trunc_ratio",
+    "cn": "controlnet_image", "ctr": "cfg_trunc_ratio",
     "rcfg": "renorm_cfg", "fs": "flow_shift", "mk": "mask_image", "i": "image",
 }  # fmt: skip
 
@@ -88,7 +90,7 @@ def read_prompts(
         raise DeftError(f"{option} no prompts in it")
     not_used = sorted({key for table in tables for key in table if key in _NOT_USED.values()})
     if not_used:
-        logger.warning(f"{option} {', '.join(not_used)} not used; samples are drawn by DDIM")
+        logger.warning(f"{option} {', '.join(not_used)} not used; other models have them")
     return prompts
 
 

@@ -101,7 +101,7 @@ def build(kind: str, folder: Path, seed: int = 0, **scheduler: Any) -> Path:
 def single_file(pipeline: Any) -> dict[str, Tensor]:
     """Tensors of a checkpoint in the layout of Stability AI's files, float32."""
     xl = hasattr(pipeline, "text_encoder_2")
-    first, first_open = ("conditioner.embedders.0.", "") if xl else ("cond_stage_model.", "cond_stage_model.model.")
+    first, _ = ("conditioner.embedders.0.", "") if xl else ("cond_stage_model.", "cond_stage_model.model.")
     parts = {
         "model.diffusion_model.": original_unet(pipeline.unet),
         "first_stage_model.": original_vae(pipeline.vae.state_dict()),

@@ -136,7 +136,7 @@ BAD_INPUT = {
     "a VAE that is none": (
         checkpoint_of(x=(1,)),
         {"vae": "DATA/m.safetensors"},
-        "m.safetensors: not a readable VAE",
+        "m.safetensors: 180 of its weights are missing",
     ),
     "a folder that is no VAE": (None, {"vae": "DATA"}, "photos: not a readable VAE"),
     "no sampler": (None, {"sample_sampler": "eular"}, "--sample_sampler: invalid choice: 'eular'"),

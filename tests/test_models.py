@@ -306,8 +306,8 @@ def test_decodes_in_float32_under_autocast(small):
     model = loaded(small("sdxl"))
     latents = torch.randn(1, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        within = model.decode(latents.bfloat16().float())[0]
-    assert within.tobytes() == model.decode(latents.bfloat16())[0].tobytes()
+        within = model.decode(latents.bfloat16().float(), PROMPT)
+    assert within.tobytes() == model.decode(latents.bfloat16(), PROMPT).tobytes()
 
 
 def test_xformers_that_is_missing_is_told(small, caplog):
@@ -329,11 +329,12 @@ def test_sdxl_trains_and_its_lora_draws_the_same_in_diffusers(small, photos, tmp
     assert train_network_deft.main(arguments(small("sdxl"), photos, tmp_path, **changes)) == 0
     (loop,) = trained
     loop.adapter.module.eval()
-    ours = drawn(loop.model)
+    model = loop.losses.model
+    ours = drawn(model)
     fresh = loaded(small("sdxl"), max_token_length=150)
     before = drawn(fresh)
     fresh.pipeline.load_lora_weights(str(tmp_path / "out"), weight_name="cat.safetensors")
     after = drawn(fresh)
     assert (ours - after).abs().max() < 2
     assert (before - after).abs().max() > 10
-    assert loop.model.names()["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert model.names()["ss_base_model_version"] == "sdxl_base_v1-0"

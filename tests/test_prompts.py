@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from library.models.family import Family
 from library.prompts import Prompt, read_prompts
 from networks.deft_config import DeftError
 
@@ -51,8 +52,7 @@ def test_the_three_formats_say_the_same(tmp_path):
 
 def test_what_is_not_used_of_sd_scripts_options_is_told(tmp_path, caplog):
     read(tmp_path, "p.txt", "a cat --ss euler_a --fs 3\na dog --ss euler_a")
-    assert caplog.messages == [f"--sample_prompts {tmp_path / 'p.txt'}: flow_shift, sample_sampler not used; "
-                               "samples are drawn by DDIM"]  # fmt: skip
+    assert caplog.messages == [f"--sample_prompts {tmp_path / 'p.txt'}: flow_shift not used; other models have them"]
 
 
 WRONG = {
@@ -116,16 +116,14 @@ def test_wrong_files(tmp_path, name, text, message):
 def test_a_sample_that_fails_is_reported_and_training_goes_on(run, tmp_path, monkeypatch, caplog):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1\na dog --w 64 --h 64 --s 1 --d 2\n")
-    from library import sampling
+    draw = Family.draw
 
-    draw = sampling.draw
-
-    def out_of_memory(pipeline, given):
-        if given[0].text == "a cat":
+    def out_of_memory(model, prompt, *rest):
+        if prompt.text == "a cat":
             raise RuntimeError("out of memory\nand more")
-        return draw(pipeline, given)
+        return draw(model, prompt, *rest)
 
-    monkeypatch.setattr(sampling, "draw", out_of_memory)
+    monkeypatch.setattr(Family, "draw", out_of_memory)
     assert run(max_train_steps=1, sample_prompts=prompts, sample_every_n_steps=1) == 0
     assert len([line for line in caplog.messages if line.endswith("not drawn (out of memory)")]) == 1
     assert [path.name.rsplit("_", 1)[1] for path in (tmp_path / "out" / "sample").iterdir()] == ["2.png"]

@@ -373,7 +373,7 @@ def test_command_line_wins_over_the_config_file(tmp_path):
         "seed=1\nnetwork_args=['a=1']\nxformers=false"
     )
     found = parse(["--config_file", str(tmp_path / "c.toml"), "--seed", "2"])
-    assert (found.loop.seed, found.network.network_args, found.model.xformers) == (2, {"a": "1"}, False)
+    assert (found.process.seed, found.network.network_args, found.model.xformers) == (2, {"a": "1"}, False)
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.toml")))

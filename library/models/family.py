@@ -145,10 +145,14 @@ class Family(ABC):
         """
 
     @torch.no_grad()
-    def draw(self, prompt: Prompt, text: Text, negative: Text | None, sampler: str | None, bar: Bar) -> Image.Image:
-        """One picture, by the family's own pipeline.
+    def draw(
+        self, prompt: Prompt, text: Text, negative: Text | None, sampler: str | None = None, bar: Bar | None = None
+    ) -> Image.Image:
+        """One picture, by the family's own pipeline. All parts have to be on one device.
 
         :param text: of the prompt
+        :param negative: of the negative prompt, which a guidance above 1 needs
+        :param sampler: see `sampler`
         :param bar: that counts the prompt's steps
         """
         trained_with = self.pipeline.scheduler
@@ -162,7 +166,7 @@ class Family(ABC):
                 num_inference_steps=prompt.steps,
                 generator=prompt.generator(),
                 output_type="latent",
-                callback_on_step_end=counted_by(bar),
+                callback_on_step_end=None if bar is None else counted_by(bar),
             ).images
         finally:
             self.pipeline.scheduler = trained_with

@@ -97,7 +97,7 @@ def find_tokenizer(
     except DeftError as error:
         if NEEDS_SENTENCEPIECE in str(error):
             raise
-        own = "--tokenizer FOLDER, or " if name == CLIP_L else ""
+        own = "--tokenizer FOLDER, or " if kind is CLIPTokenizer else ""
         raise DeftError(
             f"a single-file checkpoint holds no tokenizer: give {own}--tokenizer_cache_dir FOLDER "
             f"with {cached.name}/ in it, or put {name} into the local hub cache"

@@ -58,6 +58,11 @@ class Samples:
     name: str
     sampler: str | None
 
+    def __post_init__(self) -> None:
+        """:raises DeftError: for a sampler that the model does not have"""
+        for prompt in self.prompts:
+            self.model.sampler(prompt.sampler or self.sampler)
+
     def draw(self, label: str, step: int) -> None:
         """Writes `sample/<name>_<label>_<number>_<time>[_<seed>].png`, sd-scripts' names, and shows the trackers the
         pictures; every process has to call.
@@ -81,7 +86,7 @@ class Samples:
         with torch.no_grad():
             text, negative = self.texts([prompt.text]), self.texts([prompt.negative])
         with Bar(prompt.steps, f"drawing {path.name}", "steps") as bar:
-            image = self.model.draw(prompt, text, negative, self.sampler, bar)
+            image = self.model.draw(prompt, text, negative, prompt.sampler or self.sampler, bar)
         image.save(path)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
