@@ -117,12 +117,16 @@ def t5_tokenizer(folder: Path) -> T5TokenizerFast:
     return T5TokenizerFast.from_pretrained(str(folder))
 
 
-def transformer_tensors(dev: bool, double: int = 2, single: int = 3) -> dict[str, Tensor]:
-    """In black-forest-labs' names and shapes."""
-    w = WIDTH
-    layers = {"img_in": (w, 64), "txt_in": (w, TEXT), "final_layer.linear": (64, w),
+def transformer_tensors(
+    dev: bool, double: int = 2, single: int = 3, w: int = WIDTH, text: int = TEXT, pooled: int = TEXT
+) -> dict[str, Tensor]:
+    """In black-forest-labs' names and shapes.
+
+    :param w: the width; those of T5 and CLIP are `text` and `pooled`
+    """
+    layers = {"img_in": (w, 64), "txt_in": (w, text), "final_layer.linear": (64, w),
               "final_layer.adaLN_modulation.1": (2 * w, w)}  # fmt: skip
-    for name, width in (("time_in", 256), ("vector_in", TEXT), *([("guidance_in", 256)] if dev else [])):
+    for name, width in (("time_in", 256), ("vector_in", pooled), *([("guidance_in", 256)] if dev else [])):
         layers |= {f"{name}.in_layer": (w, width), f"{name}.out_layer": (w, w)}
     for block in (f"double_blocks.{i}.{of}" for i in range(double) for of in ("img", "txt")):
         layers |= {f"{block}_mod.lin": (6 * w, w), f"{block}_attn.qkv": (3 * w, w), f"{block}_attn.proj": (w, w),

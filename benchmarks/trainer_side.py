@@ -1,0 +1,64 @@
+"""One process of `trainer.py`: `python trainer_side.py RECORD SCRIPT T5_LAYERS ARGUMENTS...` runs a trainer's script as
+if started itself, and writes down when its steps were done and what memory they took.
+
+It knows no trainer: all it watches is the progress bar named "steps", which both have.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+
+def main(file: Path, script: Path, t5_layers: int, arguments: list[str]) -> None:
+    """Writes `times` of steps, and peaks of allocated memory: before the first step is done, after that, of all."""
+    cuda = torch.cuda.is_available()
+    times: list[float] = []
+    before = 0
+
+    def peak() -> int:
+        return torch.cuda.max_memory_allocated() if cuda else 0
+
+    def counted(bar: tqdm, n: float | None = 1) -> bool | None:
+        nonlocal before
+        if bar.desc.startswith("steps"):
+            times.append(time.perf_counter())
+            if len(times) == 1 and cuda:
+                before = peak()
+                torch.cuda.reset_peak_memory_stats()
+        return update(bar, n)
+
+    def config(self: transformers.T5Config, *given: object, **named: object) -> None:
+        make_config(self, *given, **named | {"num_layers": t5_layers})  # type: ignore[arg-type]
+
+    make_config, transformers.T5Config.__init__ = transformers.T5Config.__init__, config  # type: ignore[assignment]
+    update, tqdm.update = tqdm.update, counted  # type: ignore[method-assign]
+    sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
+    if script.name != "train_network_deft.py":  # it takes longer than the training, and goes into the metadata alone
+        from library import train_util  # sd-scripts'
+
+        train_util.calculate_sha256 = lambda _: ""
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        record = {
+            "times": times,
+            "peak_start": before,
+            "peak_training": peak(),
+            "peak_reserved": torch.cuda.max_memory_reserved() if cuda else 0,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+        }
+        file.write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
