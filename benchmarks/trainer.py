@@ -84,9 +84,9 @@ def plan(order: str) -> dict[str, list[list[Training]]]:
     ]
     fp16 = Training("sdxl_fp16", "sdxl", f"--mixed_precision fp16 {CHECKPOINTING} --optimizer_type AdamW", 12)
     return {
-        "sdxl_checkpointing": compared("sdxl_checkpointing", "sdxl", f"{BF16} {CHECKPOINTING}", 60, order),
-        "sdxl": compared("sdxl", "sdxl", BF16, 60, order),
-        "flux_checkpointing": compared("flux_checkpointing", "flux", f"{BF16} {CHECKPOINTING}", 24, order),
+        "sdxl_checkpointing": compared("sdxl_checkpointing", "sdxl", f"{BF16} {CHECKPOINTING}", 40, order),
+        "sdxl": compared("sdxl", "sdxl", BF16, 40, order),
+        "flux_checkpointing": compared("flux_checkpointing", "flux", f"{BF16} {CHECKPOINTING}", 16, order),
         "sdxl_continued": continued("sdxl", 6),
         "flux_continued": continued("flux", 6),
         "optimizers": [[*eight_bit, fp16]],
