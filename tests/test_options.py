@@ -53,7 +53,8 @@ def test_every_honoured_option_reaches_a_room():
     honoured = {option.name for option in OPTIONS if not option.status}
     one_choice = {option.name for option in OPTIONS if len(option.choices) == 1} - set(reached)
     on_the_way = {"config_file", "network_dropout", "base_weights_multiplier", "training_comment", "use_8bit_adam",
-                  "use_lion_optimizer", "full_bf16", "full_fp16"}  # fmt: skip
+                  "use_lion_optimizer", "full_bf16", "full_fp16", "fp8_base_unet", "output_config",
+                  *(option.name for option in OPTIONS if str(option.metadata).startswith("modelspec."))}  # fmt: skip
     assert set(reached) == honoured - on_the_way - one_choice
     assert parse([*NEEDED, "--training_comment", "x"]).recorded["ss_training_comment"] == "x"
 
