@@ -342,8 +342,9 @@ def test_trains(more, small, photos, tmp_path, capsys):
 def test_trains_and_draws_without_its_text_encoders(small, photos, tmp_path):
     (tmp_path / "p.txt").write_text("a cat --w 64 --h 64 --s 1\na dog --w 64 --h 64 --s 1 --l 2 --g 4 --n blue\n")
     more = {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "apply_t5_attn_mask": True,
-            "t5xxl_max_token_length": TOKENS, "sample_prompts": tmp_path / "p.txt", "sample_at_first": True}  # fmt: skip
-    assert train_network_deft.main(arguments(small.folder, photos, tmp_path, max_train_steps=1, **more)) == 0
+            "t5xxl_max_token_length": TOKENS, "sample_prompts": tmp_path / "p.txt", "sample_at_first": True,
+            "max_train_steps": 1}  # fmt: skip
+    assert train_network_deft.main(arguments(small.folder, photos, tmp_path, **more)) == 0
     assert len(list((tmp_path / "out" / "sample").iterdir())) == 2
 
 
