@@ -292,6 +292,15 @@ def test_the_options_have_sd_scripts_defaults():
             parse([*NEEDED, *given])
 
 
+def test_other_families_options_are_told(small, caplog):
+    loaded(small.folder, clip_skip=2, v2=True)
+    assert [message for message in caplog.messages if "without effect" in message] == [
+        "--v2, --clip_skip: without effect, FLUX.1 has nothing of the kind"
+    ]
+    with pytest.raises(DeftError, match=r"^--vae: FLUX.1's is given by --ae$"):
+        loaded(small.folder, vae="x")
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from library.options.rooms import ModelOptions
 from library.prompts import Prompt
 from networks import deft_targets
 from networks.deft_config import DeftError, reason_of
+
+logger = logging.getLogger(__name__)
 
 T5_XXL = "google/t5-v1_1-xxl"
 
@@ -171,6 +174,13 @@ _PARTS = {
     "text_encoder_2": ("t5xxl", "text_encoders.t5xxl.transformer."),
     "vae": ("ae", "vae."),
 }
+_OF_OTHERS = (
+    "v2",
+    "v_parameterization",
+    "zero_terminal_snr",
+    "clip_skip",
+    "max_token_length",
+)  # other families' options
 _CHANNELS = "img_in.weight"  # every FLUX.1 has it
 # of diffusers' modules, those that networks.deft does not adapt: (their path, black-forest-labs' name)
 _NOT_ADAPTED = (
@@ -186,6 +196,11 @@ _NOT_ADAPTED = (
 
 def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
     """See `library.models.loading.load`; --clip_l, --t5xxl and --ae replace what a folder or file holds."""
+    if options.vae:
+        raise DeftError("--vae: FLUX.1's is given by --ae")
+    unused = [f"--{name}" for name in _OF_OTHERS if getattr(options, name)]
+    if unused:
+        logger.warning(f"{', '.join(unused)}: without effect, FLUX.1 has nothing of the kind")
     files = {name: getattr(options, option) for name, (option, _) in _PARTS.items()}
     parts: dict[str, Any] = {name: _given_part(name, path, dtype) for name, path in files.items() if path}
     try:
