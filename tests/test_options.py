@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from library.options import rooms
+from library.options import document, rooms
 from library.options.parse import build_parser, parse
 from library.options.table import OPTIONS
 from networks.deft_config import DeftError
@@ -66,3 +66,10 @@ def test_help_lists_what_is_honoured_and_nothing_else(capsys):
     shown = capsys.readouterr().out
     for option in OPTIONS:
         assert (f"--{option.name} " in shown or f"--{option.name}\n" in shown) == (not option.status), option.name
+
+
+def test_the_docs_table_is_that_of_the_options():
+    text = document.PAGE.read_text(encoding="utf-8")
+    assert document.page(text) == text, "python -m library.options.document"
+    for option in OPTIONS:
+        assert f"`{option.name}`" in text

@@ -132,9 +132,9 @@ class Flux(Family):
         return {"guidance_scale": told, "true_cfg_scale": 1.0 if prompt.guidance is None else prompt.guidance}
 
     def sampler(self, name: str | None) -> Any:
-        """See `Family`: Euler's, with the model's own shift."""
+        """See `Family`: Euler's, with the model's own shift, as sd-scripts draws whatever sampler is asked for."""
         if name not in (None, "euler", "k_euler"):
-            raise DeftError(f"--sample_sampler={name}: FLUX.1 is drawn by euler alone; leave it out")
+            logger.warning(f"--sample_sampler={name}: FLUX.1 is drawn by euler alone")
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
     def names(self) -> dict[str, str]:
