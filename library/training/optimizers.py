@@ -123,10 +123,10 @@ def kind_of(name: str) -> Kind:
 
 def on_trial(options: OptimizerOptions) -> Optimizer:
     """The optimizer, one step on, of a small parameter: many read their arguments only then. Raises as `check`."""
-    on_cuda = torch.cuda.is_available()  # which some classes and arguments need
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
+    number = torch.cuda.device_count()  # some classes and arguments need one; accelerate takes the same
+    device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % number}" if number else "cpu"
     parameter = nn.Parameter(torch.zeros(2, 2, device=device))
-    optimizer = _built(options, [{"params": [parameter], "lr": options.learning_rate}], on_cuda)
+    optimizer = _built(options, [{"params": [parameter], "lr": options.learning_rate}], bool(number))
     check_step("optimizer_type", options.optimizer_type, optimizer)
     train_mode(optimizer)
     parameter.grad = torch.ones_like(parameter)
