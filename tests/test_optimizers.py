@@ -95,6 +95,32 @@ class SwallowsAll(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
 
+class StepsBy(torch.optim.Optimizer):
+    """Looks at its argument in the first step only, as Prodigy and Lion look at theirs."""
+
+    def __init__(self, params, lr, beta=0.9):
+        super().__init__(params, {"lr": lr, "beta": beta})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data -= group["lr"] * group["beta"] * parameter.grad
+
+
+class HoldsAnother(StepsBy):
+    """As wrappers of other packages do, under the name by which accelerate's holds its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.optimizer = torch.optim.SGD(self.param_groups, lr)
+
+
+def test_only_accelerates_wrapper_is_taken_off(fresh_accelerator):
+    holder = optimizers.on_trial(OptimizerOptions(f"{__name__}.HoldsAnother"))
+    assert optimizers.unwrapped(holder) is holder
+    assert optimizers.unwrapped(Accelerator(cpu=DEVICE == "cpu").prepare(holder)) is holder
+
+
 def test_arguments_behind_kwargs_are_checked_too():
     path = f"{__name__}.HandsOn"
     optimizers.check(OptimizerOptions(path, optimizer_args={"mine": 1, "betas": (0.5, 0.9)}))
@@ -110,12 +136,15 @@ def test_arguments_behind_kwargs_are_checked_too():
         ("optimizer", {}, "is no torch optimizer|unknown"),
         ("torch.optim.Adamm", {}, "no Adamm in torch.optim .did you mean 'Adam'"),
         ("torch.nn.Linear", {}, "is no torch optimizer"),
-        ("not_installed_here.Adam", {}, "not installed: pip install not-installed-here"),
+        ("not_installed_here.Adam", {}, "not installed: pip install not-installed-here .or the package that has it"),
         ("torch.nowhere.Adam", {}, "No module named 'torch.nowhere'"),
         ("LBFGS", {}, "its step needs closure"),
         ("AdamW", {"betas": (0.9, 2.0)}, r"--optimizer_args betas=\(0.9, 2.0\): Invalid beta parameter"),
         ("SGDNesterov", {"nesterov": False}, "SGDNesterov has nesterov=True always"),
         ("transformers.Adafactor", {}, "Cannot combine manual `lr` and `relative_step=True`"),
+        ("SparseAdam", {}, "the first step fails: SparseAdam does not support dense gradients"),
+        ("AdamW", {"differentiable": True}, "--optimizer_args differentiable=True: "),
+        (f"{__name__}.StepsBy", {"beta": "x"}, "--optimizer_args beta='x': the first step fails: "),
     ],
 )
 def test_mistakes_are_one_line(name, arguments, told):

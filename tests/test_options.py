@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from library.options import rooms
+from library.options import document, rooms
 from library.options.parse import build_parser, parse
 from library.options.table import OPTIONS
 from networks.deft_config import DeftError
@@ -53,7 +53,8 @@ def test_every_honoured_option_reaches_a_room():
     honoured = {option.name for option in OPTIONS if not option.status}
     one_choice = {option.name for option in OPTIONS if len(option.choices) == 1} - set(reached)
     on_the_way = {"config_file", "network_dropout", "base_weights_multiplier", "training_comment", "use_8bit_adam",
-                  "use_lion_optimizer", "full_bf16", "full_fp16"}  # fmt: skip
+                  "use_lion_optimizer", "full_bf16", "full_fp16", "fp8_base_unet", "output_config",
+                  *(option.name for option in OPTIONS if str(option.metadata).startswith("modelspec."))}  # fmt: skip
     assert set(reached) == honoured - on_the_way - one_choice
     assert parse([*NEEDED, "--training_comment", "x"]).recorded["ss_training_comment"] == "x"
 
@@ -65,3 +66,10 @@ def test_help_lists_what_is_honoured_and_nothing_else(capsys):
     shown = capsys.readouterr().out
     for option in OPTIONS:
         assert (f"--{option.name} " in shown or f"--{option.name}\n" in shown) == (not option.status), option.name
+
+
+def test_the_docs_table_is_that_of_the_options():
+    text = document.PAGE.read_text(encoding="utf-8")
+    assert document.page(text) == text, "python -m library.options.document"
+    for option in OPTIONS:
+        assert f"`{option.name}`" in text

@@ -177,9 +177,14 @@ def test_options_without_effect_are_told(changes, unused, caplog):
         ({"lr_scheduler_type": f"{__name__}.Swallows", "lr_scheduler_args": {"x": 3}}, "x=3: Swallows has no such"),
         ({"lr_scheduler_type": "ReduceLROnPlateau"}, "its step needs metrics"),
         ({"lr_scheduler_type": "not_installed_here.X"}, "pip install not-installed-here"),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": {"step_size": 0}},
+         "--lr_scheduler_type StepLR --lr_scheduler_args step_size=0: fails behind step 1: "),
+        ({"lr_scheduler_type": "ExponentialLR", "lr_scheduler_args": {"gamma": math.nan}}, "a rate of nan"),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": {"step_size": 3}, "optimizer_type": "Adafactor"},
+         "add --optimizer_args relative_step=False"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_mistakes_are_one_line_before_a_model_is_loaded(changes, told):
     with pytest.raises(DeftError) as error:
         schedules.check(options_of(**changes))
@@ -197,6 +202,33 @@ def test_warmup_and_decay_fit_into_the_steps():
     schedules.check(options)
     with pytest.raises(DeftError, match="take more than all 40 steps"):
         rates(options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({"lr_scheduler": "polynomial", "lr_warmup_steps": STEPS}, STEPS),  # before the adapter would have been saved
+        ({"lr_scheduler": "polynomial", "lr_scheduler_power": -2.0}, STEPS),
+        ({"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": {"max_lr": 0.1, "total_steps": STEPS - 1}}, STEPS),
+        ({"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": {"max_lr": 0.1, "total_steps": 9}}, 10),
+    ],
+    ids=str,
+)
+def test_a_step_that_would_fail_is_told_before_the_first(changes, step):
+    options = options_of(**changes)
+    schedules.check(options)  # knows no number of steps yet
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = optimizers.optimizer_of(options, [{"params": [parameter], "lr": RATE}])
+    with pytest.raises(DeftError, match=f"fails behind step {step}: ") as error:
+        schedules.schedule_of(options, optimizer, STEPS)
+    given = [key for key in changes if key != "lr_scheduler_args"]
+    assert all(f"--{key} {changes[key]}" in str(error.value) for key in given)
+    assert optimizer.param_groups[0]["lr"] == RATE  # which was not the one that was tried
+
+
+def test_as_many_steps_as_a_class_allows_are_allowed():
+    options = options_of(lr_scheduler_type="OneCycleLR", lr_scheduler_args={"max_lr": 0.1, "total_steps": STEPS})
+    assert max(rates(options)) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("7", 7), ("0.1", 0.1), ("10%", 0.1), ("1e-2", 0.01)])

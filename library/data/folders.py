@@ -130,6 +130,8 @@ def split(images: list[TrainImage], share: float, seed: int) -> tuple[list[Train
 
     :raises DeftError: when none is left to train on
     """
+    if not share:
+        return images, []
     trained: list[TrainImage] = []
     kept: list[TrainImage] = []
     for _, group in itertools.groupby(images, lambda image: image.path.parent):
@@ -138,7 +140,7 @@ def split(images: list[TrainImage], share: float, seed: int) -> tuple[list[Train
         number = math.ceil(len(shuffled) * (1 - share))
         trained += shuffled[:number]
         kept += [replace(image, repeats=1) for image in shuffled[number:]]
-    if not kept and share:
+    if not kept:
         logger.warning(f"--validation_split {share}: less than a picture of every folder; nothing is validated")
     if not trained:
         raise DeftError(f"--validation_split {share}: leaves no picture to train on")

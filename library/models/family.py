@@ -123,7 +123,10 @@ class Family(ABC):
         """
         parts = [self.denoiser, *(self.text_encoders if encoders else ())]
         for part in parts:
-            nn.Module.to(part, device, dtype)  # transformers hides its signature
+            nn.Module.to(part, dtype=dtype)  # transformers hides its signature
+            if part is self.denoiser and self.options.fp8_base:  # back in dtype while a layer's turn is
+                self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, dtype)  # type: ignore[operator]
+            nn.Module.to(part, device)
         if self.options.xformers:
             try:
                 self.denoiser.enable_xformers_memory_efficient_attention()  # type: ignore[operator]

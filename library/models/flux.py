@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,7 @@ from transformers import (  # type: ignore[attr-defined]  # 5 knows T5TokenizerF
 from library.models.family import Family, Text
 from library.models.reading import (
     CONFIGS,
-    check_whole,
     find_tokenizer,
-    of_folder,
     shapes_of,
     tokenizer_from,
     variant_of,
@@ -39,6 +38,8 @@ from library.options.rooms import ModelOptions
 from library.prompts import Prompt
 from networks import deft_targets
 from networks.deft_config import DeftError, reason_of
+
+logger = logging.getLogger(__name__)
 
 T5_XXL = "google/t5-v1_1-xxl"
 
@@ -131,9 +132,9 @@ class Flux(Family):
         return {"guidance_scale": told, "true_cfg_scale": 1.0 if prompt.guidance is None else prompt.guidance}
 
     def sampler(self, name: str | None) -> Any:
-        """See `Family`: Euler's, with the model's own shift."""
+        """See `Family`: Euler's, with the model's own shift, as sd-scripts draws whatever sampler is asked for."""
         if name not in (None, "euler", "k_euler"):
-            raise DeftError(f"--sample_sampler={name}: FLUX.1 is drawn by euler alone; leave it out")
+            logger.warning(f"--sample_sampler={name}: FLUX.1 is drawn by euler alone")
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
     def names(self) -> dict[str, str]:
@@ -173,6 +174,13 @@ _PARTS = {
     "text_encoder_2": ("t5xxl", "text_encoders.t5xxl.transformer."),
     "vae": ("ae", "vae."),
 }
+_OF_OTHERS = (
+    "v2",
+    "v_parameterization",
+    "zero_terminal_snr",
+    "clip_skip",
+    "max_token_length",
+)  # other families' options
 _CHANNELS = "img_in.weight"  # every FLUX.1 has it
 # of diffusers' modules, those that networks.deft does not adapt: (their path, black-forest-labs' name)
 _NOT_ADAPTED = (
@@ -188,21 +196,20 @@ _NOT_ADAPTED = (
 
 def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
     """See `library.models.loading.load`; --clip_l, --t5xxl and --ae replace what a folder or file holds."""
+    if options.vae:
+        raise DeftError("--vae: FLUX.1's is given by --ae")
+    unused = [f"--{name}" for name in _OF_OTHERS if getattr(options, name)]
+    if unused:
+        logger.warning(f"{', '.join(unused)}: without effect, FLUX.1 has nothing of the kind")
     files = {name: getattr(options, option) for name, (option, _) in _PARTS.items()}
     parts: dict[str, Any] = {name: _given_part(name, path, dtype) for name, path in files.items() if path}
     try:
-        if location.is_dir():
-            parts["tokenizer"] = tokenizer_from(options.tokenizer or str(location / "tokenizer"))
-            parts["tokenizer_2"] = tokenizer_from(str(location / "tokenizer_2"), T5TokenizerFast)
-            parts.setdefault("vae", _of_folder("vae", location / "vae", torch.float32))
-            pipeline = FluxPipeline.from_pretrained(str(location), torch_dtype=dtype, **of_folder(location) | parts)
-        else:
-            pipeline = _from_file(location, options, dtype, parts)
+        more = _rest_of_folder if location.is_dir() else _rest_of_file
+        pipeline = FluxPipeline(**parts, **more(location, options, dtype, parts.keys()))
     except DeftError:
         raise
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
         raise DeftError(f"{location}: not a readable FLUX.1 model ({reason_of(error)})") from error
-    check_whole(location, pipeline, {"transformer": "", **dict.fromkeys(_PARTS, "")})
     _check_widths(location, pipeline)
     for module in pipeline.text_encoder_2.modules():  # frozen, it is not to be random where checkpointing trains it
         if isinstance(module, nn.Dropout):
@@ -233,28 +240,38 @@ def _check_widths(location: Path, pipeline: FluxPipeline) -> None:
             )
 
 
-def _from_file(location: Path, options: ModelOptions, dtype: torch.dtype, parts: dict[str, Any]) -> FluxPipeline:
-    """:param parts: that are there already"""
+def _rest_of_folder(
+    location: Path, options: ModelOptions, dtype: torch.dtype, there: Collection[str]
+) -> dict[str, Any]:
+    """:param there: parts that are there already"""
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(
+            str(location / "scheduler"), local_files_only=True
+        ),
+        "tokenizer": tokenizer_from(options.tokenizer or str(location / "tokenizer")),
+        "tokenizer_2": tokenizer_from(str(location / "tokenizer_2"), T5TokenizerFast),
+        **{name: _of_folder(name, location / name, dtype) for name in _KINDS if name not in there},
+    }
+
+
+def _rest_of_file(location: Path, options: ModelOptions, dtype: torch.dtype, there: Collection[str]) -> dict[str, Any]:
+    """:param there: parts that are there already"""
     held = shapes_of(location)
-    missing = [
-        f"--{option}"
-        for name, (option, prefix) in _PARTS.items()
-        if name not in parts and not any(key.startswith(prefix) for key in held)
-    ]
+    wanted = {name: place for name, place in _PARTS.items() if name not in there}
+    missing = [f"--{option}" for option, prefix in wanted.values() if not any(key.startswith(prefix) for key in held)]
     if missing:
         raise DeftError(f"{location}: the transformer alone is in it; give {', '.join(missing)} too")
-    clip = find_tokenizer(options.tokenizer, options.tokenizer_cache_dir)
-    t5 = find_tokenizer(None, options.tokenizer_cache_dir, T5_XXL, T5TokenizerFast)
-    for name, (_, prefix) in _PARTS.items():
-        if name not in parts:
-            parts[name] = _PART_FROM[name](location, prefix, dtype)
     prefix = next(key for key in held if key.endswith(_CHANNELS)).removesuffix(_CHANNELS)
-    transformer = _transformer(location, prefix, dtype)
     schedule = json.loads((CONFIG / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    if not transformer.config.guidance_embeds:
+    if not any("guidance_in." in key for key in held):  # schnell
         schedule |= {"shift": 1.0, "use_dynamic_shifting": False}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(schedule)
-    return FluxPipeline(scheduler=scheduler, transformer=transformer, tokenizer=clip, tokenizer_2=t5, **parts)
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_config(schedule),
+        "tokenizer": find_tokenizer(options.tokenizer, options.tokenizer_cache_dir),
+        "tokenizer_2": find_tokenizer(None, options.tokenizer_cache_dir, T5_XXL, T5TokenizerFast),
+        "transformer": _transformer(location, prefix, dtype),
+        **{name: _PART_FROM[name](location, prefix, dtype) for name, (_, prefix) in wanted.items()},
+    }
 
 
 def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
@@ -272,7 +289,7 @@ def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
     try:
         if location.is_file():
             return _PART_FROM[name](location, "", dtype)
-        return _of_folder(name, location, torch.float32 if name == "vae" else dtype)
+        return _of_folder(name, location, dtype)
     except DeftError as error:
         raise DeftError(f"{option}: {error}") from None
     except Exception as error:  # of many kinds
@@ -280,10 +297,23 @@ def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _of_folder(name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
-    variant = variant_of(folder)
-    return _KINDS[name].from_pretrained(
-        str(folder), torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True
+    model, found = _KINDS[name].from_pretrained(
+        str(folder),
+        torch_dtype=torch.float32 if name == "vae" else dtype,
+        variant=variant_of(folder),
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
     )
+    return _whole(model, folder, found["missing_keys"])
+
+
+def _whole(model: nn.Module, source: Path, missing: Iterable[str]) -> nn.Module:
+    """:raises DeftError: for weights that are missing, which the libraries leave without a value, or draw at random"""
+    names = sorted(missing)
+    if names:
+        raise DeftError(f"{source}: {len(names)} weights of a {type(model).__name__} are missing, {names[0]} for one")
+    return model
 
 
 class _Tensors:
@@ -337,13 +367,10 @@ def _text_encoder(name: str, config: Any, roots: tuple[str, ...]) -> Callable[[P
             None,
             config=config.from_pretrained(str(CONFIG / name)),
             state_dict=state,
-            dtype=dtype,
+            torch_dtype=dtype,
             output_loading_info=True,
         )
-        missing = sorted(found["missing_keys"])
-        if missing:
-            raise DeftError(f"{file}: {len(missing)} weights of its {name} are missing, {missing[0]} for one")
-        return model
+        return _whole(model, file, found["missing_keys"])
 
     return read
 
@@ -351,20 +378,24 @@ def _text_encoder(name: str, config: Any, roots: tuple[str, ...]) -> Callable[[P
 def _vae(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
     with _opened(file, prefix, torch.float32) as tensors:
         state = tensors.all("encoder.", "decoder.")
-    return AutoencoderKL.from_single_file(
+    model = AutoencoderKL.from_single_file(
         state, config=str(CONFIG / "vae"), torch_dtype=torch.float32, local_files_only=True
     )
+    return _whole(model, file, [name for name, weight in model.named_parameters() if weight.is_meta])
 
 
-_KINDS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel, "vae": AutoencoderKL}
+_KINDS: dict[str, Any] = {"transformer": Transformer, "text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel,
+                          "vae": AutoencoderKL}  # fmt: skip
+# by what the names of a text encoder's tensors begin; transformers 5 writes CLIP's without text_model.
+_CLIP_ROOTS, _T5_ROOTS = ("text_model.", "embeddings.", "encoder.", "final_layer_norm."), ("encoder.", "shared.")
 _PART_FROM = {
-    "text_encoder": _text_encoder("text_encoder", CLIPTextConfig, ("text_model.",)),
-    "text_encoder_2": _text_encoder("text_encoder_2", T5Config, ("encoder.", "shared.")),
+    "text_encoder": _text_encoder("text_encoder", CLIPTextConfig, _CLIP_ROOTS),
+    "text_encoder_2": _text_encoder("text_encoder_2", T5Config, _T5_ROOTS),
     "vae": _vae,
 }
 
 
-def _transformer(file: Path, prefix: str, dtype: torch.dtype) -> Transformer:
+def _transformer(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
     """In black-forest-labs' layout; its sizes are those of the tensors."""
     with _opened(file, prefix, dtype) as tensors:
         config = json.loads((CONFIG / "transformer" / "config.json").read_text(encoding="utf-8"))
@@ -388,7 +419,7 @@ def _transformer(file: Path, prefix: str, dtype: torch.dtype) -> Transformer:
             path, kind = name.rsplit(".", 1)
             for pattern, replacement in (*part.renames, *_NOT_ADAPTED):
                 path = re.sub(pattern, replacement, path)
-            path, _, number = path.partition("#")  # the how manyth part of a fused weight
+            path, _, number = path.partition("#")  # which part of a fused weight it is
             source = f"{path}.scale" if path.endswith("_norm") else f"{path}.{kind}"
             first = int(number or 0) * width
             if source in tensors.names:
@@ -396,5 +427,5 @@ def _transformer(file: Path, prefix: str, dtype: torch.dtype) -> Transformer:
         for name in ("norm_out.linear.weight", "norm_out.linear.bias"):  # scale and shift have changed places
             if name in state:
                 state[name] = torch.cat(state[name].chunk(2)[::-1])
-        transformer.load_state_dict(state, strict=False, assign=True)
-    return transformer
+        found = transformer.load_state_dict(state, strict=False, assign=True)
+    return _whole(transformer, file, found.missing_keys)

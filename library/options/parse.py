@@ -44,7 +44,8 @@ def parse(argv: Sequence[str]) -> Run:
     :raises DeftError: for an unknown option or key, a wrong value, or a missing one
     """
     parser = build_parser()
-    config_file = parser.parse_known_args(argv)[0].config_file
+    first = parser.parse_known_args(argv)[0]
+    config_file = None if first.output_config else first.config_file  # which is written then
     given = [*(_config_arguments(config_file) if config_file else []), *argv]
     found, unknown = parser.parse_known_args(given)
     if unknown:
@@ -57,7 +58,10 @@ def parse(argv: Sequence[str]) -> Run:
         raise DeftError(f"{'; '.join(not_honoured)}; leave {'it' if len(not_honoured) == 1 else 'these'} out")
     for option in OPTIONS:
         _check(option, values[option.name])
-    return _run(values)
+    run = _run(dict(values))
+    if values["output_config"]:
+        _write_config(values)
+    return run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -167,6 +171,29 @@ def _strings_in(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings_in(value, name)
 
 
+def _write_config(values: Mapping[str, Any]) -> NoReturn:
+    """What differs from the defaults, without secrets, as a file that `_config_arguments` reads.
+
+    :raises SystemExit: when it is written, as sd-scripts ends too
+    :raises DeftError: when it is there already, or cannot be written
+    """
+    path = values["config_file"]
+    if not path:
+        raise DeftError("--output_config needs --config_file FILE, which is written")
+    file = Path(path).with_suffix(".toml")
+    if file.exists():
+        raise DeftError(f"--output_config: {file} is there already; give another --config_file")
+    left_out = ("config_file", "output_config", "wandb_api_key")
+    given = {option.name: values[option.name] for option in OPTIONS if values[option.name] != option.default}
+    content = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    try:
+        file.write_text(toml.dumps({k: v for k, v in content.items() if k not in left_out}), encoding="utf-8")
+    except OSError as error:
+        raise DeftError(f"--output_config {file}: {reason_of(error)}") from None
+    logger.warning(f"written: {file}; train with --config_file {file}")
+    raise SystemExit(0)
+
+
 # --- the rooms -------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +206,7 @@ def _run(values: dict[str, Any]) -> Run:
     values["optimizer_type"] = _optimizer_type(values)
     values["text_encoder_lr"] = values["text_encoder_lr"] or None
     recorded = {option.metadata: values[option.name] for option in OPTIONS if option.metadata}
+    recorded = {key: value for key, value in recorded.items() if key.startswith("ss_") or value is not None}
     name = values["output_name"]
     if Path(name).name != name or not name.isprintable() or not 0 < len(name.encode()) <= 200:
         raise DeftError(f"--output_name={values['output_name']}: must be a file name without its extension")
@@ -187,6 +215,9 @@ def _run(values: dict[str, Any]) -> Run:
     for precision in ("full_fp16", "full_bf16"):
         if values[precision] and values["mixed_precision"] != precision[5:]:
             raise DeftError(f"--{precision} needs --mixed_precision {precision[5:]}")
+    values["fp8_base"] = values["fp8_base"] or values["fp8_base_unet"]
+    if values["fp8_base"] and values["mixed_precision"] == "no":
+        raise DeftError("--fp8_base needs --mixed_precision bf16 or fp16")
     if values["cache_text_encoder_outputs"] and not values["network_train_unet_only"]:
         raise DeftError("--cache_text_encoder_outputs: text encoders that are trained give new outputs in every step; "
                         "add --network_train_unet_only, or leave it out")  # fmt: skip

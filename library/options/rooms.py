@@ -19,6 +19,7 @@ class ModelOptions:
     tokenizer_cache_dir: str | None = None
     xformers: bool = False
     gradient_checkpointing: bool = False
+    fp8_base: bool = False  # or --fp8_base_unet
     v2: bool = False
     v_parameterization: bool = False
     zero_terminal_snr: bool = False
@@ -135,6 +136,8 @@ class ProcessOptions:
     mixed_precision: str
     gradient_accumulation_steps: int
     ddp_timeout: int | None  # minutes
+    cuda_allow_tf32: bool
+    cuda_cudnn_benchmark: bool
     seed: int | None
 
 

@@ -104,11 +104,18 @@ def _to_come(reason: str, *names: str, switch: bool = False, many: bool = False)
 
 IN_SD_SCRIPTS = "not here yet; sd-scripts has it, with --network_module networks.deft"
 _DATA = "data sets in sd-scripts' form are not read here yet"
-_META = "what sharing needs is not written here yet"
-_MEMORY = IN_SD_SCRIPTS
+_MEMORY = "small cards and speed are to come; sd-scripts has it, with --network_module networks.deft"
 _DEEPSPEED = "DeepSpeed is not used here; several GPUs train by accelerate launch"
 _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
 
+# fields of Stability AI's ModelSpec that are the author's to fill in
+MODEL_SPEC = {
+    "title": "the model's name (--output_name)", "author": "who made it", "description": "what it is",
+    "license": "its licence", "tags": "words to find it by, separated by commas", "usage_hint": "how to use it",
+    "thumbnail": "a picture's file, or a data URL", "merged_from": "models that it is made of",
+    "trigger_phrase": "what calls the concept", "preprocessor": "what its input needs",
+    "is_negative_embedding": "whether it is one",
+}  # fmt: skip
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 TRACKERS = ("tensorboard", "wandb", "trackio", "all")
 SCHEDULERS = (
@@ -172,7 +179,7 @@ OPTIONS: list[Option] = [
         Option("model_type", str, "flux", "of FLUX's transformers, the one that is trained here", ("flux",)),
         *_refused("a FLUX ControlNet is trained by sd-scripts' own script", "controlnet_model_name_or_path"),
         *_refused("sd-scripts has given it up too, for --blocks_to_swap", "split_mode", switch=True),
-        *_to_come(IN_SD_SCRIPTS, "train_inpainting", switch=True),
+        *_refused("inpainting models are trained by sd-scripts, with networks.deft", "train_inpainting", switch=True),
     ),
     *_group(
         "data",
@@ -516,20 +523,10 @@ OPTIONS: list[Option] = [
         Option("no_metadata", bool, False, "keep the training's settings out of the file"),
         Option("training_comment", str, None, "goes into the file's metadata", metadata="ss_training_comment"),
         Option("save_model_as", str, "safetensors", "the one format that is written", ("safetensors",)),
-        *_to_come(
-            _META,
-            "metadata_title",
-            "metadata_author",
-            "metadata_description",
-            "metadata_license",
-            "metadata_tags",
-            "metadata_usage_hint",
-            "metadata_thumbnail",
-            "metadata_merged_from",
-            "metadata_trigger_phrase",
-            "metadata_preprocessor",
-            "metadata_is_negative_embedding",
-        ),
+        *[
+            Option(f"metadata_{name}", str, None, f"{what}, in the file's metadata", metadata=f"modelspec.{name}")
+            for name, what in MODEL_SPEC.items()
+        ],
         *_refused(
             _HUB,
             "huggingface_repo_id",
@@ -561,7 +558,7 @@ OPTIONS: list[Option] = [
         Option("console_log_level", str, "INFO", "the least that is told", LEVELS),
         Option("console_log_file", str, metavar="FILE", help="messages go there, not to the terminal"),
         *_always("messages are plain lines anyway", "console_log_simple"),
-        *_to_come(IN_SD_SCRIPTS, "show_timesteps"),
+        *_refused("a drawing of sd-scripts' own; the options of timesteps mean what they mean there", "show_timesteps"),
     ),
     *_group(
         "validation",
@@ -591,21 +588,13 @@ OPTIONS: list[Option] = [
         Option("full_fp16", bool, False, "the model in fp16, with --mixed_precision fp16; the adapter stays float32"),
         Option("ddp_timeout", int, None, "minutes that processes wait for each other", check=AT_LEAST_1),
         *_always("one process keeps one copy of the model", "lowram", "highvram"),
-        *_to_come(
-            _MEMORY,
-            "fp8_base",
-            "fp8_base_unet",
-            "cpu_offload_checkpointing",
-            "torch_compile",
-            "compile",
-            "cuda_allow_tf32",
-            "cuda_cudnn_benchmark",
-            switch=True,
-        ),
-        *_refused(
-            "files are mapped into memory and read tensor by tensor", "disable_mmap_load_safetensors", switch=True
-        ),
-        *_to_come(_MEMORY, "blocks_to_swap", "dynamo_backend", "device"),
+        Option("fp8_base", bool, False, "keep the denoiser in 8 bits", metadata="ss_fp8_base"),
+        Option("fp8_base_unet", bool, False, "the same here", metadata="ss_fp8_base_unet"),
+        Option("cuda_allow_tf32", bool, False, "matrix products in TF32, of float32 on GPUs"),
+        Option("cuda_cudnn_benchmark", bool, False, "let cuDNN try which of its convolutions is fastest"),
+        *_refused("accelerate chooses it; hide others by the environment's CUDA_VISIBLE_DEVICES", "device"),
+        *_to_come(_MEMORY, "cpu_offload_checkpointing", "torch_compile", "compile", switch=True),
+        *_to_come(_MEMORY, "blocks_to_swap", "dynamo_backend"),
         *_always(
             "the adapter's gradients alone go between processes, all in one piece",
             "ddp_gradient_as_bucket_view",
@@ -631,6 +620,6 @@ OPTIONS: list[Option] = [
     *_group(
         "configuration",
         Option("config_file", str, metavar="FILE", help="TOML file with any of these options, in any sections"),
-        *_to_come(IN_SD_SCRIPTS, "output_config", switch=True),
+        Option("output_config", bool, False, "write all options that are given into --config_file, and end"),
     ),
 ]

@@ -24,7 +24,10 @@ def find(option: str, name: str, module: str, attribute: str) -> Any:
         content = importlib.import_module(module)
     except Exception as error:  # a package that is installed may fail in many ways
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            raise DeftError(f"--{option}={name}: not installed: pip install {package.replace('_', '-')}") from None
+            other = " (or the package that has it)" if "." in name else ""  # a module that a user names
+            raise DeftError(
+                f"--{option}={name}: not installed: pip install {package.replace('_', '-')}{other}"
+            ) from None
         raise DeftError(f"--{option}={name}: {reason_of(error)}") from None
     if not hasattr(content, attribute):
         raise DeftError(f"--{option}={name}: no {attribute} in {module}{nearest(attribute, vars(content))}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import mimetypes
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from library.training import optimizers, schedules
 from library.training.objective import FLOW_ONLY
 from library.training.state import Length
 from networks.deft import DeftNetwork
+from networks.deft_config import DeftError, reason_of
 from networks.deft_progress import Bar
 
 _ALWAYS = (
@@ -29,13 +32,17 @@ _ALWAYS = (
 def of_training(
     run: Run, model: Family, network: DeftNetwork, data: CachedLatents, length: Length, seed: int
 ) -> dict[str, str]:
-    """The fields that are known before the first step; with --no_metadata, those alone that clients need."""
+    """The fields that are known before the first step; with --no_metadata, those alone that clients need.
+
+    :raises DeftError: when the thumbnail cannot be read
+    """
     width, height = run.data.resolution
     network_args = {key: value for key, value in run.network.network_args.items() if key != "neuron_dropout"}
     unused = () if model.objective == "flow" else tuple(f"ss_{name}" for name in FLOW_ONLY)
     fields: dict[str, object] = {
-        **{name: value for name, value in run.recorded.items() if name not in unused},
+        "modelspec.title": run.saves.output_name,
         "modelspec.implementation": "diffusers",
+        **{name: value for name, value in run.recorded.items() if name not in unused},
         **model.names(),
         "ss_training_started_at": time.time(),
         "ss_num_train_images": len(data),
@@ -51,15 +58,27 @@ def of_training(
         "ss_network_alpha": network.config.alpha,
         "ss_network_args": json.dumps(network_args),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": run.saves.output_name,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
+    if "modelspec.thumbnail" in fields:
+        fields["modelspec.thumbnail"] = _data_url(str(fields["modelspec.thumbnail"]))
     if run.saves.no_metadata:
         fields = {key: value for key, value in fields.items() if key in _ALWAYS or key.startswith("modelspec.")}
     elif model.path.is_file():
         fields["ss_new_sd_model_hash"] = sha256_of(model.path)
     return {key: str(value) for key, value in fields.items()}
+
+
+def _data_url(picture: str) -> str:
+    """Of a picture's file, as ModelSpec has thumbnails; a data URL as it is."""
+    if picture.startswith("data:"):
+        return picture
+    try:
+        content = base64.b64encode(Path(picture).read_bytes()).decode()
+    except OSError as error:
+        raise DeftError(f"--metadata_thumbnail {picture}: {reason_of(error)}") from None
+    return f"data:{mimetypes.guess_type(picture)[0] or 'image/jpeg'};base64,{content}"
 
 
 def sha256_of(path: Path) -> str:

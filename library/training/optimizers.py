@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -85,7 +87,7 @@ def optimizer_of(options: OptimizerOptions, groups: list[dict[str, Any]]) -> Opt
 def check(options: OptimizerOptions) -> None:
     """Before a model is loaded.
 
-    :raises DeftError: for an unknown optimizer, one that is not installed, or arguments that it does not take
+    :raises DeftError: for an unknown optimizer, one that is not installed, or arguments that it cannot step by
     """
     on_trial(options)
 
@@ -120,9 +122,18 @@ def kind_of(name: str) -> Kind:
 
 
 def on_trial(options: OptimizerOptions) -> Optimizer:
-    """The optimizer on a small parameter. Raises as `check`."""
-    optimizer = _built(options, [{"params": [nn.Parameter(torch.zeros(2, 2))], "lr": options.learning_rate}], False)
+    """The optimizer, one step on, of a small parameter: many read their arguments only then. Raises as `check`."""
+    number = torch.cuda.device_count()  # some classes and arguments need one; accelerate takes the same
+    device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % number}" if number else "cpu"
+    parameter = nn.Parameter(torch.zeros(2, 2, device=device))
+    optimizer = _built(options, [{"params": [parameter], "lr": options.learning_rate}], bool(number))
     check_step("optimizer_type", options.optimizer_type, optimizer)
+    train_mode(optimizer)
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever a class raises
+        raise DeftError(f"{_told(options)}: the first step fails: {reason_of(error)}") from None
     return optimizer
 
 
@@ -164,9 +175,13 @@ def _built(options: OptimizerOptions, groups: list[dict[str, Any]], on_cuda: boo
     try:
         return made(groups, lr=rate, **arguments, **kind.fixed, **fused)
     except Exception as error:  # whatever a class raises for its arguments
-        given = " ".join(f"{key}={value!r}" for key, value in options.optimizer_args.items())
-        told = f"--optimizer_type={options.optimizer_type}" + (f" --optimizer_args {given}" if given else "")
-        raise DeftError(f"{told}: {reason_of(error)}") from None
+        raise DeftError(f"{_told(options)}: {reason_of(error)}") from None
+
+
+def _told(options: OptimizerOptions) -> str:
+    """As the user gave it."""
+    given = " ".join(f"{key}={value!r}" for key, value in options.optimizer_args.items())
+    return f"--optimizer_type={options.optimizer_type}" + (f" --optimizer_args {given}" if given else "")
 
 
 def _tell_of_rates(options: OptimizerOptions, rates: Sequence[float]) -> None:
@@ -229,5 +244,5 @@ def evaluated(optimizer: Optimizer) -> Iterator[None]:
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """Out of accelerate's."""
-    return getattr(optimizer, "optimizer", optimizer)
+    """Out of accelerate's; others that hold an optimizer of their own stay whole."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer

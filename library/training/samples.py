@@ -85,7 +85,7 @@ class Samples:
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():
             text, negative = self.texts([prompt.text]), self.texts([prompt.negative])
-        with Bar(prompt.steps, f"drawing {path.name}", "steps") as bar:
+        with Bar(prompt.steps, "drawing", "steps") as bar:
             image = self.model.draw(prompt, text, negative, prompt.sampler or self.sampler, bar)
         image.save(path)
         for tracker in self.accelerator.trackers:

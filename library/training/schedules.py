@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -91,8 +93,9 @@ def schedule_of(options: OptimizerOptions, optimizer: Optimizer, steps: int) -> 
     :param optimizer: accelerate's or its own
     :param steps: of the optimizer, in all
     :returns: something with `step()`, `get_last_lr()`, `state_dict()` and `load_state_dict()`
-    :raises DeftError: see `check`, and when warmup and decay take more than all steps
+    :raises DeftError: see `check`, when warmup and decay take more than all steps, and when any of the steps would fail
     """
+    _try_out(options, steps, tried=steps)
     used = _used(options, optimizer)
     without_effect = [f"--{f.name}" for f in _SHAPES if f.name not in used and _is_given(options, f.name)]
     if without_effect:
@@ -105,9 +108,37 @@ def check(options: OptimizerOptions) -> None:
     """Before a model is loaded. Raises as `optimizers.check`, and:
 
     :raises DeftError: for a schedule that is unknown, lacks an option or does not go with the optimizer, or arguments
-        that it does not take
+        that it does not take or step by
     """
-    _built(options, optimizers.on_trial(options), 1 << 40)
+    _try_out(options, 1 << 40, tried=1)  # how many there are is not known yet
+
+
+def _try_out(options: OptimizerOptions, steps: int, tried: int) -> None:
+    """:param tried: how many of the steps to take
+    :raises DeftError: for one that raises, as the last one may, or gives no rate
+    """
+    schedule = _built(options, optimizers.on_trial(options), steps)
+    if isinstance(schedule, _NoSchedule | _OwnRates):
+        return
+    for number in range(1, tried + 1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, that the optimizer has not stepped
+                schedule.step()
+            rate = float(schedule.get_last_lr()[0])
+            reason = "" if math.isfinite(rate) else f"a rate of {rate}"
+        except Exception as error:  # whatever a class raises
+            reason = reason_of(error)
+        if reason:
+            raise DeftError(f"{_told(options)}: fails behind step {number}: {reason}")
+
+
+def _told(options: OptimizerOptions) -> str:
+    """As the user gave it."""
+    values = {field.name: getattr(options, field.name) for field in _SHAPES if _is_given(options, field.name)}
+    if options.lr_scheduler_args:
+        values["lr_scheduler_args"] = " ".join(f"{key}={value!r}" for key, value in options.lr_scheduler_args.items())
+    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 def named(options: OptimizerOptions) -> str:
@@ -141,6 +172,11 @@ def _built(options: OptimizerOptions, optimizer: Optimizer, steps: int) -> Any:
         hint = "; use constant_with_warmup" if name == "constant" and not options.lr_scheduler_type else ""
         hint = "; --optimizer_args warmup_init=True warms up" if own_rates else hint
         raise DeftError(f"--lr_warmup_steps: --lr_scheduler={named(options)} has no warmup{hint}")
+    if options.lr_scheduler_type and own_rates:
+        raise DeftError(
+            f"--lr_scheduler_type={options.lr_scheduler_type}: Adafactor with relative_step=True finds its rates by "
+            "itself; add --optimizer_args relative_step=False"
+        )
     if options.lr_scheduler_type:
         return _of_class(options, optimizer)
     if own_rates:

@@ -52,6 +52,9 @@ def accelerator_of(options: ProcessOptions, logs: LogOptions) -> tuple[Accelerat
     """
     if options.mixed_precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise DeftError("--mixed_precision=fp16 needs a GPU; use bf16 or no")
+    if options.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = options.cuda_cudnn_benchmark
     timeout = None if options.ddp_timeout is None else timedelta(minutes=options.ddp_timeout)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
