@@ -6,11 +6,13 @@ It knows no trainer: all it watches is the progress bar named "steps", which bot
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -38,12 +40,11 @@ def main(file: Path, script: Path, t5_layers: int, arguments: list[str]) -> None
     def config(self: transformers.T5Config, *given: object, **named: object) -> None:
         make_config(self, *given, **named | {"num_layers": t5_layers})  # type: ignore[arg-type]
 
-    make_config, transformers.T5Config.__init__ = transformers.T5Config.__init__, config  # type: ignore[assignment]
-    update, tqdm.update = tqdm.update, counted  # type: ignore[method-assign]
+    make_config, transformers.T5Config.__init__ = transformers.T5Config.__init__, config  # type: ignore[method-assign]
+    update, tqdm.update = tqdm.update, counted
     sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
     if script.name != "train_network_deft.py":  # it takes longer than the training, and goes into the metadata alone
-        from library import train_util  # sd-scripts'
-
+        train_util: Any = importlib.import_module("library.train_util")  # sd-scripts'
         train_util.calculate_sha256 = lambda _: ""
     try:
         runpy.run_path(str(script), run_name="__main__")

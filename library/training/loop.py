@@ -121,10 +121,15 @@ class TrainingLoop:
         self.first_batch = self.first_batch or batch
         loss = self.losses(batch, self._randoms(batch)).mean()
         self.accumulated += 1
+        # where no other gradients would suffer, the backward pass does not wait for what the loss is
+        alone = self.options.gradient_accumulation_steps == 1 and self.accelerator.scaler is None
+        if alone:
+            self.accelerator.backward(loss)
         value = self._agree_on(loss)
         if math.isfinite(value):
             self.recent_losses.append(value)
-            self.accelerator.backward(loss)
+            if not alone:
+                self.accelerator.backward(loss)
             self.has_gradients = True
         else:
             self.non_finite = f"loss {value}"
