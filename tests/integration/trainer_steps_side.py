@@ -1,0 +1,233 @@
+"""One side of test_trainer_steps.py: `python trainer_steps_side.py make|ours|theirs|flux FOLDER [NAME TRAINER OPTION...]`.
+
+`theirs` and `flux` run in sd-scripts' own Python and folder, `make` and `ours` in ours. Both trainers train with their
+own `train`; what a step sees is put in from FOLDER/given.safetensors: latents, caption, sizes, noise and timestep.
+FOLDER/NAME.json has the losses, the seconds and the peak of memory; the adapter is FOLDER/NAME.safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STEPS, SIDE, T5_LAYERS = 10, 16, 1
+CAPTIONS = ("sks thing 0", "a red car by the sea", "", "two old men, one hat")
+
+
+def write_given(file: Path, channels: int) -> None:
+    """Ten steps of batch 1, on four latents."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    sizes = [[512.0, 768.0, 0.0, 64.0, 512.0, 640.0], [1500.0, 1000.0, 13.0, 250.0, 1024.0, 960.0]]
+    save_file(
+        {
+            "latents": normal(4, channels, SIDE, SIDE),
+            "sizes": torch.tensor(sizes * 2),
+            "noise": normal(STEPS, 1, channels, SIDE, SIDE),
+            "timesteps": torch.randint(0, 1000, (STEPS, 1), generator=generator),
+            "normal": normal(STEPS, 1),  # which FLUX's timesteps are made of
+        },
+        file,
+    )
+
+
+class Given:
+    """What a step sees."""
+
+    def __init__(self, folder: Path):
+        self.of = load_file(folder / "given.safetensors")
+        self.losses: list[float] = []
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def picture(self, step: int) -> tuple[Tensor, str, Tensor]:
+        """Latents (1, c, h, w), caption, sizes (1, 6)."""
+        i = step % len(CAPTIONS)
+        return self.of["latents"][i : i + 1].clone(), CAPTIONS[i], self.of["sizes"][i : i + 1].clone()
+
+    def numbers(self, name: str, step: int) -> Tensor:
+        return self.of[name][step].clone()
+
+
+# --- theirs -----------------------------------------------------------------------------------------------------------
+
+
+def theirs(given: Given, trainer: str, argv: list[str]) -> None:
+    from library import train_util
+
+    module = importlib.import_module(trainer)
+    kind = next(value for name, value in vars(module).items() if name.endswith("NetworkTrainer"))
+    own, randn_like, randn = kind.process_batch, torch.randn_like, torch.randn
+
+    def process_batch(self: Any, batch: dict, *rest: Any, **options: Any) -> Tensor:
+        latents, caption, sizes = given.picture(given.step)
+        tokenizing = rest[-1]
+        batch |= {"latents": latents, "captions": [caption], "input_ids_list": tokenizing.tokenize([caption])}
+        names = ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw")
+        batch |= dict(zip(names, sizes.split(2, 1), strict=True))
+
+        def noise(like: Tensor, **_: Any) -> Tensor:
+            assert like.shape == latents.shape
+            return given.numbers("noise", given.step)
+
+        def normal(*shape: Any, **_: Any) -> Tensor:
+            assert shape in (((1,),), (1,))
+            return given.numbers("normal", given.step)
+
+        with (
+            mock.patch.object(torch, "randn_like", noise),
+            mock.patch.object(torch, "randn", normal),
+            mock.patch.object(train_util, "get_timesteps", lambda *_: given.numbers("timesteps", given.step)),
+        ):
+            loss = own(self, batch, *rest, **options)
+        given.losses.append(float(loss))
+        return loss
+
+    with (
+        mock.patch.object(kind, "process_batch", process_batch),
+        mock.patch.object(kind, "shift_scale_latents", lambda _, __, latents: latents),  # ours are scaled already
+        short_t5_of_theirs(),
+    ):
+        parser = module.setup_parser()
+        args = parser.parse_args(argv)
+        train_util.verify_command_line_training_args(args)
+        kind().train(args)
+    assert torch.randn_like is randn_like and torch.randn is randn
+
+
+@contextlib.contextmanager
+def short_t5_of_theirs() -> Iterator[None]:
+    """sd-scripts has the number of T5's layers written in its code."""
+    from library import flux_utils
+
+    config = flux_utils.T5Config
+    with mock.patch.object(flux_utils, "T5Config", lambda **fields: config(**fields | {"num_layers": T5_LAYERS})):
+        yield
+
+
+def make_flux(folder: Path) -> None:
+    """FLUX.1 dev of real widths with one double and two single blocks; T5-XXL of one layer."""
+    import sd_scripts_side
+
+    sd_scripts_side.make_flux(folder, (1, 2), T5_LAYERS)
+    file = folder / "flux.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("norm.scale"):  # of queries and keys
+            tensor.uniform_(0.5, 1.5)
+    save_file(tensors, file)
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def short_t5_of_ours() -> Iterator[None]:
+    from transformers import T5Config
+
+    own = T5Config.from_pretrained.__func__
+
+    def short(cls: Any, *places: Any, **options: Any) -> Any:
+        return own(cls, *places, **options | {"num_layers": T5_LAYERS})
+
+    with mock.patch.object(T5Config, "from_pretrained", classmethod(short)):
+        yield
+
+
+def ours(given: Given, argv: list[str]) -> None:
+    import train_network_deft
+    from library.data.latents import Batch
+    from library.training.losses import Losses
+    from library.training.randoms import Purpose, Randoms
+
+    own = Losses.__call__
+
+    def losses(self: Losses, batch: Batch, randoms: Randoms, timestep: int | None = None) -> Tensor:
+        latents, caption, sizes = given.picture(randoms.step)
+        loss = own(self, Batch(latents, [caption], sizes), randoms, timestep)
+        if torch.is_grad_enabled():  # a look at whether anything was learnt follows
+            assert randoms.step == given.step
+            given.losses.append(float(loss.mean()))
+        return loss
+
+    def normal(self: Randoms, purpose: Purpose, shape: Any = ()) -> Tensor:
+        name = {Purpose.NOISE: "noise", Purpose.TIMESTEPS: "normal"}[purpose]
+        return given.numbers(name, self.step).view(1, *shape)
+
+    with (
+        mock.patch.object(Losses, "__call__", losses),
+        mock.patch.object(Randoms, "normal", normal),
+        mock.patch.object(Randoms, "integers", lambda self, *_: given.numbers("timesteps", self.step)),
+        short_t5_of_ours(),
+    ):
+        assert train_network_deft.main(argv) == 0
+
+
+def make_adapter(folder: Path, argv: list[str]) -> None:
+    """An adapter none of whose numbers are 0, and what the steps see."""
+    from library.models.loading import load
+    from library.options.parse import parse
+    from networks import deft
+
+    run = parse(argv)
+    with short_t5_of_ours():
+        model = load(run.model)
+    encoders = [] if run.network.network_train_unet_only else model.text_encoders
+    network = deft.create_network(1.0, 4, 2, None, encoders, model.denoiser, **run.network.network_args)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            size = 0.3 * parameter.std() if parameter.numel() > 1 and parameter.any() else torch.tensor(0.02)
+            parameter += size * torch.randn_like(parameter)
+    network.save_weights(str(folder / "adapter.safetensors"), torch.float32, None)
+    write_given(folder / "given.safetensors", model.vae.config.latent_channels)
+
+
+def write_single_file(folder: Path, file: Path) -> None:
+    """A Diffusers folder as a checkpoint in the original's layout, in its own precision."""
+    from diffusers import DiffusionPipeline
+
+    from tests import small_models
+
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype="auto", local_files_only=True)
+    if hasattr(pipeline, "text_encoder_2"):
+        # sd-scripts reads the projection of a single file as it stands, diffusers turns it: one that is the same both
+        # ways makes both read the same model
+        weight = pipeline.text_encoder_2.text_projection.weight
+        weight.data = (weight.data + weight.data.T) / 2
+    save_file(small_models.single_file(pipeline), file)
+
+
+def main(what: str, folder: Path, name: str, *rest: str) -> None:
+    given, start = Given(folder) if what in ("ours", "theirs") else None, time.monotonic()
+    if given is None:
+        {"flux": lambda: make_flux(folder), "make": lambda: make_adapter(folder, list(rest)),
+         "single": lambda: write_single_file(folder, Path(name))}[what]()  # fmt: skip
+        return
+    trainer, *argv = rest
+    argv += ["--output_dir", str(folder), "--output_name", name]
+    theirs(given, trainer, argv) if what == "theirs" else ours(given, argv)
+    found = {"losses": given.losses, "seconds": round(time.monotonic() - start),
+             "GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)}  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
