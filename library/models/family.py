@@ -125,7 +125,7 @@ class Family(ABC):
         for part in parts:
             nn.Module.to(part, dtype=dtype)  # transformers hides its signature
             if part is self.denoiser and self.options.fp8_base:  # back in dtype while a layer's turn is
-                self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, dtype)  # type: ignore[operator]
+                self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
             nn.Module.to(part, device)
         if self.options.xformers:
             try:

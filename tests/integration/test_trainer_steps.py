@@ -111,8 +111,8 @@ def test_ten_steps(model, precision):
     loss = float(((ours - theirs) / theirs).abs().max())
     apart, of_moved, moved = distances(folder, names["ours"], names["theirs"])
     needs = {who: (found[who]["seconds"], found[who]["GiB"]) for who in names}
-    print(f"--- {family} {precision}: losses {loss:.1e}; deltas {apart:.1e}, of what has moved {of_moved:.1e}, which is "
-          f"{moved:.2f}; seconds and GiB {needs}; losses {theirs.tolist()}, {ours.tolist()}")  # fmt: skip
+    print(f"--- {family} {precision}: losses {loss:.1e}; deltas {apart:.1e}, of what has moved {of_moved:.1e}, "
+          f"which is {moved:.2f}; seconds and GiB {needs}; losses {theirs.tolist()}, {ours.tolist()}")  # fmt: skip
     assert moved > 0.01
     assert loss < LOSS[precision]
     assert precision != "no" or apart < DELTAS

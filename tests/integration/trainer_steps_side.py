@@ -1,4 +1,4 @@
-"""One side of test_trainer_steps.py: `python trainer_steps_side.py make|ours|theirs|flux FOLDER [NAME TRAINER OPTION...]`.
+"""One side of test_trainer_steps.py: `make|single|ours|theirs|flux FOLDER [NAME TRAINER OPTION...]`.
 
 `theirs` and `flux` run in sd-scripts' own Python and folder, `make` and `ours` in ours. Both trainers train with their
 own `train`; what a step sees is put in from FOLDER/given.safetensors: latents, caption, sizes, noise and timestep.
@@ -91,10 +91,13 @@ def theirs(given: Given, trainer: str, argv: list[str]) -> None:
             assert shape in (((1,),), (1,))
             return given.numbers("normal", given.step)
 
+        def timesteps(*_: Any) -> Tensor:
+            return given.numbers("timesteps", given.step)
+
         with (
             mock.patch.object(torch, "randn_like", noise),
             mock.patch.object(torch, "randn", normal),
-            mock.patch.object(train_util, "get_timesteps", lambda *_: given.numbers("timesteps", given.step)),
+            mock.patch.object(train_util, "get_timesteps", timesteps),
         ):
             loss = own(self, batch, *rest, **options)
         given.losses.append(float(loss))
@@ -109,7 +112,7 @@ def theirs(given: Given, trainer: str, argv: list[str]) -> None:
         args = parser.parse_args(argv)
         train_util.verify_command_line_training_args(args)
         kind().train(args)
-    assert torch.randn_like is randn_like and torch.randn is randn
+    assert (torch.randn_like, torch.randn) == (randn_like, randn)
 
 
 @contextlib.contextmanager
