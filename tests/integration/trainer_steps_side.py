@@ -136,6 +136,16 @@ def make_flux(folder: Path) -> None:
         if name.endswith("norm.scale"):  # of queries and keys
             tensor.uniform_(0.5, 1.5)
     save_file(tensors, file)
+    end_texts(folder / "tokenizers" / "google_t5-v1_1-xxl" / "tokenizer.json")
+
+
+def end_texts(file: Path) -> None:
+    """As T5's real tokenizer does, and transformers 5 by itself, whatever the file says."""
+    from tokenizers import Tokenizer, processors
+
+    found = Tokenizer.from_file(str(file))
+    found.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    found.save(str(file))
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -145,12 +155,17 @@ def make_flux(folder: Path) -> None:
 def short_t5_of_ours() -> Iterator[None]:
     from transformers import T5Config
 
+    from library.models import reading
+
     own = T5Config.from_pretrained.__func__
 
     def short(cls: Any, *places: Any, **options: Any) -> Any:
         return own(cls, *places, **options | {"num_layers": T5_LAYERS})
 
-    with mock.patch.object(T5Config, "from_pretrained", classmethod(short)):
+    with (
+        mock.patch.object(T5Config, "from_pretrained", classmethod(short)),
+        mock.patch.object(reading, "check_tokenizer"),  # that of sd_scripts_side.py has few words
+    ):
         yield
 
 
