@@ -35,6 +35,78 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class CaptionOptions:
+    """What becomes of a subset's captions; names, defaults and meaning are sd-scripts'."""
+
+    caption_separator: str = ","
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str | None = None
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0  # below 1: a share of all steps
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """What is changed at random in a subset's pictures."""
+
+    flip_aug: bool = False
+    color_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class SubsetOptions:
+    """A folder of pictures with captions beside them, or a metadata file, and what is done with them."""
+
+    image_dir: str | None
+    metadata_file: str | None = None  # kohya's JSON with captions, tags and paths; --in_json
+    num_repeats: int = 1
+    class_tokens: str | None = None  # the caption of those that have none
+    is_reg: bool = False
+    caption_extension: str = ".caption"  # with its dot
+    conditioning_data_dir: str | None = None  # masks
+    alpha_mask: bool = False
+    custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    resize_interpolation: str | None = None
+    validation_split: float = 0.0
+    validation_seed: int | None = None
+    captions: CaptionOptions = CaptionOptions()
+    augment: AugmentOptions = AugmentOptions()
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    """Which sizes pictures are brought to, in pixels."""
+
+    resolution: tuple[int, int]  # width and height
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
+    skip_image_resolution: tuple[int, int] | None = None  # pictures of no more pixels are left out
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """Subsets whose pictures share buckets and batches."""
+
+    subsets: tuple[SubsetOptions, ...]
+    buckets: BucketOptions
+    batch_size: int = 1
+    network_multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
 class DataOptions:
     """Which pictures, and what becomes of them."""
 
