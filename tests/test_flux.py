@@ -376,3 +376,18 @@ def test_gradients_are_the_same_with_checkpointing_and_nothing_is_random(small):
     assert {name.split("_")[1] for name in gradients[0]} >= {"te1", "te3", "unet"}
     for name, gradient in gradients[0].items():
         assert relative_error(gradients[1][name], gradient) < 1e-4, name
+
+
+def test_timesteps_are_rounded_before_they_are_divided(small):
+    """As diffusers' pipeline does; in bf16 another order gives other timesteps."""
+    model, seen = loaded(small.folder, t5xxl_max_token_length=TOKENS), []
+    model.denoiser.register_forward_pre_hook(lambda _, __, named: seen.append(named["timestep"]), with_kwargs=True)
+    text = model.encode_text(["a cat"])
+    timesteps = torch.tensor([123.456, 637.89, 901.7])
+    noisy, sizes = torch.zeros(3, model.vae.config.latent_channels, 4, 4), torch.zeros(3, 6)
+    text = {name: value.expand(3, *value.shape[1:]) for name, value in text.items()}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model.predict(noisy, timesteps, text, sizes)
+    model.predict(noisy, timesteps, text, sizes)
+    assert torch.equal(seen[0], timesteps.bfloat16() / 1000)
+    assert torch.equal(seen[1], timesteps / 1000)

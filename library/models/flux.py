@@ -101,7 +101,7 @@ class Flux(Family):
             hidden_states=F.pixel_unshuffle(noisy, 2).flatten(2).mT,
             encoder_hidden_states=hidden,
             pooled_projections=text["pooled"].to(noisy),
-            timestep=timesteps.to(noisy) / 1000,
+            timestep=timesteps.to(_computed_in(noisy)) / 1000,
             img_ids=places,
             txt_ids=places.new_zeros(hidden.shape[1], 3),
             guidance=noisy.new_full((b,), self.options.guidance_scale) if self.is_dev else None,
@@ -149,6 +149,13 @@ class Flux(Family):
             "modelspec.architecture": f"flux-1-{'dev' if self.is_dev else 'schnell'}/lora",
             "modelspec.implementation": "https://github.com/black-forest-labs/flux",
         }
+
+
+def _computed_in(tensor: Tensor) -> torch.dtype:
+    """What a model's layers compute in. Its timesteps are rounded to that before they are divided, in a training of
+    sd-scripts' as in diffusers' pipeline; behind it, others come out in bf16."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def _unpacked(tokens: Tensor, rows: int, columns: int) -> Tensor:

@@ -104,6 +104,8 @@ def test_ten_steps(model, precision):
         argv = [TRAINERS[family], *options, "--mixed_precision", precision]
         if who == "ours":  # what ours has no need of
             argv = [word for word in argv if word != "--no_half_vae"]
+        elif family == "flux":  # diffusers has these as layers of their own; fused, Adam would take other steps
+            argv += ["--network_args", "split_qkv=true"]
         run(who == "ours", who, folder, name, *argv)
         found[who] = json.loads((folder / f"{name}.json").read_text())
     ours, theirs = (torch.tensor(found[who]["losses"], dtype=torch.float64) for who in names)
@@ -113,6 +115,6 @@ def test_ten_steps(model, precision):
     needs = {who: (found[who]["seconds"], found[who]["GiB"]) for who in names}
     print(f"--- {family} {precision}: losses {loss:.1e}; deltas {apart:.1e}, of what has moved {of_moved:.1e}, "
           f"which is {moved:.2f}; seconds and GiB {needs}; losses {theirs.tolist()}, {ours.tolist()}")  # fmt: skip
-    assert moved > 0.01
+    assert 0.01 < moved < 0.9  # of an adapter that was not 0, much is left, and much is new
     assert loss < LOSS[precision]
     assert precision != "no" or apart < DELTAS

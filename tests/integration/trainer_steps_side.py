@@ -117,11 +117,19 @@ def theirs(given: Given, trainer: str, argv: list[str]) -> None:
 
 @contextlib.contextmanager
 def short_t5_of_theirs() -> Iterator[None]:
-    """sd-scripts has the number of T5's layers written in its code."""
+    """FLUX.1's text encoders as ours. sd-scripts has T5's number of layers written in its code, and differs in two ways
+    that have nothing to do with training: --gradient_checkpointing leaves T5's dropout on, though it is frozen, and
+    CLIP-L has GELU, since `hidden_act` stands twice in `load_clip_l`, where its published configuration has quick GELU.
+    """
     from library import flux_utils
 
-    config = flux_utils.T5Config
-    with mock.patch.object(flux_utils, "T5Config", lambda **fields: config(**fields | {"num_layers": T5_LAYERS})):
+    t5, clip = flux_utils.T5Config, flux_utils.CLIPConfig
+    with (
+        mock.patch.object(
+            flux_utils, "T5Config", lambda **fields: t5(**fields | {"num_layers": T5_LAYERS, "dropout_rate": 0.0})
+        ),
+        mock.patch.object(flux_utils, "CLIPConfig", lambda **fields: clip(**fields | {"hidden_act": "quick_gelu"})),
+    ):
         yield
 
 
@@ -208,12 +216,16 @@ def make_adapter(folder: Path, argv: list[str]) -> None:
     with short_t5_of_ours():
         model = load(run.model)
     encoders = [] if run.network.network_train_unet_only else model.text_encoders
-    network = deft.create_network(1.0, 4, 2, None, encoders, model.denoiser, **run.network.network_args)
     torch.manual_seed(3)
+    network = deft.create_network(1.0, 4, 2, None, encoders, model.denoiser, **run.network.network_args)
+    network.apply_to(encoders, model.denoiser, bool(encoders))  # it holds no parameters before
     with torch.no_grad():
         for parameter in network.parameters():
             size = 0.3 * parameter.std() if parameter.numel() > 1 and parameter.any() else torch.tensor(0.02)
             parameter += size * torch.randn_like(parameter)
+    parameters = list(network.parameters())
+    assert parameters
+    assert all(parameter.all() for parameter in parameters)
     network.save_weights(str(folder / "adapter.safetensors"), torch.float32, None)
     write_given(folder / "given.safetensors", model.vae.config.latent_channels)
 
