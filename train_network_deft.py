@@ -57,6 +57,7 @@ def _train(run: Run, signals: Interrupts) -> Path:
     model = load(run.model, dtype)
     objective, texts = objective_of(run.objective, model), Texts(model, accelerator)
     prepare.tell_what_is_cut(model, files.texts())
+    prepare.tell_what_is_rounded(model, files.samples)
 
     validation_seed = seed if run.validation.validation_seed is None else run.validation.validation_seed
     parts = split(files.images, run.validation.validation_split, validation_seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from library import keep
 from library.data.folders import TrainImage, find_images
+from library.models import samplers
 from library.options.rooms import NetworkOptions, OptimizerOptions, Run
 from library.prompts import Prompt, read_prompts
 from library.training import optimizers, schedules, start, state
@@ -82,6 +83,10 @@ def _read(run: Run) -> Given:
     _tell_what_has_no_effect(run)
     prompts = run.samples.sample_prompts
     samples = [] if prompts is None else read_prompts(prompts, size)
+    if samples:
+        samplers.check(run.samples.sample_sampler, "--sample_sampler")
+    for prompt in samples:
+        samplers.check(prompt.sampler, f"--sample_prompts {prompts}: --ss")
     images = find_images(run.data.train_data_dir, run.data.caption_extension)
     return Given(images, samples, to_keep, adapter, base, resumed)
 
