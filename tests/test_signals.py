@@ -20,9 +20,12 @@ from library.training.samples import Samples
 from library.training.saves import Saves
 from library.training.validation import Validation
 from networks import deft_io
+from tests.conftest import arguments, in_two_processes
 from tests.test_resume import assert_equal
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGHUP"):
+    CODES[signal.SIGHUP] = 129
 
 
 @pytest.fixture
@@ -127,6 +130,44 @@ def test_it_counts_where_all_processes_know_of_it(run, tmp_path, signal_at):
     signal_at(TrainingLoop, "_agree_on", signal.SIGTERM, behind=True, only=1)
     assert run(max_train_steps=9) == 143
     assert saved_step(tmp_path / "out") == 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal")
+def test_a_terminal_that_is_closed_is_one_signal(run, tmp_path, signal_at):
+    """The system and the shell send one each; a shutdown sends more."""
+    signal_at(TrainingLoop, "_randoms", signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, only=2)
+    assert run(max_train_steps=9) == 129
+    assert saved_step(tmp_path / "out") == 2
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(run, tmp_path, signal_at):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        signal_at(TrainingLoop, "_randoms", signal.SIGTERM)
+        assert run() == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+IN_ONE_OF_TWO = """
+import os, signal
+import train_network_deft as trainer
+agree = trainer.TrainingLoop._agree_on
+def and_signal(self, loss):
+    found = agree(self, loss)
+    if os.environ["RANK"] == "1" and self.position.step == 1:
+        signal.raise_signal(signal.SIGTERM)
+    return found
+trainer.TrainingLoop._agree_on = and_signal
+sys.exit(trainer.main(sys.argv[1:]) != 143)
+"""
+
+
+def test_a_signal_to_one_process_ends_both_at_the_same_step(model_folder, photos, tmp_path):
+    in_two_processes(tmp_path, IN_ONE_OF_TWO, *arguments(model_folder, photos, tmp_path, max_train_steps=9))
+    assert saved_step(tmp_path / "out") == 3
+    told = [(tmp_path / f"errors{rank}.txt").read_text() for rank in range(2)]
+    assert [text.count("--resume") for text in told] == [1, 0]
 
 
 def test_without_a_state_what_is_saved_is_told():

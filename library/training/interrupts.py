@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is learnt is saved before a training ends, unless it is asked twice."""
+"""Ctrl-C and other signals: what is learnt is saved before a training ends, unless it is asked twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+# of Ctrl-C, a shutdown, a terminal that is closed, Windows' Ctrl-Break
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Interrupted(Exception):
@@ -55,6 +57,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._saved: Callable[[], str] | None = None
+        self._asked = False
 
     def hold(self, saved: Callable[[], str]) -> None:
         """From here on there is something to lose.
@@ -66,7 +69,9 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere, Python sets no handlers
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,9 +81,11 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._saved is None:
             raise EndedAtOnce(number, "interrupted before the first step: nothing had been trained yet")
-        if self.number:
+        hangup = number == getattr(signal, "SIGHUP", None)  # sent twice by some shells, and by nobody who is in haste
+        if self._asked and not hangup:
             raise EndedAtOnce(number, f"ended at once; {self._saved()}")
-        self.number = number
+        self._asked |= not hangup
+        self.number = self.number or number
         with contextlib.suppress(RuntimeError):  # of a stream that was being written to as the signal came
             logger.warning("ending when the step, picture or file under way is done; again: at once, without saving")
 

@@ -209,8 +209,7 @@ class TrainingLoop:
         options, step = self.options, self.position.step
         self.adapter.after_step()
         self.position.recent = list(self.recent_losses)
-        self.progress.update()
-        self.progress.set_postfix(avr_loss=f"{self.average_loss:.4f}", **self._memory())
+        self._show()
         start.log(self.accelerator, self._meters(loss), step)
         if self.ending and step < self.length.steps:  # before what may take longer than a shutdown waits
             raise Interrupted(self.ending, self.saves.interrupted(self.position), self.saves.described())
@@ -219,6 +218,13 @@ class TrainingLoop:
         self.saves.at_step(self.position)
         if options.validate_every_n_steps and step % options.validate_every_n_steps == 0:
             self._validate("step")
+
+    def _show(self) -> None:
+        try:
+            self.progress.update()
+            self.progress.set_postfix(avr_loss=f"{self.average_loss:.4f}", **self._memory())
+        except OSError:  # a terminal that is gone, a full disk behind 2> FILE
+            self.progress.disable = True
 
     def _after_epoch(self) -> None:
         options, epoch = self.options, self.position.epoch
