@@ -28,6 +28,17 @@ if hasattr(signal, "SIGHUP"):
     CODES[signal.SIGHUP] = 129
 
 
+@pytest.fixture(autouse=True)
+def _signals_end_a_test_alone():
+    def fail(number, frame):
+        raise AssertionError(f"signal {number} is not held")
+
+    before = {number: signal.signal(number, fail) for number in CODES}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def signal_at(monkeypatch):
     """Sends signals to this process whenever a method begins, or ends."""
