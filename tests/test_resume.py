@@ -286,9 +286,12 @@ def test_what_a_state_decides_and_what_is_new_is_told(model_folder, photos, tmp_
     assert trained(model_folder, photos, tmp_path, **common) == 0
     assert not [line for line in caplog.messages if "->" in line]
     common["learning_rate"] = 1e-4
-    assert trained(model_folder, photos, tmp_path, **common, network_alpha=2, output_name="other") == 0
+    assert (
+        trained(model_folder, photos, tmp_path, **common, network_alpha=2, lr_scheduler="linear", output_name="other")
+        == 0
+    )
     told = [line.split("-state: ")[1] for line in caplog.messages if "->" in line]
-    assert told == ["network_alpha 1.0 -> 2.0: taking effect from here on",
+    assert told == ["network_alpha 1.0 -> 2.0, lr_scheduler constant -> linear: taking effect from here on",
                     "learning_rate 0.001 -> 0.0001: without effect, the state's is kept"]  # fmt: skip
     capsys.readouterr()
     common["pretrained_model_name_or_path"] = "nowhere"  # told before it is loaded

@@ -80,13 +80,15 @@ class Setting:
         """:param batches: of an epoch, in each process"""
         network = {name: getattr(run.network, name) for name in ("network_alpha", "network_args", "scale_weight_norms")}
         rates = {name: getattr(run.optimizer, name) for name in _RATES}
+        schedule = {name: getattr(run.optimizer, name) for name in _SCHEDULE}
         return Setting(
             seed, processes, batches, run.data.train_batch_size, run.loop.gradient_accumulation_steps,
-            optimizer_of(run.optimizer), _as_text(rates), _as_text(network | asdict(run.objective)),
+            optimizer_of(run.optimizer), _as_text(rates), _as_text(network | schedule | asdict(run.objective)),
         )  # fmt: skip
 
 
 _RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "optimizer_args")
+_SCHEDULE = ("lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power")
 
 
 def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
