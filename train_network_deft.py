@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from library.options.parse import parse
 from library.options.rooms import Run
 from library.training import given, interrupts, metadata, prepare, start, state
 from library.training.adapter import DeftAdapter
-from library.training.interrupts import Interrupted
+from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
 from library.training.loop import TrainingLoop
 from library.training.losses import Losses
 from library.training.objective import objective_of
@@ -42,7 +43,13 @@ def train(run: Run) -> Path:
     :raises DeftError: for mistakes in options, data or files, before the first step
     :raises TrainingStopped: when the training cannot go on, or its result cannot be written
     :raises Interrupted: when a signal has ended it, after saving
+    :raises EndedAtOnce: when a signal has ended it before the first step, or a second one has
     """
+    with Interrupts() as signals:
+        return _train(run, signals)
+
+
+def _train(run: Run, signals: Interrupts) -> Path:
     start.log_messages(run.logs)
     files, folder = given.read(run), Path(run.saves.output_dir)
     accelerator, seed = start.accelerator_of(run.process, run.logs)
@@ -50,6 +57,7 @@ def train(run: Run) -> Path:
     model = load(run.model, dtype)
     objective, texts = objective_of(run.objective, model), Texts(model, accelerator)
     prepare.tell_what_is_cut(model, files.texts())
+    prepare.tell_what_is_rounded(model, files.samples)
 
     validation_seed = seed if run.validation.validation_seed is None else run.validation.validation_seed
     parts = split(files.images, run.validation.validation_split, validation_seed)
@@ -68,10 +76,11 @@ def train(run: Run) -> Path:
     schedule = schedule_of(run.optimizer, optimizer, length.steps)
     accelerator.register_for_checkpointing(schedule)
     averaged = functools.partial(evaluated, optimizer)
-    setting = Setting(seed, accelerator.num_processes, len(loader), batch, run.loop.gradient_accumulation_steps)
+    setting = Setting.of(run, seed, accelerator.num_processes, len(loader))
     position = Position()
     if run.saves.resume and files.resumed:
         position, then = files.resumed
+        given.check_left(run, position, length.steps)
         state.restore(run.saves.resume, then, setting, accelerator)
 
     losses = Losses(model, texts, objective, accelerator)
@@ -90,14 +99,17 @@ def train(run: Run) -> Path:
     logger.info(f"training {parameters:,} parameters for {length.steps} steps in {length.epochs} epochs")
     loop = TrainingLoop(
         run.loop, accelerator, losses, seed, adapter, loader, optimizer, schedule, names, averaged, saves, samples,
-        validation, length, position,
+        validation, length, position, signals,
     )  # fmt: skip
+    signals.hold(saves.described)
     try:
         loop.run()
-        file = saves.final(position)
+        file = saves.final(position)  # a signal that came in the last step or comes now changes nothing
         loop.warn_where_nothing_moved()
-    finally:
-        accelerator.end_training()
+    except Exception:
+        start.end_trackers(accelerator)
+        raise
+    start.end_trackers(accelerator)
     return file
 
 
@@ -114,10 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted as ended:
-        print(interrupts.how_to_go_on(ended, argv), file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(interrupts.how_to_go_on(ended, argv), file=sys.stderr)
         return ended.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing had been trained since the last save", file=sys.stderr)
+    except EndedAtOnce as ended:
+        print(ended, file=sys.stderr)
+        return ended.exit_code
+    except KeyboardInterrupt:  # while options were read
+        print("interrupted: nothing had been trained yet", file=sys.stderr)
         return 130
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -34,14 +35,16 @@ class Bar:
     def add(self, number: int) -> None:
         """So much more is done."""
         if self._bar is not None:
-            self._bar.update(number)
+            with contextlib.suppress(OSError):  # a terminal that is gone, a full disk behind 2> FILE
+                self._bar.update(number)
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
 
 def _shown(what: str, unit: str) -> dict[str, Any]:

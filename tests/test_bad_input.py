@@ -93,8 +93,20 @@ BAD_INPUT = {
     "an adapter for a model": (
         sdxl_file,
         {"pretrained_model_name_or_path": "DATA/sdxl.safetensors"},
-        "this looks like an adapter, no model",
+        "sdxl.safetensors: this is an adapter (LoRA or the like), which is given by --network_weights; give the model",
     ),
+    "peft's adapter for a model": (
+        checkpoint_of(base_model__model__unet__x__lora_A__weight=(4, 8)),
+        CHECKPOINT,
+        "this is an adapter (LoRA or the like)",
+    ),
+    "a VAE for a model": (checkpoint_of(decoder__conv_in__weight=(8, 4, 3, 3)), CHECKPOINT, "this is a VAE, which"),
+    "a log in a file": (
+        lambda photos: (photos.parent / "file").touch(),
+        {"console_log_file": "DATA/file/log.txt"},
+        "--console_log_file ",
+    ),
+    "a log in a folder": (None, {"console_log_file": "DATA"}, "--console_log_file "),
     "a folder of another family": (
         folder_of("StableDiffusion3Pipeline"),
         MODEL,
@@ -230,6 +242,11 @@ BAD_INPUT = {
         lambda photos: (photos.parent / "p.txt").write_text("a --s 1001"),
         {"sample_prompts": "DATA/p.txt"},
         "--s 1001 must be from 1 to 1000",
+    ),
+    "a prompt's sampler, before the model": (
+        lambda photos: (photos.parent / "p.txt").write_text("a\nb --ss eular"),
+        {"sample_prompts": "DATA/p.txt", "pretrained_model_name_or_path": "nowhere"},
+        "p.txt: --ss eular: no such sampler (did you mean 'euler'?)",
     ),
     "a seed of 20 digits": (
         lambda photos: (photos.parent / "p.txt").write_text("a --d 99999999999999999999"),

@@ -19,6 +19,7 @@ import train_network_deft
 from library.models import flux
 from library.options.parse import parse
 from library.prompts import Prompt, read_prompts
+from library.training import prepare
 from networks.deft_config import DeftError
 from networks.deft_progress import Bar
 from tests import small_flux
@@ -157,6 +158,44 @@ def test_a_part_that_is_missing_is_named(files, small):
         from_files(files | {"tokenizer_cache_dir": None, "tokenizer": str(small.folder / "tokenizer")})
 
 
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """So that what is wrong has to be told before."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("loaded")
+
+    for name in ("_transformer", "_of_folder"):
+        monkeypatch.setattr(flux, name, load)
+    monkeypatch.setattr(flux, "_PART_FROM", dict.fromkeys(flux._PART_FROM, load))
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_all_that_is_missing_is_told_before_anything_is_loaded(files):
+    wrong = {"clip_l": "nowhere", "t5xxl": "nor here.safetensors", "ae": None}
+    told = r"^--clip_l: no such file: nowhere; --t5xxl: no such file: nor here.safetensors; .*give --ae too$"
+    with pytest.raises(DeftError, match=told):
+        from_files(files | wrong)
+    with pytest.raises(DeftError, match="give --tokenizer FOLDER, or --tokenizer_cache_dir FOLDER"):
+        from_files(files | {"tokenizer_cache_dir": None})
+
+
+WHAT = {"clip_l": "a CLIP text encoder", "t5xxl": "a T5 text encoder", "ae": "a VAE",
+        "pretrained_model_name_or_path": "FLUX.1's transformer"}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", WHAT)
+@pytest.mark.parametrize("taken", WHAT)
+@pytest.mark.usefixtures("nothing_loads")
+def test_swapped_files_are_named(given, taken, files):
+    if given == taken:
+        return
+    with pytest.raises(DeftError) as error:
+        from_files(files | {taken: files[given]})
+    named = f"--{taken} {files[given]}: this is {WHAT[given]}, which is given by --{given}"
+    assert str(error.value) == named + ("; give the model" if taken.startswith("pretrained") else "")
+
+
 def test_a_missing_tokenizer_of_t5_is_told_with_what_it_needs(small, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(small.folder, folder)
@@ -198,7 +237,8 @@ def test_what_is_not_read_ends_in_one_line(change, files, small):
 
 
 def test_text_encoders_that_are_not_whole_end_in_one_line(files, small, tmp_path):
-    save_file(small.parts["clip_l"], files["t5xxl"])
+    whole = small.parts["t5xxl"]
+    save_file({key: value for key, value in whole.items() if ".block.1." not in key}, files["t5xxl"])
     with pytest.raises(DeftError, match=r"^--t5xxl: .* weights of a T5EncoderModel are missing"):
         from_files(files)
     folder = shutil.copytree(small.folder, tmp_path / "cut off")
@@ -281,6 +321,17 @@ def test_pictures_are_of_whole_tokens_and_drawn_by_euler_alone(small, caplog):
     assert model.draw(prompt, model.encode_text([""]), None, "euler", Bar(1, "", "")).size == (64, 48)
     model.sampler("euler_a")  # as the GUI writes it for every model
     assert "--sample_sampler=euler_a: FLUX.1 is drawn by euler alone" in caplog.messages
+
+
+def test_prompts_sizes_that_are_rounded_are_told(small, caplog):
+    model = loaded(small.folder)
+    prompts = [Prompt("a", width=72, height=56), Prompt("b", width=64, height=48), Prompt("c", width=32, height=24)]
+    prepare.tell_what_is_rounded(model, prompts)
+    assert caplog.messages == [
+        "--sample_prompts: this model draws multiples of 16 alone: 72 x 56 of 'a' as 64 x 48, 32 x 24 of 'c' as 32 x 16"
+    ]
+    with pytest.raises(DeftError, match=r"^--sample_prompts: 64 x 8 of 'd': this model draws at least 16 x 16$"):
+        prepare.tell_what_is_rounded(model, [Prompt("d", width=64, height=8)])
 
 
 def test_the_options_have_sd_scripts_defaults():

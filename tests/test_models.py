@@ -285,6 +285,24 @@ def test_each_sampler_draws_what_a_known_denoiser_asks_for(name, kind):
     assert float((latents - picture).abs().max()) < 0.15
 
 
+@pytest.fixture(scope="module")
+def zero_snr(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero") / "model"
+    return loaded(small_models.build("sd2", folder, prediction_type="v_prediction", rescale_betas_zero_snr=True))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_each_sampler_draws_in_however_few_steps(zero_snr, name):
+    """With a model of velocity and zero terminal SNR."""
+    if name.removeprefix("k_") == "lms":
+        pytest.importorskip("scipy")
+    assert zero_snr.velocity
+    assert zero_snr.zero_snr
+    for steps in (1, 2, 3, 5):
+        picture = drawn(zero_snr, Prompt("a", width=72, height=40, seed=1, steps=steps), name)
+        assert picture.std() > 10  # neither black nor grey
+
+
 def test_draws_what_diffusers_draws(small):
     """With the text encoders gone, too."""
     model = loaded(small("sdxl"))

@@ -223,18 +223,115 @@ def test_states_that_do_not_fit_are_refused_in_a_line(model_folder, photos, tmp_
     assert "--resume" in message[0]
 
 
-def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+@pytest.mark.skipif(os.name == "nt", reason="no limit of file sizes there")
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    """Files that end at 64 KiB stand for a full disk: for safetensors, for torch, and for Python."""
+    import resource
+
     from accelerate import Accelerator
 
     accelerator, folder = Accelerator(cpu=True), tmp_path / "a-state"
-    setting = state.Setting(1, 1, 5, 1, 1)
+    setting = state.Setting(1, 1, 5, 1, 1, "torch.optim.AdamW")
+    large, small = torch.nn.Linear(200, 200), torch.nn.Linear(2, 2)
+    accelerator.prepare_model(small)
+    optimizer = accelerator.prepare(torch.optim.AdamW(small.parameters()))
     state.write(folder, state.Position(3, 1, 3, [0.5]), setting, accelerator)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for part in ("model", "optimizer", "position"):
+        if part == "model":
+            accelerator._models = [large]
+        elif part == "optimizer":
+            accelerator._models = [small]
+            optimizer.state[small.weight] = {"large": large.weight.detach()}
+        else:
+            optimizer.state.clear()
+        position = state.Position(4, 1, 4, [0.5] * (10000 if part == "position" else 1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+        try:
+            with pytest.raises(DeftError, match="a-state: not saved"):
+                state.write(folder, position, setting, accelerator)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert state.read(str(folder)) == (state.Position(3, 1, 3, [0.5]), setting)
+        assert [path.name for path in tmp_path.iterdir()] == ["a-state"]
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(accelerator, "save_state", full)
-    with pytest.raises(DeftError, match="No space left"):
-        state.write(folder, state.Position(4, 1, 4), setting, accelerator)
-    assert state.read(str(folder)) == (state.Position(3, 1, 3, [0.5]), setting)
-    assert [path.name for path in tmp_path.iterdir()] == ["a-state"]
+def test_a_training_that_ended_within_an_epoch_goes_on_as_if_it_had_been_longer(model_folder, photos, tmp_path):
+    """Five steps of an epoch of eight, and seven more."""
+    next(photos.glob("*_5.jpg")).unlink()
+    photos.rename(photos.parent / "2_sks cat")
+    given = arguments(model_folder, photos, tmp_path, learning_rate=1e-3, max_train_steps=12, output_name="long")
+    run(given)
+    short = [*given, "--output_name", "cat", "--max_train_steps", "5", "--save_state_on_train_end"]
+    run(short)
+    run([*short, "--max_train_steps", "12", "--resume", str(tmp_path / "out" / "cat-state")])
+    assert_equal(tensors(tmp_path / "out"), tensors(tmp_path / "out", "long"))
+
+
+def trained(model_folder, photos, tmp_path, **changes) -> int:
+    import train_network_deft
+
+    return train_network_deft.main(arguments(model_folder, photos, tmp_path, **changes))
+
+
+def errors(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+
+
+def test_what_a_state_decides_and_what_is_new_is_told(model_folder, photos, tmp_path, capsys, caplog):
+    common = {"learning_rate": 1e-3, "network_dim": 4}
+    assert trained(model_folder, photos, tmp_path, **common, save_state_on_train_end=True) == 0
+    common |= {"resume": tmp_path / "out" / "cat-state", "max_train_steps": 4}
+    caplog.clear()
+    assert trained(model_folder, photos, tmp_path, **common) == 0
+    assert not [line for line in caplog.messages if "->" in line]
+    common["learning_rate"] = 1e-4
+    assert (
+        trained(model_folder, photos, tmp_path, **common, network_alpha=2, lr_scheduler="linear", output_name="other")
+        == 0
+    )
+    told = [line.split("-state: ")[1] for line in caplog.messages if "->" in line]
+    assert told == ["network_alpha 1.0 -> 2.0, lr_scheduler constant -> linear: taking effect from here on",
+                    "learning_rate 0.001 -> 0.0001: without effect, the state's is kept"]  # fmt: skip
+    capsys.readouterr()
+    common["pretrained_model_name_or_path"] = "nowhere"  # told before it is loaded
+    assert trained(model_folder, photos, tmp_path, **common, optimizer_type="SGDNesterov") == 2
+    (line,) = errors(capsys)
+    assert "saved with the optimizer torch.optim.AdamW, not torch.optim.SGD" in line
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+def test_a_file_of_a_state_that_is_cut_off_is_named(model_folder, photos, tmp_path, capsys, file):
+    assert trained(model_folder, photos, tmp_path, max_train_steps=1, save_state_on_train_end=True) == 0
+    folder = tmp_path / "out" / "cat-state"
+    (folder / file).write_bytes((folder / file).read_bytes()[:-100])
+    assert trained(model_folder, photos, tmp_path, max_train_steps=2, resume=folder) == 2
+    (line,) = errors(capsys)
+    assert f"--resume {folder / file}: cannot be read" in line
+
+
+@pytest.mark.parametrize("length", [{"max_train_steps": 3}, {"max_train_epochs": 1}])
+def test_a_state_with_nothing_left_to_train(model_folder, photos, tmp_path, capsys, length):
+    """Three pictures, so that three steps are an epoch; without a file of that state, it is still to be made."""
+    for path in photos.glob("*_[45].*"):
+        path.unlink()
+    option, out = f"--{next(iter(length))} {next(iter(length.values()))}", tmp_path / "out"
+    given = {**length, "resume": out / "cat-state"}
+    assert trained(model_folder, photos, tmp_path, max_train_steps=3, save_state_on_train_end=True) == 0
+    undisturbed = tensors(out)
+    assert trained(model_folder, photos, tmp_path, **given) == 2
+    (line,) = errors(capsys)
+    assert line.startswith(f"error: {option}")
+    assert "nothing is left to train" in line
+    assert "give more than 3 steps" in line
+    os.utime(out / "cat.safetensors", (0, 0))  # as if it were there from before the state
+    assert trained(model_folder, photos, tmp_path, **given) == 0
+    assert_equal(tensors(out), undisturbed)
+    (out / "cat.safetensors").unlink()
+    assert trained(model_folder, photos, tmp_path, **given) == 0
+    assert_equal(tensors(out), undisturbed)
+    assert trained(model_folder, photos, tmp_path, max_train_steps=4, save_state_on_train_end=True) == 0
+    assert trained(model_folder, photos, tmp_path, **given) == 2
+    (line,) = errors(capsys)
+    assert line.startswith(f"error: {option}")
+    assert "was saved at step 4, beyond 3" in line

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from library.models.family import Family, Text
 from library.models.reading import (
     CONFIGS,
     find_tokenizer,
+    other_than,
     shapes_of,
     tokenizer_from,
     variant_of,
@@ -208,11 +209,12 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
     unused = [f"--{name}" for name in _OF_OTHERS if getattr(options, name)]
     if unused:
         logger.warning(f"{', '.join(unused)}: without effect, FLUX.1 has nothing of the kind")
-    files = {name: getattr(options, option) for name, (option, _) in _PARTS.items()}
-    parts: dict[str, Any] = {name: _given_part(name, path, dtype) for name, path in files.items() if path}
+    files = {name: path for name, (option, _) in _PARTS.items() if (path := getattr(options, option))}
+    _check_parts(location, files)
     try:
-        more = _rest_of_folder if location.is_dir() else _rest_of_file
-        pipeline = FluxPipeline(**parts, **more(location, options, dtype, parts.keys()))
+        more = _rest_of_folder if location.is_dir() else _rest_of_file  # with tokenizers, which are read first
+        rest = more(location, options, dtype, files.keys())
+        pipeline = FluxPipeline(**rest, **{name: _given_part(name, path, dtype) for name, path in files.items()})
     except DeftError:
         raise
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
@@ -227,6 +229,37 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
     for name in ("transformer", *_PARTS):
         getattr(pipeline, name).requires_grad_(False).eval()
     return Flux(location, pipeline, options)
+
+
+def _check_parts(location: Path, files: Mapping[str, str]) -> None:
+    """Before any of them is loaded.
+
+    :param files: a part of the pipeline -> what is given for it
+    :raises DeftError: for all that are missing, are others, or cannot be read, in one line
+    """
+    faults = [found for name, path in files.items() if (found := _fault_of(name, Path(path)))]
+    if location.is_file():
+        held, wanted = shapes_of(location), (place for name, place in _PARTS.items() if name not in files)
+        missing = [f"--{option}" for option, prefix in wanted if not any(key.startswith(prefix) for key in held)]
+        if missing:
+            faults.append(f"{location}: the transformer alone is in it; give {', '.join(missing)} too")
+    if faults:
+        raise DeftError("; ".join(faults))
+
+
+def _fault_of(name: str, location: Path) -> str | None:
+    """What is wrong with the file or folder that is given for a part, as far as headers say."""
+    option = _PARTS[name][0]
+    if not location.exists():
+        return f"--{option}: no such file: {location}"
+    if location.is_file() and location.suffix not in (".safetensors", ".sft"):
+        return f"--{option} {location}: only .safetensors files are read, since others can run code; convert it first"
+    files = [location] if location.is_file() else location.glob("*.safetensors")
+    try:
+        other = other_than(option, [key for file in files for key in shapes_of(file)])
+    except DeftError as error:
+        return f"--{option}: {error}"
+    return f"--{option} {location}: {other}" if other else None
 
 
 def _check_widths(location: Path, pipeline: FluxPipeline) -> None:
@@ -265,9 +298,6 @@ def _rest_of_file(location: Path, options: ModelOptions, dtype: torch.dtype, the
     """:param there: parts that are there already"""
     held = shapes_of(location)
     wanted = {name: place for name, place in _PARTS.items() if name not in there}
-    missing = [f"--{option}" for option, prefix in wanted.values() if not any(key.startswith(prefix) for key in held)]
-    if missing:
-        raise DeftError(f"{location}: the transformer alone is in it; give {', '.join(missing)} too")
     prefix = next(key for key in held if key.endswith(_CHANNELS)).removesuffix(_CHANNELS)
     schedule = json.loads((CONFIG / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     if not any("guidance_in." in key for key in held):  # schnell
@@ -287,12 +317,6 @@ def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
     :raises DeftError: when it cannot be read
     """
     option, location = f"--{_PARTS[name][0]}", Path(path)
-    if not location.exists():
-        raise DeftError(f"{option}: no such file: {path}")
-    if location.is_file() and location.suffix not in (".safetensors", ".sft"):
-        raise DeftError(
-            f"{option} {path}: only .safetensors files are read, since others can run code; convert it first"
-        )
     try:
         if location.is_file():
             return _PART_FROM[name](location, "", dtype)

@@ -13,10 +13,9 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
 from library.models import flux, sd, sdxl
 from library.models.family import Family
-from library.models.reading import index_of, shapes_of
+from library.models.reading import index_of, other_than, shapes_of
 from library.options.rooms import ModelOptions
 from networks.deft_config import DeftError
-from networks.deft_io import is_adapter_dict
 
 # diffusers' name of a single file's model, or of a folder's pipeline -> what loads it
 FAMILIES: dict[str, Callable[[Path, ModelOptions, torch.dtype], Family]] = {
@@ -77,6 +76,7 @@ def load(options: ModelOptions, dtype: torch.dtype = torch.float32) -> Family:
 
 def _kind_of_file(location: Path) -> str:
     shapes = shapes_of(location)
-    if is_adapter_dict(shapes):
-        return "an adapter, no model"
+    other = other_than("pretrained_model_name_or_path", shapes)
+    if other:
+        raise DeftError(f"--pretrained_model_name_or_path {location}: {other}; give the model")
     return infer_diffusers_model_type({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,34 @@ def shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise DeftError(f"{file}: not a whole safetensors file ({reason_of(error)})") from None
+
+
+# the option that takes a file of one part or of none -> what that is, and by which name of a tensor it is known
+_PARTS = {
+    "clip_l": ("a CLIP text encoder", re.compile(r"(text_model\.)?encoder\.layers\.0\.mlp\.fc1\.weight")),
+    "t5xxl": ("a T5 text encoder", re.compile(r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight")),
+    "ae": ("a VAE", re.compile(r"decoder\.conv_in\.weight")),
+    "pretrained_model_name_or_path": (
+        "FLUX.1's transformer",
+        re.compile(r"(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.qkv\.weight"),
+    ),
+    "network_weights": (
+        "an adapter (LoRA or the like)",
+        re.compile(r".*\.(lora_(up|down|A|B)\.|lora\.(up|down)\.|hada_w|lokr_w|oft_|boft_|deft_E0|dora_scale).*"),
+    ),
+}
+
+
+def other_than(option: str, names: Iterable[str]) -> str | None:
+    """What a file is that is given by the wrong option, and by which it is to be given; None where it may be right.
+
+    :param names: of its tensors
+    """
+    found = {right: what for name in names for right, (what, known) in _PARTS.items() if known.fullmatch(name)}
+    if not found or option in found:
+        return None
+    right, what = next(iter(found.items()))
+    return f"this is {what}, which is given by --{right}"
 
 
 def of_folder(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ DEFAULT = "ddim"
 # name -> diffusers' class, and what it is made with; names with k_ in front are the same
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),  # as Stable Diffusion has it; else 4 steps are the fewest
     "lms": ("LMSDiscreteScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
@@ -32,17 +32,23 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 _SMALLEST_ALPHA = 2.0**-24  # for SNR 0 in samplers that divide by it; diffusers' own value for Euler
 
 
-def sampler(name: str | None, config: Mapping[str, Any]) -> Any:
+def check(name: str | None, option: str) -> None:
+    """Before a model is loaded. Raises as `sampler`."""
+    sampler(name, DDPMScheduler().config, option)
+
+
+def sampler(name: str | None, config: Mapping[str, Any], option: str = "--sample_sampler") -> Any:
     """A scheduler of diffusers'.
 
     :param name: None for the default
     :param config: of the training's noise schedule
+    :param option: that names it, for errors
     :raises DeftError: for an unknown name, or one whose packages are missing
     """
     known = name or DEFAULT
     kind, options = SAMPLERS.get(known.removeprefix("k_"), ("", {}))
     if not kind:
-        raise DeftError(f"--sample_sampler {name}: no such sampler{nearest(known, SAMPLERS)}")
+        raise DeftError(f"{option} {name}: no such sampler{nearest(known, SAMPLERS)}")
     made_by = getattr(diffusers, kind)
     if config.get("rescale_betas_zero_snr"):
         options = options | {"timestep_spacing": "trailing"}  # to begin where there is nothing but noise
@@ -51,7 +57,7 @@ def sampler(name: str | None, config: Mapping[str, Any]) -> Any:
     try:
         return made_by.from_config(config, **options)
     except ImportError as error:  # LMS needs scipy
-        raise DeftError(f"--sample_sampler {name}: {reason_of(error)}") from None
+        raise DeftError(f"{option} {name}: {reason_of(error)}") from None
 
 
 def _nearly_zero_snr(config: Mapping[str, Any]) -> list[float]:

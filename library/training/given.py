@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from library import keep
 from library.data.folders import TrainImage, find_images
+from library.models import samplers
 from library.options.rooms import NetworkOptions, OptimizerOptions, Run
 from library.prompts import Prompt, read_prompts
 from library.training import optimizers, schedules, start, state
@@ -70,15 +72,37 @@ def _read(run: Run) -> Given:
     _check_writable("output_dir", run.saves.output_dir)
     _check_writable("logging_dir", run.logs.logging_dir)
     start.check_trackers(run.logs)
-    file = Path(run.saves.output_dir, f"{run.saves.output_name}.safetensors")
+    file = finished_file(run)
     if file.is_dir():
         raise DeftError(f"--output_name {run.saves.output_name}: {file} is a folder")
-    position = state.read(run.saves.resume) if run.saves.resume else None
+    resumed = state.read(run.saves.resume) if run.saves.resume else None
+    if run.saves.resume and resumed:
+        state.check(run.saves.resume, resumed[1], run.optimizer)
+        if not run.loop.max_train_epochs:  # what these make of the pictures is known later
+            check_left(run, resumed[0], run.loop.max_train_steps)
     _tell_what_has_no_effect(run)
     prompts = run.samples.sample_prompts
     samples = [] if prompts is None else read_prompts(prompts, size)
+    if samples:
+        samplers.check(run.samples.sample_sampler, "--sample_sampler")
+    for prompt in samples:
+        samplers.check(prompt.sampler, f"--sample_prompts {prompts}: --ss")
     images = find_images(run.data.train_data_dir, run.data.caption_extension)
-    return Given(images, samples, to_keep, adapter, base, position)
+    return Given(images, samples, to_keep, adapter, base, resumed)
+
+
+def finished_file(run: Run) -> Path:
+    """Of the whole training's adapter."""
+    return Path(run.saves.output_dir, f"{run.saves.output_name}.safetensors")
+
+
+def check_left(run: Run, position: Position, steps: int) -> None:
+    """:param steps: of the whole training
+    :raises DeftError: where --resume has nothing left to do
+    """
+    epochs = run.loop.max_train_epochs
+    option = f"--max_train_epochs {epochs} ({steps} steps)" if epochs else f"--max_train_steps {steps}"
+    state.check_left(str(run.saves.resume), position, steps, option, finished_file(run))
 
 
 def _check_rates(rates: OptimizerOptions, network: NetworkOptions) -> None:
@@ -130,5 +154,9 @@ def _check_writable(option: str, folder: str | None) -> None:
         return
     path = Path(os.path.realpath(folder))
     existing = next(p for p in (path, *path.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise DeftError(f"--{option} {folder}: {existing} is not a folder that can be written to")
+    try:  # what os.access says is not true of every system
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise DeftError(
+            f"--{option} {folder}: {existing} is not a folder that can be written to ({error.strerror})"
+        ) from None

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from library.data.latents import Batch
 from library.options.rooms import LoopOptions
+from library.training import start
 from library.training.adapter import Adapter
 from library.training.interrupts import Interrupted, Interrupts
 from library.training.losses import Losses
@@ -38,6 +39,7 @@ class TrainingLoop:
     :param group_names: of the optimizer's parameter groups, for the logs
     :param evaluated: within which the adapter is as it is to be used, where the optimizer averages weights
     :param position: where the training begins
+    :param signals: that have come
     """
 
     options: LoopOptions
@@ -55,6 +57,8 @@ class TrainingLoop:
     validation: Validation | None
     length: Length
     position: Position
+    signals: Interrupts
+    ending: int = 0  # the signal that all processes have agreed to end by
     accumulated: int = 0  # batches of the step that is under way
     first_batch: Batch | None = None
     has_gradients: bool = False  # of the step that is under way
@@ -73,10 +77,7 @@ class TrainingLoop:
         """
         main = self.accelerator.is_local_main_process
         total, done = self.length.steps, self.position.step
-        with (
-            Interrupts() as self.interrupts,
-            tqdm(total=total, initial=done, desc="steps", disable=not main, smoothing=0.1) as self.progress,
-        ):
+        with tqdm(total=total, initial=done, desc="steps", disable=not main, smoothing=0.1) as self.progress:
             if done == 0 and self.options.sample_at_first:
                 self._draw("000000")
             while self.position.step < total:
@@ -106,7 +107,8 @@ class TrainingLoop:
                 self._after_step(loss)
                 if position.step >= self.length.steps:
                     break
-        position.batches = 0
+        if position.batches >= len(self.loader):  # else more steps may follow it one day
+            position.batches = 0
         self._after_epoch()
 
     def _randoms(self, batch: Batch) -> Randoms:
@@ -144,11 +146,10 @@ class TrainingLoop:
         return value
 
     def _agree_on(self, loss: Tensor) -> float:
-        """The loss's mean over processes, in all of which a signal to one of them is noted."""
-        signal = torch.tensor(float(self.interrupts.number), device=loss.device)
+        """The loss's mean over processes; a signal that one of them has noted by now is to end all."""
+        signal = torch.tensor(float(self.signals.number), device=loss.device)
         found = self.accelerator.gather(torch.stack([loss.detach().float(), signal])).view(-1, 2)
-        mean, number = found[:, 0].mean().item(), int(found[:, 1].max())
-        self.interrupts.number = number
+        mean, self.ending = found[:, 0].mean().item(), int(found[:, 1].max())
         return mean
 
     def _update(self) -> None:
@@ -208,22 +209,28 @@ class TrainingLoop:
         options, step = self.options, self.position.step
         self.adapter.after_step()
         self.position.recent = list(self.recent_losses)
-        self.progress.update()
-        self.progress.set_postfix(avr_loss=f"{self.average_loss:.4f}", **self._memory())
-        self.accelerator.log(self._meters(loss), step=step)
+        self._show()
+        start.log(self.accelerator, self._meters(loss), step)
+        if self.ending and step < self.length.steps:  # before what may take longer than a shutdown waits
+            raise Interrupted(self.ending, self.saves.interrupted(self.position), self.saves.described())
         if options.sample_every_n_steps and step % options.sample_every_n_steps == 0:
             self._draw(f"{step:06d}")
         self.saves.at_step(self.position)
         if options.validate_every_n_steps and step % options.validate_every_n_steps == 0:
             self._validate("step")
-        if self.interrupts.number and step < self.length.steps:
-            raise Interrupted(self.interrupts.number, self.saves.interrupted(self.position))
+
+    def _show(self) -> None:
+        try:
+            self.progress.update()
+            self.progress.set_postfix(avr_loss=f"{self.average_loss:.4f}", **self._memory())
+        except OSError:  # a terminal that is gone, a full disk behind 2> FILE
+            self.progress.disable = True
 
     def _after_epoch(self) -> None:
         options, epoch = self.options, self.position.epoch
         if options.validate_every_n_epochs is None or epoch % options.validate_every_n_epochs == 0:
             self._validate("epoch")
-        self.accelerator.log({"loss/epoch_average": self.average_loss}, step=self.position.step)
+        start.log(self.accelerator, {"loss/epoch_average": self.average_loss}, self.position.step)
         self.saves.at_epoch(self.position)
         if options.sample_every_n_epochs and epoch % options.sample_every_n_epochs == 0:
             self._draw(f"e{epoch:06d}")
@@ -240,7 +247,8 @@ class TrainingLoop:
             found = self.validation.measure()
         logger.info(f"step {self.position.step}: validation loss {found:.5f}")
         values = {"average": found, "divergence": found - self.average_loss}
-        self.accelerator.log({f"loss/validation/{when}_{k}": v for k, v in values.items()}, step=self.position.step)
+        named = {f"loss/validation/{when}_{key}": value for key, value in values.items()}
+        start.log(self.accelerator, named, self.position.step)
 
     def _memory(self) -> dict[str, str]:
         """The most that was taken of the GPU's, for the bar."""

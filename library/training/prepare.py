@@ -13,6 +13,7 @@ from library.data.folders import TrainImage
 from library.data.latents import CachedLatents
 from library.models.family import Family
 from library.options.rooms import DataOptions
+from library.prompts import Prompt
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,23 @@ def tell_what_is_cut(model: Family, captions: Mapping[str, str]) -> None:
             f"{len(rests)} of {len(captions)} captions and prompts are longer than the text encoder's {tokens} "
             f"tokens, what is behind is not read: '{rest}' in {name} for one"
         )
+
+
+def tell_what_is_rounded(model: Family, prompts: Sequence[Prompt]) -> None:
+    """One line where pictures are drawn smaller than they are asked for, as sd-scripts draws them without a word.
+
+    :raises DeftError: for those of which nothing would be left
+    """
+    step, rounded = model.multiple_of, []
+    for prompt in prompts:
+        width, height = (side - side % step for side in (prompt.width, prompt.height))
+        told = f"{prompt.width} x {prompt.height} of '{prompt.text}'"
+        if not width or not height:
+            raise DeftError(f"--sample_prompts: {told}: this model draws at least {step} x {step}")
+        if (width, height) != (prompt.width, prompt.height):
+            rounded.append(f"{told} as {width} x {height}")
+    if rounded:
+        logger.warning(f"--sample_prompts: this model draws multiples of {step} alone: {', '.join(rounded)}")
 
 
 def batches(data: CachedLatents, number: int, shuffle: bool, accelerator: Accelerator) -> DataLoader:

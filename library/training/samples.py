@@ -29,10 +29,10 @@ def drawing(model: Family, adapter: Adapter, accelerator: Accelerator) -> Iterat
     are."""
     network, vae_device = adapter.module, model.vae.device
     training = network.training
-    network.eval()
-    model.vae.to(accelerator.device)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     try:
+        network.eval()
+        model.vae.to(accelerator.device)
         with torch.random.fork_rng(devices), accelerator.autocast():
             yield
     finally:
@@ -70,15 +70,15 @@ class Samples:
         A picture that cannot be drawn or written is reported, and does not end a training.
         """
         if self.prompts and self.accelerator.is_main_process:
-            with drawing(self.model, self.adapter, self.accelerator):
-                now = time.strftime("%Y%m%d%H%M%S")
-                for i, prompt in enumerate(self.prompts):
-                    seed = "" if prompt.seed is None else f"_{prompt.seed}"
-                    path = self.folder / "sample" / f"{self.name}_{label}_{i:02d}_{now}{seed}.png"
-                    try:
+            now = time.strftime("%Y%m%d%H%M%S")
+            for i, prompt in enumerate(self.prompts):
+                seed = "" if prompt.seed is None else f"_{prompt.seed}"
+                path = self.folder / "sample" / f"{self.name}_{label}_{i:02d}_{now}{seed}.png"
+                try:
+                    with drawing(self.model, self.adapter, self.accelerator):
                         self._draw(i, prompt, path, step)
-                    except Exception as error:  # out of memory, a full disk, whatever a pipeline raises
-                        logger.error(f"{path}: not drawn ({reason_of(error)})")
+                except Exception as error:  # out of memory, a full disk, whatever a pipeline raises
+                    logger.error(f"{path}: not drawn ({reason_of(error)})")
         self.accelerator.wait_for_everyone()
 
     def _draw(self, number: int, prompt: Prompt, path: Path, step: int) -> None:

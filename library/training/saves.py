@@ -55,6 +55,12 @@ class Saves:
         if options.save_n_epoch_ratio:
             self.every_n_epochs = length.epochs // options.save_n_epoch_ratio or 1
         self.last_good: Path | None = None
+        self.last_state = None if options.resume is None else Path(options.resume)
+
+    def described(self) -> str:
+        """What there is, whatever happens now, for the user."""
+        state = "" if self.last_state is None else f"; --resume {self.last_state} goes on"
+        return f"last good save: {self.last_good or 'none'}{state}"
 
     def at_step(self, position: Position) -> None:
         """Where --save_every_n_steps says so."""
@@ -100,7 +106,7 @@ class Saves:
         try:
             return self._write(self.name, position)
         except DeftError as error:
-            raise TrainingStopped(f"{error}. Last good save: {self.last_good or 'none'}") from error
+            raise TrainingStopped(f"{error}; {self.described()}") from error
 
     def _of_epoch(self, epoch: int) -> str:
         return f"{self.name}-{epoch:06d}"
@@ -152,5 +158,6 @@ class Saves:
     def _write_state(self, name: str, position: Position) -> Path:
         folder = self.folder / f"{name}-state"
         state.write(folder, position, self.setting, self.accelerator)
+        self.last_state = folder
         logger.info(f"saved {folder}")
         return folder

@@ -26,16 +26,24 @@ from accelerate.utils import (
 from library.options.rooms import LogOptions, ProcessOptions
 from networks.deft_config import DeftError, read_text, reason_of
 
+logger = logging.getLogger(__name__)
+
 TRACKERS = {"wandb": "wandb", "trackio": "trackio"}  # beside TensorBoard: name -> package
 ONE_WEIGHT_EVERYWHERE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 def log_messages(options: LogOptions) -> None:
-    """Messages to the terminal or a file, those of other processes only where something has failed."""
+    """Messages to the terminal or a file, those of other processes only where something has failed.
+
+    :raises DeftError: when the file cannot be written
+    """
     where: dict[str, Any] = {}
     if options.console_log_file:
-        Path(options.console_log_file).parent.mkdir(parents=True, exist_ok=True)
-        where = {"filename": options.console_log_file, "encoding": "utf-8"}
+        try:
+            Path(options.console_log_file).parent.mkdir(parents=True, exist_ok=True)
+            where = {"handlers": [logging.FileHandler(options.console_log_file, encoding="utf-8")]}
+        except OSError as error:
+            raise DeftError(f"--console_log_file {options.console_log_file}: {reason_of(error)}") from None
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", **where)
     main = int(os.environ.get("RANK", "0")) == 0
     logging.getLogger().setLevel(options.console_log_level if main else logging.ERROR)
@@ -71,7 +79,9 @@ def accelerator_of(options: ProcessOptions, logs: LogOptions) -> tuple[Accelerat
             f"done here; choose plain multi-GPU (DDP) in accelerate config, or pass --multi_gpu"
         )
     if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DeftError("several processes were started that do not know each other; on CPUs: accelerate launch --cpu")
+        raise DeftError(
+            "several processes were started that do not know each other; on CPUs: ACCELERATE_USE_CPU=true torchrun"
+        )
     seeds = [random.randrange(2**32) if options.seed is None else options.seed]
     broadcast_object_list(seeds)
     set_seed(seeds[0])
@@ -106,7 +116,31 @@ def start_trackers(accelerator: Accelerator, options: LogOptions, settings: Mapp
         if options.wandb_run_name:
             arguments.setdefault(name, {})["name"] = options.wandb_run_name
     config = {key: str(value) for key, value in settings.items()} if options.log_config else None
-    accelerator.init_trackers(options.log_tracker_name or "network_train", config, arguments)
+    try:
+        accelerator.init_trackers(options.log_tracker_name or "network_train", config, arguments)
+    except Exception as error:  # a full disk, a service that is not there
+        where = f"--logging_dir {options.logging_dir}" if options.logging_dir else f"--log_with {options.log_with}"
+        raise DeftError(f"{where}: no logs can be written there ({reason_of(error)})") from None
+
+
+def log(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
+    """To all trackers. Where one fails, logs end, and the training does not."""
+    try:
+        accelerator.log(values, step=step)
+    except Exception as error:  # a full disk, a service that is gone
+        accelerator.trackers = []
+        logger.error(f"step {step}: logs end here, the training goes on ({reason_of(error)})")
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """With what the processes share. What cannot be written any more is told."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # as in `log`
+            logger.error(f"logs by {tracker.name}: not whole ({reason_of(error)})")
+    accelerator.trackers = []
+    accelerator.end_training()
 
 
 def _trackers(options: LogOptions) -> str | None:
