@@ -8,6 +8,7 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -56,48 +57,64 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     record = args.work / "times.json"
     times = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    work, device, seed = args.work, args.device, args.seed
+    stages: dict[str, Callable[[], None]] = {
+        "vae": lambda: make_vae(work, device, seed, args.vae_steps),
+        "judge": lambda: make_judge(work, device, seed, args.judge_steps),
+        "model": lambda: make_model(
+            work, device, seed, args.text_steps, args.unet_steps, args.batch_size, args.pictures
+        ),
+        "measure": lambda: make_figures(work, device, seed),
+    }
     for stage in STAGES:
         if stage in args.stages:
             start = time.time()
-            {"vae": make_vae, "judge": make_judge, "model": make_model, "measure": make_figures}[stage](args)
+            stages[stage]()
             times[stage] = round(time.time() - start)
             record.write_text(json.dumps(times) + "\n", encoding="utf-8")
             logging.info(f"{stage} done in {times[stage]} s")
     return 0
 
 
-def make_vae(args: argparse.Namespace) -> None:
+def make_vae(work: Path, device: torch.device, seed: int, steps: int) -> None:
     """work/vae"""
-    train_vae.train(args.vae_steps, 8, args.device, args.seed).save_pretrained(args.work / "vae")
+    train_vae.train(steps, 8, device, seed).save_pretrained(work / "vae")
 
 
-def make_judge(args: argparse.Namespace) -> None:
+def make_judge(work: Path, device: torch.device, seed: int, steps: int) -> None:
     """work/judge.safetensors"""
-    net = train_judge.train(args.judge_steps, 64, args.device, args.seed)
-    save_file({name: tensor.cpu() for name, tensor in net.state_dict().items()}, args.work / "judge.safetensors")
+    net = train_judge.train(steps, 64, device, seed)
+    save_file({name: tensor.cpu() for name, tensor in net.state_dict().items()}, work / "judge.safetensors")
 
 
-def make_model(args: argparse.Namespace) -> None:
-    """work/model, in float16."""
-    torch.manual_seed(args.seed)
-    tokenizer = train_model.build_tokenizer(args.work / "tokenizer")
-    text_encoder = train_model.build_text_encoder(tokenizer).to(args.device)
+def make_model(
+    work: Path, device: torch.device, seed: int, text_steps: int, unet_steps: int, batch_size: int, number: int
+) -> None:
+    """work/model, in float16.
+
+    :param batch_size: of the U-Net
+    :param number: of pictures that it is trained on
+    """
+    torch.manual_seed(seed)
+    tokenizer = train_model.build_tokenizer(work / "tokenizer")
+    text_encoder = train_model.build_text_encoder(tokenizer)
+    torch.nn.Module.to(text_encoder, device)  # transformers hides its signature
     unet = UNet2DConditionModel(**train_model.UNET)
-    checkpoint = args.work / "unet.pt"
+    checkpoint = work / "unet.pt"
     if not checkpoint.is_file():
-        train_model.train_text_encoder(text_encoder, tokenizer, args.text_steps, 128, args.device, args.seed)
-    vae = AutoencoderKL.from_pretrained(args.work / "vae").to(args.device).eval()
+        train_model.train_text_encoder(text_encoder, tokenizer, text_steps, 128, device, seed)
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval()
     vae.register_to_config(_name_or_path="")
-    pictures = train_model.make_pictures(vae, tokenizer, args.pictures, args.device, args.seed)
-    empty = train_model.tokens(tokenizer, [""])[0].to(args.device)
+    pictures = train_model.make_pictures(vae, tokenizer, number, device, seed)
+    empty = train_model.tokens(tokenizer, [""])[0].to(device)
     unet, text_encoder = train_model.train_unet(
-        unet, text_encoder, pictures, empty, args.unet_steps, args.batch_size, args.device, args.seed,
+        unet, text_encoder, pictures, empty, unet_steps, batch_size, device, seed,
         checkpoint,
     )  # fmt: skip
-    train_model.pipeline(vae, text_encoder, tokenizer, unet).to(torch.float16).save_pretrained(args.work / "model")
-    _name_as_before(args.work / "model" / "text_encoder" / "model.safetensors")
-    shutil.rmtree(args.work / "model" / "tokenizer")  # tokenizer.json, with the training's padding in it
-    train_model.build_tokenizer(args.work / "model" / "tokenizer")
+    train_model.pipeline(vae, text_encoder, tokenizer, unet).to(torch.float16).save_pretrained(work / "model")
+    _name_as_before(work / "model" / "text_encoder" / "model.safetensors")
+    shutil.rmtree(work / "model" / "tokenizer")  # tokenizer.json, with the training's padding in it
+    train_model.build_tokenizer(work / "model" / "tokenizer")
 
 
 def _name_as_before(weights: Path) -> None:
@@ -106,21 +123,21 @@ def _name_as_before(weights: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
-def make_figures(args: argparse.Namespace) -> None:
+def make_figures(work: Path, device: torch.device, seed: int) -> None:
     """work/figures.json: the judge on renders, and the model by the judge. work/samples.png, to look at."""
-    net = judge.load(args.work / "judge.safetensors").to(args.device)
+    net = judge.load(work / "judge.safetensors").to(device)
     figures = {
-        "judge": train_judge.accuracy(net, 1000, args.device, args.seed),
-        "model": measure.figures(args.work / "model", net, args.device),
-        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else "cpu",
+        "judge": train_judge.accuracy(net, 1000, device, seed),
+        "model": measure.figures(work / "model", net, device),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    (args.work / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (work / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     logging.info(json.dumps(figures, indent=1))
     prompts = [prompt for prompt in SAMPLES for _ in range(6)]
-    pixels = measure.draw(measure.load(args.work / "model", args.device), prompts, range(len(prompts)))
-    sampling.grid(prompts, {"": [draw.to_image(picture) for picture in pixels]}).save(args.work / "samples.png")
+    pixels = measure.draw(measure.load(work / "model", device), prompts, range(len(prompts)))
+    sampling.grid(prompts, {"": [draw.to_image(picture) for picture in pixels]}).save(work / "samples.png")
 
 
 if __name__ == "__main__":
