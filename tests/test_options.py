@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from typing import get_type_hints
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -13,6 +14,7 @@ from library.options.table import OPTIONS
 from networks.deft_config import DeftError
 
 NEEDED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o"]
+ACCEPTED = [option for option in OPTIONS if option.status in ("always", "no effect")]
 NOT_HONOURED = [option for option in OPTIONS if option.status in ("refused", "to come")]
 
 
@@ -29,7 +31,7 @@ def test_what_is_not_honoured_ends_in_one_line_that_names_it(option):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.status == "always"], ids=lambda o: o.name)
+@pytest.mark.parametrize("option", ACCEPTED, ids=lambda o: o.name)
 def test_what_is_done_anyway_may_be_asked_for(option):
     assert parse([*NEEDED, *given(option)]) == parse(NEEDED)
 
@@ -40,22 +42,33 @@ def test_a_configuration_with_sd_scripts_defaults_asks_for_nothing(tmp_path):
         "shuffle_caption = false\nkeep_tokens = 0\ncaption_dropout_rate = 0.0\nnoise_offset = 0\n"
         "huber_c = 0.1\nloss_type = 'l2'\nlr_scheduler_args = []\nprior_loss_weight = 1.0\n"
         "min_bucket_reso = 256\ncaption_separator = ','\nmax_data_loader_n_workers = 0\ncache_latents = true\n"
+        "dynamo_backend = 'no'\nzero_stage = 2\n"
     )
     assert parse([*NEEDED, "--config_file", str(tmp_path / "c.toml")]) == parse(NEEDED)
-    with pytest.raises(DeftError, match="--keep_tokens: "):
-        parse([*NEEDED, "--config_file", str(tmp_path / "c.toml"), "--keep_tokens", "1"])
+    with pytest.raises(DeftError, match="--zero_stage: "):
+        parse([*NEEDED, "--config_file", str(tmp_path / "c.toml"), "--zero_stage", "3"])
+
+
+def leaves(kind: Any) -> Iterator[str]:
+    """The fields of a room and of the rooms within it that hold no room."""
+    for name, inner in get_type_hints(kind).items():
+        room = next((one for one in (inner, *get_args(inner)) if is_dataclass(one)), None)
+        yield from [name] if room is None else leaves(room)
 
 
 def test_every_honoured_option_reaches_a_room():
     """By its name, but for those that are taken up into another's value or read on the way."""
-    kinds = [kind for kind in get_type_hints(rooms.Run).values() if is_dataclass(kind)]
-    reached = [field.name for kind in kinds for field in fields(kind)]
+    other_names = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats", "image_dir": "train_data_dir",
+                   "metadata_file": "in_json"}  # fmt: skip
+    reached = [other_names.get(name, name) for name in leaves(rooms.Run)]
+    in_the_file = {"custom_attributes", "is_reg", "class_tokens", "network_multiplier"}  # alone
     honoured = {option.name for option in OPTIONS if not option.status}
     one_choice = {option.name for option in OPTIONS if len(option.choices) == 1} - set(reached)
     on_the_way = {"config_file", "network_dropout", "base_weights_multiplier", "training_comment", "use_8bit_adam",
                   "use_lion_optimizer", "full_bf16", "full_fp16", "fp8_base_unet", "output_config",
+                  "caption_extention", "network_module",
                   *(option.name for option in OPTIONS if str(option.metadata).startswith("modelspec."))}  # fmt: skip
-    assert set(reached) == honoured - on_the_way - one_choice
+    assert set(reached) - {"recorded"} == honoured - on_the_way - one_choice | in_the_file
     assert parse([*NEEDED, "--training_comment", "x"]).recorded["ss_training_comment"] == "x"
 
 
@@ -73,3 +86,12 @@ def test_the_docs_table_is_that_of_the_options():
     assert document.page(text) == text, "python -m library.options.document"
     for option in OPTIONS:
         assert f"`{option.name}`" in text
+
+
+@pytest.mark.parametrize("module", ["networks.lora", "networks.lora_flux"])
+def test_configurations_of_lora_train_with_deft(module, caplog):
+    found = parse([*NEEDED, "--network_module", module])
+    assert found == parse(NEEDED)
+    assert f"--network_module {module}: trained as networks.deft" in caplog.text
+    with pytest.raises(DeftError, match=r"invalid choice: 'lycoris\.kohya'"):
+        parse([*NEEDED, "--network_module", "lycoris.kohya"])

@@ -11,7 +11,7 @@ from library.options.table import OPTIONS, Option
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "trainer.md"
 BEGIN, END = "<!-- options: python -m library.options.document -->\n", "<!-- end of options -->\n"
 
-_STATUS = {"": "", "always": "done anyway: ", "refused": "refused: ", "to come": "to come: "}
+_STATUS = {"always": "done anyway"}  # the others are told as they are
 
 
 def table() -> str:
@@ -34,8 +34,16 @@ def _group(title: str, options: Iterator[Option]) -> Iterator[str]:
     for status, alike in itertools.groupby(options, lambda one: (one.status, one.help if one.status else one.name)):
         rows = list(alike)
         names = ", ".join(f"`{one.name}`" for one in rows)
-        yield f"| {names} | {_default(rows[0])} | {_STATUS[status[0]]}{rows[0].help}{_choices(rows[0])} |"
+        yield f"| {names} | {_default(rows[0])} | {_told(status[0])}{_text(rows[0])}{_choices(rows[0])} |"
     yield ""
+
+
+def _text(option: Option) -> str:
+    return option.help.replace("|", "\\|")  # which would end the cell
+
+
+def _told(status: str) -> str:
+    return f"{_STATUS.get(status, status)}: " if status else ""
 
 
 def _default(option: Option) -> str:

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-import toml
 from PIL import ImageColor
 
+from library.options.config_file import LITERALS, arguments_of, write_config
+from library.options.dataset_config import datasets_of
+from library.options.option import Option, asks_for_nothing, number_or_pair, pair
 from library.options.rooms import Run
-from library.options.table import OPTIONS, Option, asks_for_nothing
-from networks.deft_config import DeftError, nearest, read_text, reason_of
+from library.options.table import LORA_MODULES, OPTIONS
+from networks.deft_config import DeftError, nearest
 
 logger = logging.getLogger(__name__)
 
 _OFF_AT_0 = ("min_snr_gamma", "v_pred_like_loss", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations",
              "ip_noise_gamma")  # fmt: skip
-_LITERALS = ("optimizer_args", "lr_scheduler_args")  # whose values are Python's
-_NEEDED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
-_BACKSLASH = re.compile(r'"[^"\n]*\\[^"\n]*"')  # in double quotes
+_NEEDED = ("pretrained_model_name_or_path", "output_dir")
+_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "resolution": number_or_pair, "skip_image_resolution": number_or_pair, "face_crop_aug_range": pair,
+}  # fmt: skip
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 Room = TypeVar("Room")
@@ -46,7 +49,8 @@ def parse(argv: Sequence[str]) -> Run:
     parser = build_parser()
     first = parser.parse_known_args(argv)[0]
     config_file = None if first.output_config else first.config_file  # which is written then
-    given = [*(_config_arguments(config_file) if config_file else []), *argv]
+    overridden = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
+    given = [*(arguments_of(config_file, overridden) if config_file else []), *argv]
     found, unknown = parser.parse_known_args(given)
     if unknown:
         named = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown
@@ -60,10 +64,11 @@ def parse(argv: Sequence[str]) -> Run:
         _check(option, values[option.name])
     run = _run(dict(values))
     if values["output_config"]:
-        _write_config(values)
+        write_config(values)
     return run
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """All rows of the table; `--help` lists those that are honoured."""
     parser = _Parser(
@@ -105,95 +110,6 @@ def _check(option: Option, value: Any) -> None:
             raise DeftError(f"--{option.name}={one}: must be {option.check[1]}")
 
 
-# --- the configuration file ------------------------------------------------------------------------------------------
-
-
-def _config_arguments(path: str) -> list[str]:
-    """The options of a TOML file as command-line arguments, so that they are checked alike."""
-    values: dict[str, Any] = {}
-    for key, value in _read_toml(path).items():
-        is_section = isinstance(value, dict) and key not in _BY_NAME
-        for name, one in value.items() if is_section else [(key, value)]:
-            if values.get(name, one) != one:
-                raise DeftError(f"{path}: {name} is given twice, as {values[name]!r} and as {one!r}")
-            values[name] = one
-    known = _BY_NAME.keys() - {"config_file"}
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        told = ", ".join(f"'{key}'{nearest(key, known)}" for key in unknown)
-        raise DeftError(f"{path}: unknown key{'s' if len(unknown) > 1 else ''} {told}")
-    arguments: list[str] = []
-    for key, value in values.items():
-        option = _BY_NAME[key]
-        if isinstance(value, bool):
-            if option.kind is not bool:
-                raise DeftError(f"{path}: {key} takes a value, not {str(value).lower()}")
-            arguments += [f"--{key}"] if value else []
-        elif value == "" and option.kind is not bool:
-            continue  # as if it were not given
-        elif isinstance(value, dict) and option.many:  # network_args = {conv_dim = 4}
-            shown = repr if key in _LITERALS else str
-            arguments += [f"--{key}", *(f"{name}={shown(one)}" for name, one in value.items())]
-        elif isinstance(value, list) and not option.many and key != "resolution":
-            raise DeftError(f"{path}: {key} takes one value, not {value}")
-        elif isinstance(value, list) and not option.many:  # resolution = [512, 768]
-            arguments.append(f"--{key}={','.join(map(str, value))}")
-        elif option.many:
-            arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-        else:
-            arguments.append(f"--{key}={value}")
-    return arguments
-
-
-def _read_toml(path: str) -> dict[str, Any]:
-    """:raises DeftError: when it is missing or no TOML, with a hint where a Windows path is the likely reason"""
-    if not os.path.isfile(path):
-        raise DeftError(f"--config_file: no such file: {path}")
-    text = read_text(path, f"--config_file {path}:")
-    hint = "; in double quotes, backslashes have to be doubled: write 'C:\\path' in single quotes"
-    try:
-        content = toml.loads(text)
-    except Exception as error:  # of many kinds
-        raise DeftError(f"--config_file {path}: {reason_of(error)}{hint if _BACKSLASH.search(text) else ''}") from None
-    for key, value in _strings_in(content):
-        if (
-            key != "training_comment" and any(ord(letter) < 32 for letter in value) and _BACKSLASH.search(text)
-        ):  # as \t and \n of "C:\training\new"
-            raise DeftError(f"--config_file {path}: {key} = {value!r}{hint}")
-    return content
-
-
-def _strings_in(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(content, str):
-        yield key, content
-    elif isinstance(content, (dict, list)):
-        for name, value in content.items() if isinstance(content, dict) else ((key, value) for value in content):
-            yield from _strings_in(value, name)
-
-
-def _write_config(values: Mapping[str, Any]) -> NoReturn:
-    """What differs from the defaults, without secrets, as a file that `_config_arguments` reads.
-
-    :raises SystemExit: when it is written, as sd-scripts ends too
-    :raises DeftError: when it is there already, or cannot be written
-    """
-    path = values["config_file"]
-    if not path:
-        raise DeftError("--output_config needs --config_file FILE, which is written")
-    file = Path(path).with_suffix(".toml")
-    if file.exists():
-        raise DeftError(f"--output_config: {file} is there already; give another --config_file")
-    left_out = ("config_file", "output_config", "wandb_api_key")
-    given = {option.name: values[option.name] for option in OPTIONS if values[option.name] != option.default}
-    content = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    try:
-        file.write_text(toml.dumps({k: v for k, v in content.items() if k not in left_out}), encoding="utf-8")
-    except OSError as error:
-        raise DeftError(f"--output_config {file}: {reason_of(error)}") from None
-    logger.warning(f"written: {file}; train with --config_file {file}")
-    raise SystemExit(0)
-
-
 # --- the rooms -------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +118,18 @@ def _run(values: dict[str, Any]) -> Run:
     for name in _NEEDED:
         if not values[name]:
             raise DeftError(f"--{name} is needed, on the command line or in --config_file")
+    if not values["train_data_dir"] and not values["dataset_config"]:
+        raise DeftError("--train_data_dir is needed, on the command line or in --config_file")
     values |= {name: values[name] or None for name in _OFF_AT_0}
+    for name, read in _NUMBERS.items():
+        values[name] = _number(name, values[name] or _BY_NAME[name].default, read)
+    values["caption_extension"] = values["caption_extention"] or values["caption_extension"]
+    values["cache_text_encoder_outputs"] |= values["cache_text_encoder_outputs_to_disk"]
+    if values["network_module"] in LORA_MODULES:
+        logger.warning(
+            f"--network_module {values['network_module']}: trained as networks.deft; the file is a LoRA as well"
+        )
+        values["network_module"] = "networks.deft"
     values["optimizer_type"] = _optimizer_type(values)
     values["text_encoder_lr"] = values["text_encoder_lr"] or None
     recorded = {option.metadata: values[option.name] for option in OPTIONS if option.metadata}
@@ -221,6 +148,8 @@ def _run(values: dict[str, Any]) -> Run:
     if values["cache_text_encoder_outputs"] and not values["network_train_unet_only"]:
         raise DeftError("--cache_text_encoder_outputs: text encoders that are trained give new outputs in every step; "
                         "add --network_train_unet_only, or leave it out")  # fmt: skip
+    if values["diff_output_preservation_class"] and not values["trigger_word"]:
+        raise DeftError("--diff_output_preservation_class needs --trigger_word, the word that it stands in for")
     if values["adaptive_noise_scale"] is not None and values["noise_offset"] is None:
         raise DeftError("--adaptive_noise_scale needs --noise_offset")
     if values["min_timestep"] > values["max_timestep"]:
@@ -235,14 +164,15 @@ def _run(values: dict[str, Any]) -> Run:
         )
     strengths = [*values["base_weights_multiplier"], *[1.0] * len(values["base_weights"])]
     values |= {
-        "caption_extension": "." + values["caption_extension"].lstrip("."),
         "transparent_background": _colour(values["transparent_background"]),
-        "resolution": _resolution(values["resolution"]),
+        "datasets": datasets_of(values),
+        "train_data_dir": None if values["dataset_config"] or values["in_json"] else values["train_data_dir"],
+        "reg_data_dir": None if values["dataset_config"] or values["in_json"] else values["reg_data_dir"],
         "text_encoder_lr": tuple(values["text_encoder_lr"] or ()),
         "base_weights": tuple(zip(values["base_weights"], strengths, strict=False)),
     }
     values["network_args"] = dict(_pairs("network_args", values))
-    for name in _LITERALS:
+    for name in LITERALS:
         values[name] = _literals(name, values)
     if values["network_dropout"] is not None:
         values["network_args"]["neuron_dropout"] = values["network_dropout"]
@@ -251,7 +181,11 @@ def _run(values: dict[str, Any]) -> Run:
 
 
 def _room(kind: type[Room], values: Mapping[str, Any]) -> Room:
-    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
+    """A room of the options of its fields' names, with the rooms within it."""
+    kinds = get_type_hints(kind)
+    found = {one.name: _room(kinds[one.name], values) if is_dataclass(kinds[one.name]) else values[one.name]
+             for one in fields(kind)}  # type: ignore[arg-type]  # fmt: skip
+    return kind(**found)
 
 
 def _optimizer_type(values: Mapping[str, Any]) -> str:
@@ -300,12 +234,10 @@ def _colour(text: str) -> tuple[int, ...]:
         raise DeftError(f"--transparent_background {text}: must be a colour's name or #RRGGBB") from None
 
 
-def _resolution(text: str) -> tuple[int, int]:
-    """(width, height) from `512` or `512,768`."""
+def _number(name: str, text: str | None, read: Callable[[Any], Any]) -> Any:
+    if not text:
+        return None
     try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise DeftError(f"--resolution {text}: must be one number or WIDTH,HEIGHT")
-    return numbers[0], numbers[-1]
+        return read(text)
+    except ValueError as error:
+        raise DeftError(f"--{name} {text}: must be {error}") from None

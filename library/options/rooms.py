@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -25,6 +26,7 @@ class ModelOptions:
     zero_terminal_snr: bool = False
     clip_skip: int | None = None
     max_token_length: int | None = None
+    weighted_captions: bool = False
     vae: str | None = None
     clip_l: str | None = None
     t5xxl: str | None = None
@@ -35,16 +37,124 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class CaptionOptions:
+    """What becomes of a subset's captions; names, defaults and meaning are sd-scripts'."""
+
+    caption_separator: str = ","
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str | None = None
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0  # below 1: a share of all steps
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """What is changed at random in a subset's pictures."""
+
+    flip_aug: bool = False
+    color_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class SubsetOptions:
+    """A folder of pictures with captions beside them, or a metadata file, and what is done with them."""
+
+    image_dir: str | None
+    metadata_file: str | None = None  # kohya's JSON with captions, tags and paths; --in_json
+    num_repeats: int = 1
+    class_tokens: str | None = None  # the caption of those that have none
+    is_reg: bool = False
+    caption_extension: str = ".caption"  # with its dot
+    conditioning_data_dir: str | None = None  # masks
+    alpha_mask: bool = False
+    custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    resize_interpolation: str | None = None
+    validation_split: float = 0.0
+    validation_seed: int | None = None
+    captions: CaptionOptions = CaptionOptions()
+    augment: AugmentOptions = AugmentOptions()
+
+    @property
+    def name(self) -> str:
+        """Of its folder or metadata file, as sd-scripts names it."""
+        return Path(self.metadata_file or self.image_dir or "").name
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    """Which sizes pictures are brought to, in pixels."""
+
+    resolution: tuple[int, int]  # width and height
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
+    skip_image_resolution: tuple[int, int] | None = None  # pictures of no more pixels are left out
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """Subsets whose pictures share buckets and batches."""
+
+    subsets: tuple[SubsetOptions, ...]
+    buckets: BucketOptions
+    batch_size: int = 1
+    network_multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is computed once, and where it is kept."""
+
+    cache_dir: str | None = None  # None: the user's own folder for caches
+    cache_latents_to_disk: bool = False
+    cache_text_encoder_outputs: bool = False
+    cache_text_encoder_outputs_to_disk: bool = False
+    vae_batch_size: int = 1
+    text_encoder_batch_size: int | None = None
+    skip_cache_check: bool = False
+
+
+@dataclass(frozen=True)
 class DataOptions:
     """Which pictures, and what becomes of them."""
 
-    train_data_dir: str
-    caption_extension: str  # with its dot
-    transparent_background: tuple[int, int, int]
-    resolution: tuple[int, int]  # width and height
-    train_batch_size: int
-    cache_text_encoder_outputs: bool
-    text_encoder_batch_size: int | None
+    datasets: tuple[DatasetOptions, ...]
+    dataset_config: str | None = None  # that says what they are
+    train_data_dir: str | None = None  # whose folders are subsets, where it is so
+    reg_data_dir: str | None = None  # likewise
+    transparent_background: tuple[int, int, int] = (255, 255, 255)
+    masked_loss: bool = False
+    debug_dataset: bool = False
+    caches: CacheOptions = CacheOptions()
+
+
+@dataclass(frozen=True)
+class PreservationOptions:
+    """What holds the model to what it could do, beside the adapter's own `keep`."""
+
+    prior_loss_weight: float = 1.0  # of regularisation pictures
+    diff_output_preservation_class: str | None = None  # the prompt's words in place of --trigger_word
+    trigger_word: str | None = None
+    diff_output_preservation_multiplier: float = 1.0
+
+    def of_class(self, caption: str) -> str | None:
+        """The caption with the class's words in place of the trigger's; None without trigger or class."""
+        trigger, words = self.trigger_word, self.diff_output_preservation_class
+        if words is None or not trigger or trigger not in caption:
+            return None
+        return caption.replace(trigger, words)
 
 
 @dataclass(frozen=True)
@@ -203,6 +313,7 @@ class Run:
 
     model: ModelOptions
     data: DataOptions
+    preservation: PreservationOptions
     network: NetworkOptions
     optimizer: OptimizerOptions
     process: ProcessOptions

@@ -2,108 +2,32 @@
 
 A row is an option's name, type, default and help, the field of the files' metadata that keeps it, and, where it is not
 honoured, why. The command line and the TOML reader are made of these rows; `rooms` takes their values apart.
+The rows of pictures, captions and what is made of them are in `data_table`.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-
-Check = tuple[Callable[[Any], bool], str]  # whether a value is good, and what it must be
-
-AT_LEAST_1: Check = (lambda value: value >= 1, "at least 1")
-AT_LEAST_0: Check = (lambda value: 0 <= value < math.inf, "a number of at least 0")
-ABOVE_0: Check = (lambda value: 0 < value < math.inf, "a number above 0")
-FINITE: Check = (lambda value: math.isfinite(value), "a finite number")
-TIMESTEP: Check = (lambda value: 0 <= value <= 999, "from 0 to 999")
-PAST_TIMESTEP: Check = (lambda value: 1 <= value <= 1000, "from 1 to 1000")
-MODE_SCALE: Check = (lambda value: -1 <= value <= 1.75, "from -1 to 1.75")  # arXiv 2403.03206, section 3.1
-SEED: Check = (lambda value: 0 <= value < 2**32, f"from 0 to {2**32 - 1}")
-
-
-@dataclass(frozen=True)
-class Option:
-    """A row of the table.
-
-    :param kind: bool for a switch, otherwise what makes a value of a string
-    :param help: for `--help`, one line; where the option is not honoured, why, and what to do instead
-    :param many: whether it takes several values
-    :param check: of each value
-    :param metadata: the name of the field, `ss_...`
-    :param status: "" where it is honoured; "always" where it asks for what is done anyway; "refused" or "to come"
-    """
-
-    name: str
-    kind: Any
-    default: Any = None
-    help: str = ""
-    choices: Sequence[str | int] = ()
-    many: bool = False
-    check: Check | None = None
-    metadata: str | None = None
-    metavar: str | None = None
-    status: str = ""
-    group: str = ""
-
-
-def steps_or_share(text: str) -> int | float:
-    """An int for steps, a float for a share of all steps, which is below 1 or in %.
-
-    :raises argparse.ArgumentTypeError: for anything else
-    """
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        number = float(text)
-        return int(text) if number >= 1 else number or 0
-    except ValueError:
-        told = f"'{text}' must be a whole number of steps, or a share of them as 0.1 or 10%"
-        raise argparse.ArgumentTypeError(told) from None
-
-
-def _group(title: str, *options: Option) -> list[Option]:
-    return [replace(option, group=title) for option in options]
-
-
-# sd-scripts' defaults of what is not honoured: in a configuration they ask for nothing, and nor does 0
-_ASK_FOR_NOTHING = {
-    "prior_loss_weight": 1,
-    "dataset_repeats": 1, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
-    "caption_separator": ",", "token_warmup_min": 1, "dynamo_backend": "inductor", "zero_stage": 2,
-}  # fmt: skip
-
-
-def asks_for_nothing(name: str, text: str) -> bool:
-    """Whether an option that is not honoured has a value that changes nothing in sd-scripts either."""
-    neutral = _ASK_FOR_NOTHING.get(name)
-    try:
-        return float(text) in (0, neutral)
-    except ValueError:
-        return text in ("", neutral)
-
-
-def _not_honoured(status: str, kind: Any, reason: str, *names: str, many: bool = False) -> list[Option]:
-    """Options alike: switches, or such that take a value, of any kind."""
-    return [Option(name, kind, False if kind is bool else None, reason, many=many, status=status) for name in names]
-
-
-def _always(reason: str, *switches: str) -> list[Option]:
-    return _not_honoured("always", bool, reason, *switches)
-
-
-def _refused(reason: str, *names: str, switch: bool = False, many: bool = False) -> list[Option]:
-    return _not_honoured("refused", bool if switch else str, reason, *names, many=many)
-
-
-def _to_come(reason: str, *names: str, switch: bool = False, many: bool = False) -> list[Option]:
-    return _not_honoured("to come", bool if switch else str, reason, *names, many=many)
-
+from library.options.data_table import DATA
+from library.options.option import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FINITE,
+    MODE_SCALE,
+    PAST_TIMESTEP,
+    SEED,
+    TIMESTEP,
+    Option,
+    always,
+    group,
+    no_effect,
+    refused,
+    steps_or_share,
+    to_come,
+)  # fmt: skip
 
 IN_SD_SCRIPTS = "not here yet; sd-scripts has it, with --network_module networks.deft"
-_DATA = "data sets in sd-scripts' form are not read here yet"
+LORA_MODULES = ("networks.lora", "networks.lora_flux")  # whose configurations are trained with networks.deft
 _MEMORY = "small cards and speed are to come; sd-scripts has it, with --network_module networks.deft"
 _DEEPSPEED = "DeepSpeed is not used here; several GPUs train by accelerate launch"
 _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
@@ -128,14 +52,14 @@ SAMPLERS = (
 )  # fmt: skip
 
 OPTIONS: list[Option] = [
-    *_group(
+    *group(
         "model",
         Option("pretrained_model_name_or_path", str, metavar="PATH", help="a Diffusers folder or a .safetensors file"),
         Option("tokenizer", str, metavar="DIR", help="folder with the CLIP tokenizer, for single files"),
         Option("tokenizer_cache_dir", str, metavar="DIR", help="folder that holds openai_clip-vit-large-patch14/"),
         Option("xformers", bool, False, "memory-efficient attention by xformers, where it is installed"),
-        *_always("torch's scaled dot product attention is used anyway", "sdpa", "mem_eff_attn"),
-        *_always("the VAE computes in float32 anyway", "no_half_vae"),
+        *always("torch's scaled dot product attention is used anyway", "sdpa", "mem_eff_attn"),
+        *always("the VAE computes in float32 anyway", "no_half_vae"),
         Option("v2", bool, False, "the model is of Stable Diffusion 2.x; it is recognised anyway"),
         Option("v_parameterization", bool, False, "it predicts velocity, which a single file of 2.x does not say"),
         Option(
@@ -177,92 +101,20 @@ OPTIONS: list[Option] = [
             "guidance_scale", float, 3.5, "FLUX dev: the guidance that it is told while it is trained", check=FINITE
         ),
         Option("model_type", str, "flux", "of FLUX's transformers, the one that is trained here", ("flux",)),
-        *_refused("a FLUX ControlNet is trained by sd-scripts' own script", "controlnet_model_name_or_path"),
-        *_refused("sd-scripts has given it up too, for --blocks_to_swap", "split_mode", switch=True),
-        *_refused("inpainting models are trained by sd-scripts, with networks.deft", "train_inpainting", switch=True),
+        *refused("a FLUX ControlNet is trained by sd-scripts' own script", "controlnet_model_name_or_path"),
+        *refused("sd-scripts has given it up too, for --blocks_to_swap", "split_mode", switch=True),
+        *refused("inpainting models are trained by sd-scripts, with networks.deft", "train_inpainting", switch=True),
     ),
-    *_group(
-        "data",
-        Option("train_data_dir", str, metavar="DIR", help="folder of folders named REPEATS_NAME, e.g. 10_sks cat"),
-        Option("caption_extension", str, ".txt", "captions beside the images"),
-        Option(
-            "transparent_background",
-            str,
-            "white",
-            metavar="COLOUR",
-            help="behind transparent pictures, a name or #RRGGBB",
-        ),
-        Option("resolution", str, "512", "WIDTH,HEIGHT or one number for both"),
-        Option(
-            "train_batch_size",
-            int,
-            1,
-            "images a step and device",
-            check=AT_LEAST_1,
-            metadata="ss_batch_size_per_device",
-        ),
-        Option("cache_text_encoder_outputs", bool, False, "encode texts once, then free the text encoders"),
-        Option("text_encoder_batch_size", int, None, "captions at once where they are encoded once", check=AT_LEAST_1),
-        *_always("latents are cached in memory anyway", "cache_latents"),
-        *_always(
-            "pictures are read once, before the training",
-            "persistent_data_loader_workers",
-            "skip_cache_check",
-            "cache_info",
-        ),
-        *_not_honoured(
-            "always", str, "pictures are read once, before the training", "max_data_loader_n_workers", "vae_batch_size"
-        ),
-        *_to_come(
-            _DATA,
-            "dataset_config",
-            "reg_data_dir",
-            "prior_loss_weight",
-            "in_json",
-            "dataset_class",
-            "dataset_repeats",
-            "min_bucket_reso",
-            "max_bucket_reso",
-            "bucket_reso_steps",
-            "resize_interpolation",
-            "caption_separator",
-            "keep_tokens",
-            "keep_tokens_separator",
-            "secondary_separator",
-            "caption_prefix",
-            "caption_suffix",
-            "token_warmup_min",
-            "token_warmup_step",
-            "caption_dropout_rate",
-            "caption_dropout_every_n_epochs",
-            "caption_tag_dropout_rate",
-            "face_crop_aug_range",
-            "conditioning_data_dir",
-        ),
-        *_to_come(
-            _DATA,
-            "debug_dataset",
-            "enable_bucket",
-            "bucket_no_upscale",
-            "shuffle_caption",
-            "enable_wildcard",
-            "weighted_captions",
-            "color_aug",
-            "flip_aug",
-            "random_crop",
-            "masked_loss",
-            "alpha_mask",
-            "cache_latents_to_disk",
-            "cache_text_encoder_outputs_to_disk",
-            "skip_image_resolution",
-            switch=True,
-        ),
-        *_refused("it is written --caption_extension", "caption_extention"),
-    ),
-    *_group(
+    *DATA,
+    *group(
         "network",
         Option(
-            "network_module", str, "networks.deft", "what is trained", ("networks.deft",), metadata="ss_network_module"
+            "network_module",
+            str,
+            "networks.deft",
+            "what is trained; with a LoRA module of sd-scripts' too",
+            ("networks.deft", *LORA_MODULES),
+            metadata="ss_network_module",
         ),
         Option("network_dim", int, None, "rank (4 where nothing is given)"),
         Option("network_alpha", float, 1.0, "scale is alpha / dim"),
@@ -285,7 +137,7 @@ OPTIONS: list[Option] = [
             metadata="ss_scale_weight_norms",
         ),
     ),
-    *_group(
+    *group(
         "training",
         Option("optimizer_type", str, "", "sd-scripts' names, or MODULE.CLASS (AdamW where none is given)"),
         Option("optimizer_args", str, (), "its further arguments", many=True, metavar="KEY=VALUE"),
@@ -355,9 +207,9 @@ OPTIONS: list[Option] = [
             metadata="ss_mixed_precision",
         ),
         Option("seed", int, None, "of everything random (a new one each run where none is given)", check=SEED),
-        *_refused("sd-scripts steps so only where it trains a whole model", "fused_backward_pass", switch=True),
+        *refused("sd-scripts steps so only where it trains a whole model", "fused_backward_pass", switch=True),
     ),
-    *_group(
+    *group(
         "objective",
         Option(
             "min_snr_gamma",
@@ -501,7 +353,7 @@ OPTIONS: list[Option] = [
         Option("logit_std", float, 1.0, "FLUX: of logit_normal", check=AT_LEAST_0, metadata="ss_logit_std"),
         Option("mode_scale", float, 1.29, "FLUX: of mode", check=MODE_SCALE, metadata="ss_mode_scale"),
     ),
-    *_group(
+    *group(
         "saving",
         Option("output_dir", str, metavar="DIR", help="where everything is written"),
         Option("output_name", str, "last", "name of the adapter file", metadata="ss_output_name"),
@@ -516,10 +368,10 @@ OPTIONS: list[Option] = [
         Option("save_last_n_epochs_state", int, None, "as --save_last_n_epochs, of states", check=AT_LEAST_1),
         Option("save_last_n_steps_state", int, None, "as --save_last_n_steps, of states", check=AT_LEAST_0),
         Option("resume", str, metavar="DIR", help="a state: go on where it was saved, as if nothing had happened"),
-        *_refused(
+        *refused(
             "--resume goes on where its state was saved, in the middle of an epoch too", "initial_epoch", "initial_step"
         ),
-        *_always("--resume goes on where its state was saved", "skip_until_initial_step"),
+        *always("--resume goes on where its state was saved", "skip_until_initial_step"),
         Option("no_metadata", bool, False, "keep the training's settings out of the file"),
         Option("training_comment", str, None, "goes into the file's metadata", metadata="ss_training_comment"),
         Option("save_model_as", str, "safetensors", "the one format that is written", ("safetensors",)),
@@ -527,7 +379,7 @@ OPTIONS: list[Option] = [
             Option(f"metadata_{name}", str, None, f"{what}, in the file's metadata", metadata=f"modelspec.{name}")
             for name, what in MODEL_SPEC.items()
         ],
-        *_refused(
+        *refused(
             _HUB,
             "huggingface_repo_id",
             "huggingface_repo_type",
@@ -535,9 +387,9 @@ OPTIONS: list[Option] = [
             "huggingface_token",
             "huggingface_repo_visibility",
         ),
-        *_refused(_HUB, "save_state_to_huggingface", "resume_from_huggingface", "async_upload", switch=True),
+        *refused(_HUB, "save_state_to_huggingface", "resume_from_huggingface", "async_upload", switch=True),
     ),
-    *_group(
+    *group(
         "sample images",
         Option("sample_prompts", str, metavar="FILE", help="text, JSON or TOML, as in sd-scripts"),
         Option("sample_every_n_steps", int, None, "draw after every so many steps", check=AT_LEAST_1),
@@ -545,7 +397,7 @@ OPTIONS: list[Option] = [
         Option("sample_at_first", bool, False, "also before the first step"),
         Option("sample_sampler", str, None, "how samples are drawn (ddim where nothing is given)", SAMPLERS),
     ),
-    *_group(
+    *group(
         "logs",
         Option("logging_dir", str, metavar="DIR", help="logs of loss and rates, in a folder for each run"),
         Option("log_with", str, None, "what writes them (tensorboard with --logging_dir)", TRACKERS),
@@ -557,10 +409,14 @@ OPTIONS: list[Option] = [
         Option("wandb_api_key", str, None, "to log in with"),
         Option("console_log_level", str, "INFO", "the least that is told", LEVELS),
         Option("console_log_file", str, metavar="FILE", help="messages go there, not to the terminal"),
-        *_always("messages are plain lines anyway", "console_log_simple"),
-        *_refused("a drawing of sd-scripts' own; the options of timesteps mean what they mean there", "show_timesteps"),
+        *always("messages are plain lines anyway", "console_log_simple"),
+        *refused(
+            "a drawing of sd-scripts' own; the options of timesteps mean what they mean there",
+            "show_timesteps",
+            "show_timesteps_resolution",
+        ),
     ),
-    *_group(
+    *group(
         "validation",
         Option(
             "validation_split",
@@ -582,25 +438,27 @@ OPTIONS: list[Option] = [
             metadata="ss_max_validation_steps",
         ),
     ),
-    *_group(
+    *group(
         "speed and memory",
         Option("full_bf16", bool, False, "the model in bf16, with --mixed_precision bf16; the adapter stays float32"),
         Option("full_fp16", bool, False, "the model in fp16, with --mixed_precision fp16; the adapter stays float32"),
         Option("ddp_timeout", int, None, "minutes that processes wait for each other", check=AT_LEAST_1),
-        *_always("one process keeps one copy of the model", "lowram", "highvram"),
+        *always("one process keeps one copy of the model", "lowram", "highvram"),
         Option("fp8_base", bool, False, "keep the denoiser in 8 bits", metadata="ss_fp8_base"),
         Option("fp8_base_unet", bool, False, "the same here", metadata="ss_fp8_base_unet"),
         Option("cuda_allow_tf32", bool, False, "matrix products in TF32, of float32 on GPUs"),
         Option("cuda_cudnn_benchmark", bool, False, "let cuDNN try which of its convolutions is fastest"),
-        *_refused("accelerate chooses it; hide others by the environment's CUDA_VISIBLE_DEVICES", "device"),
-        *_to_come(_MEMORY, "cpu_offload_checkpointing", "torch_compile", "compile", switch=True),
-        *_to_come(_MEMORY, "blocks_to_swap", "dynamo_backend"),
-        *_always(
+        *refused("accelerate chooses it; hide others by the environment's CUDA_VISIBLE_DEVICES", "device"),
+        *to_come(_MEMORY, "cpu_offload_checkpointing", "torch_compile", "compile", switch=True),
+        *to_come(_MEMORY, "blocks_to_swap"),
+        no_effect("it is of --torch_compile, which is to come", "dynamo_backend", str),
+        no_effect("files are read as safetensors reads them", "disable_mmap_load_safetensors", bool),
+        *always(
             "the adapter's gradients alone go between processes, all in one piece",
             "ddp_gradient_as_bucket_view",
             "ddp_static_graph",
         ),
-        *_refused(
+        *refused(
             _DEEPSPEED,
             "zero_stage",
             "offload_optimizer_device",
@@ -608,7 +466,7 @@ OPTIONS: list[Option] = [
             "offload_param_device",
             "offload_param_nvme_path",
         ),
-        *_refused(
+        *refused(
             _DEEPSPEED,
             "deepspeed",
             "zero3_init_flag",
@@ -617,7 +475,7 @@ OPTIONS: list[Option] = [
             switch=True,
         ),
     ),
-    *_group(
+    *group(
         "configuration",
         Option("config_file", str, metavar="FILE", help="TOML file with any of these options, in any sections"),
         Option("output_config", bool, False, "write all options that are given into --config_file, and end"),
