@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ftfy
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from library.models import weighted
+from library.models.outline import Encoder
 from library.models.reading import CLIP_L, find_tokenizer
 from library.options.rooms import ModelOptions
 from networks.deft_config import DeftError
@@ -37,12 +40,18 @@ class Reader:
     :param padding: the token behind the end
     :param positions: of the encoder, 77
     :param max_token_length: of --max_token_length
+    :param weighted: whether captions have weights, --weighted_captions
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, padding: int, positions: int, max_token_length: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        padding: int,
+        positions: int,
+        max_token_length: int | None = None,
+        weighted: bool = False,
     ):
-        self.tokenizer, self.padding = tokenizer, padding
+        self.tokenizer, self.padding, self.weighted = tokenizer, padding, weighted
         self.window = positions - 2
         self.windows = 1 if max_token_length is None else max_token_length // WINDOW
 
@@ -56,7 +65,7 @@ class Reader:
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         rows = []
         for caption in captions:
-            found = [*self._of(caption)[: self.length], end]
+            found = [*self.ids(caption)[: self.length], end]
             found += [self.padding] * (self.length + 1 - len(found))
             last = found.pop()
             windows = [found[i : i + self.window] for i in range(0, self.length, self.window)]
@@ -72,12 +81,46 @@ class Reader:
                 window = [end, *window[1:]]
         return [*window, last]
 
-    def _of(self, caption: str) -> list[int]:
-        return list(self.tokenizer(caption, verbose=False).input_ids[1:-1])
+    def weights(self, captions: Sequence[str]) -> Tensor | None:
+        """(captions, length + 2), float32, of all tokens with one start and one end; None where captions have none."""
+        if not self.weighted:
+            return None
+        rows = torch.ones(len(captions), self.length + 2)
+        for row, caption in zip(rows, captions, strict=True):
+            found = self._read(caption)[1][: self.length]
+            row[1 : len(found) + 1] = torch.tensor(found)
+        return rows
+
+    def _read(self, caption: str) -> tuple[list[int], list[float]]:
+        """All of its tokens and their weights; texts of different weights are read one by one."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        for text, weight in weighted.parse(caption) if self.weighted else [(caption, 1.0)]:
+            found = self.tokenizer(cleaned(text), verbose=False).input_ids[1:-1]
+            tokens += found
+            weights += [weight] * len(found)
+        return tokens, weights
+
+    def ids(self, caption: str) -> list[int]:
+        """All of its tokens, without start and end."""
+        return self._read(caption)[0]
 
     def beyond(self, caption: str) -> tuple[str, int]:
         """See `Family.beyond`."""
-        return str(self.tokenizer.decode(self._of(caption)[self.length :])).strip(), self.length
+        return self.outline("").beyond(caption), self.length
+
+    def outline(self, name: str) -> Encoder:
+        """How many tokens it reads.
+
+        :param name: of the text encoder
+        """
+        return Encoder(name, self.tokenizer, self.ids, self.length)
+
+
+def cleaned(text: str) -> str:
+    """What CLIP was trained on, and sd-scripts' older transformers makes of a text itself: curly quotes made straight,
+    ligatures and full-width letters plain, entities of HTML and doubly encoded letters undone; in lower case."""
+    return " ".join(ftfy.fix_text(text).split()).lower()
 
 
 def states(encoder: nn.Module, tokens: Tensor) -> Any:
@@ -100,6 +143,15 @@ def joined(hidden: Tensor, windows: int) -> Tensor:
         return hidden
     parts = hidden.unflatten(0, (-1, windows))
     return torch.cat([parts[:, 0, :1], parts[:, :, 1:-1].flatten(1, 2), parts[:, -1, -1:]], 1)
+
+
+def weighed(hidden: Tensor, weights: Tensor | None) -> Tensor:
+    """Each token's state times its weight, as sd-scripts has it: the mean is not brought back to what it was.
+
+    :param hidden: of `joined`
+    :param weights: of `Reader.weights`
+    """
+    return hidden if weights is None else (hidden * weights[..., None].to(hidden.device)).to(hidden.dtype)
 
 
 def pooled(encoder: nn.Module, last: Tensor, tokens: Tensor, end: int) -> Tensor:
