@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +35,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+_SIZED_LATE = ("ICO", "CUR", "ICNS")  # what they contain may have another size than they say
 _LAYERED = ("MPO", "PSD")  # what follows the picture are previews, depths and layers
 # the value of white: in 16 bits, in what PGM and TIFF have as 32 bits, and in TIFF's floating-point numbers; of several
 # the smallest that nine tenths of the picture do not exceed by far: highlights do
@@ -41,11 +50,23 @@ _WHITES = {"I;16": (65535,), "I": (65535, 2**31 - 1), "F": (1, 255, 65535)}
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in RGB, whether parts of it were transparent, and how many frames its file has."""
+    """A picture in RGB, whether parts of it were transparent, and how many frames its file has.
+
+    :param alpha: (h, w) uint8, 0 where it was wholly transparent; None when no part was
+    """
 
     image: Image.Image
     transparent: bool
     frames: int
+    alpha: np.ndarray | None = None
+
+
+@functools.cache  # what is not installed is searched for in every folder, each time
+def _add_plugins() -> None:
+    for module in {module for module, _ in PLUGINS.values()}:
+        with contextlib.suppress(ImportError):
+            plugin = importlib.import_module(module)
+            getattr(plugin, "register_heif_opener", lambda: None)()
 
 
 def readable_formats() -> dict[str, str]:
@@ -53,10 +74,7 @@ def readable_formats() -> dict[str, str]:
 
     EPS is left out: it is a program, which Pillow has Ghostscript run.
     """
-    for module in {module for module, _ in PLUGINS.values()}:
-        with contextlib.suppress(ImportError):
-            plugin = importlib.import_module(module)
-            getattr(plugin, "register_heif_opener", lambda: None)()
+    _add_plugins()
     found = Image.registered_extensions()
     return {extension: name for extension, name in found.items() if name in Image.OPEN and name != "EPS"}
 
@@ -71,16 +89,54 @@ def read_picture(path: Path, background: Colour = WHITE) -> Picture:
     with Image.open(path, formats=sorted(set(readable_formats().values()))) as image:
         image.load()
         picture = to_rgb(image, background)
-        # not ImageOps.exif_transpose, which also writes all other tags anew and fails on odd ones; Pillow turns TIFFs
-        method = None
-        if image.format != "TIFF":
-            with contextlib.suppress(Exception):  # metadata may be anything
-                method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        method = _turn(image)
         if image.format not in _LAYERED:
             with contextlib.suppress(Exception):  # further frames may be broken
                 frames = getattr(image, "n_frames", 1)
-    upright = picture.image if method is None else picture.image.transpose(method)
-    return replace(picture, image=upright, frames=frames)
+    if method is None:
+        return replace(picture, frames=frames)
+    alpha = None if picture.alpha is None else np.array(Image.fromarray(picture.alpha).transpose(method))
+    return Picture(picture.image.transpose(method), picture.transparent, frames, alpha)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of what `read_picture` gives, from the file's head alone where its format has them there.
+
+    :raises Exception: of many kinds, Pillow's, when the file is no picture
+    """
+    with Image.open(path, formats=sorted(set(readable_formats().values()))) as image:
+        if image.format in _SIZED_LATE or (image.format == "PNG" and _metadata_behind_pixels(path)):
+            image.load()
+        turned = _turn(image) in _SIDEWAYS
+        return (image.height, image.width) if turned else image.size
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright.
+
+    Not ImageOps.exif_transpose, which also writes all other tags anew and fails on odd ones. Pillow turns TIFFs itself.
+    """
+    if image.format == "TIFF":
+        return None
+    with contextlib.suppress(Exception):  # metadata may be anything
+        # a PNG's own getexif would read all of its pixels, to see whether there is something behind them
+        exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+        return _UPRIGHT.get(exif[ExifTags.Base.Orientation])
+    return None
+
+
+def _metadata_behind_pixels(path: Path) -> bool:
+    """Whether a PNG has EXIF or texts after its pixels."""
+    with path.open("rb") as file:
+        file.seek(8)
+        pixels = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            pixels |= kind == b"IDAT"
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(length + 4, 1)
+    return False
 
 
 def to_rgb(image: Image.Image, background: Colour = WHITE) -> Picture:
@@ -92,7 +148,8 @@ def to_rgb(image: Image.Image, background: Colour = WHITE) -> Picture:
     if layer.getchannel("A").getextrema()[0] == 255:
         return Picture(layer.convert("RGB"), False, 1)
     below = Image.new("RGBA", layer.size, (*background, 255))
-    return Picture(Image.alpha_composite(below, layer).convert("RGB"), True, 1)
+    alpha = np.array(layer.getchannel("A"))
+    return Picture(Image.alpha_composite(below, layer).convert("RGB"), True, 1, alpha)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
