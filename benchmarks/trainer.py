@@ -4,8 +4,11 @@
 
 Each case is trained by one, the other, the other, the one, each a process of its own, with the same options, pictures
 and files. A step's time is of the second half of the steps; memory is what torch had allocated at most once the first
-step was done. Then ours alone: saved, continued from the state and compared; each 8-bit optimizer; fp16. Needs 45 GB
-in the folder and 80 GB of a GPU. Writes benchmarks/results/trainer.json anew after each process.
+step was done. For `..._alternating`, both are there from beginning to end and train in turn, a few seconds each, while
+the other is stopped: what the host does meets both alike. Then ours alone: saved, continued from the state and
+compared, beside a second training that nothing disturbs, and with torch's deterministic kernels; each 8-bit optimizer;
+fp16; configs/sdxl.toml and flux.toml. Needs 45 GB in the folder and 80 GB of a GPU. Writes
+benchmarks/results/trainer.json anew after each process.
 
 `--tiny` tries the same on a CPU, without sd-scripts' SDXL, whose size is written in its code.
 """
@@ -15,8 +18,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +29,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, WORLD = Path(__file__).with_name("trainer_side.py"), Path(__file__).with_name("trainer_world.py")
@@ -43,9 +50,21 @@ THEIRS = {
     "sdxl": ("sdxl_train_network.py", "--network_module networks.lora"),
     "flux": ("flux_train_network.py", "--network_module networks.lora_flux"),
 }
+CONFIGURED = (
+    "--config_file {root}/configs/{kind}.toml --pretrained_model_name_or_path {world}/model.safetensors "
+    "--tokenizer_cache_dir {world}/tokenizers --train_data_dir {world}/images --output_dir {world}/out "
+    "--output_name {name} --logging_dir {world}/logs --max_train_steps {steps} --save_every_n_steps 3"
+)
+CONFIGURED_PARTS = {
+    "sdxl": "",
+    "flux": "--clip_l {world}/clip_l.safetensors --t5xxl {world}/t5xxl.safetensors --ae {world}/ae.safetensors",
+}
 BF16, CHECKPOINTING = "--mixed_precision bf16 --full_bf16 --optimizer_type AdamW", "--gradient_checkpointing"
 BITS_8 = ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "PagedLion8bit",
           "SGDNesterov8bit")  # fmt: skip
+FP8 = "--mixed_precision bf16 --fp8_base --optimizer_type AdamW"
+ALTERNATING = "_alternating"
+WARM = 5  # steps before the two of an alternating case take turns
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,9 @@ class Training:
     """One process.
 
     :param case: of those whose rates are compared; empty for those that are only shown to run
+    :param beside: the training whose file is compared with this one's
+    :param deterministic: with torch's deterministic kernels, where there are any
+    :param config: with the options of that file of configs/, places alone being given
     """
 
     name: str
@@ -61,6 +83,9 @@ class Training:
     steps: int
     ours: bool = True
     case: str = ""
+    beside: str = ""
+    deterministic: bool = False
+    config: bool = False
 
 
 def compared(case: str, world: str, options: str, steps: int, order: str) -> list[list[Training]]:
@@ -68,12 +93,24 @@ def compared(case: str, world: str, options: str, steps: int, order: str) -> lis
     return [[Training(f"{case}_{i}_{who}", world, options, steps, who == "o", case)] for i, who in enumerate(order)]
 
 
+def alternating(world: str) -> list[Training]:
+    case, options = f"{world}{ALTERNATING}", f"{BF16} {CHECKPOINTING}"
+    return [Training(f"{case}_{who}", world, options, 10**6, who == "o", case) for who in "ot"]
+
+
 def continued(world: str, steps: int) -> list[list[Training]]:
-    """A training that leaves a state half-way, and what goes on from there."""
+    """Trainings that leave a state half-way, and what goes on from there; kernels as they are, and deterministic."""
     half, options = steps // 2, f"{BF16} {CHECKPOINTING}"
-    whole = Training(f"{world}_whole", world, f"{options} --save_state --save_every_n_steps {half}", steps)
-    state = f"{{world}}/out/{whole.name}-step{half:08d}-state"
-    return [[whole], [Training(f"{world}_continued", world, f"{options} --resume {state}", steps)]]
+    first, then = [], []
+    for kind, deterministic in (("", False), ("_deterministic", True)):
+        whole, again = f"{world}_whole{kind}", f"{world}_again{kind}"
+        state = f"{{world}}/out/{whole}-step{half:08d}-state"
+        saving = f"{options} --save_state --save_every_n_steps {half}"
+        first += [Training(whole, world, saving, steps, deterministic=deterministic),
+                  Training(again, world, options, steps, deterministic=deterministic, beside=whole)]  # fmt: skip
+        then += [Training(f"{world}_continued{kind}", world, f"{options} --resume {state}", steps,
+                          deterministic=deterministic, beside=whole)]  # fmt: skip
+    return [first, then]
 
 
 def plan(order: str) -> dict[str, list[list[Training]]]:
@@ -85,11 +122,45 @@ def plan(order: str) -> dict[str, list[list[Training]]]:
     fp16 = Training("sdxl_fp16", "sdxl", f"--mixed_precision fp16 {CHECKPOINTING} --optimizer_type AdamW", 12)
     return {
         "sdxl_checkpointing": compared("sdxl_checkpointing", "sdxl", f"{BF16} {CHECKPOINTING}", 40, order),
+        "sdxl_alternating": [alternating("sdxl")],
+        "flux_alternating": [alternating("flux")],
         "sdxl": compared("sdxl", "sdxl", BF16, 40, order),
         "flux_checkpointing": compared("flux_checkpointing", "flux", f"{BF16} {CHECKPOINTING}", 16, order),
+        "sdxl_fp8": compared("sdxl_fp8", "sdxl", f"{FP8} {CHECKPOINTING}", 12, order),
+        "flux_fp8": compared("flux_fp8", "flux", f"{FP8} {CHECKPOINTING}", 12, order),
         "sdxl_continued": continued("sdxl", 6),
         "flux_continued": continued("flux", 6),
         "optimizers": [[*eight_bit, fp16]],
+        "sdxl_config": [[Training("sdxl_config", "sdxl", "", 6, config=True)]],
+        "flux_config": [[Training("flux_config", "flux", "", 6, config=True)]],
+    }
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Any]:
+    """Of two adapter files: the largest relative distance of a tensor, and that of all deltas together."""
+    if one.keys() != other.keys():
+        return {"same_names": False}
+    tensors = {
+        k: float((one[k].float() - other[k].float()).norm() / other[k].float().norm())
+        for k in other
+        if k.endswith("weight")
+    }
+    squares = [0.0, 0.0]
+    for key in other:
+        if key.endswith("lora_up.weight"):
+            deltas = [
+                of[key].double().flatten(1) @ of[key.replace("lora_up", "lora_down")].double().flatten(1)
+                for of in (one, other)
+            ]
+            squares[0] += float((deltas[0] - deltas[1]).square().sum())
+            squares[1] += float(deltas[1].square().sum())
+    return {
+        "same_names": True,
+        "equal": all(one[k].equal(other[k]) for k in other),
+        "largest_of_a_tensor": max(tensors.values()),
+        "where": max(tensors, key=lambda key: tensors[key]),
+        "median_of_tensors": statistics.median(tensors.values()),
+        "all_deltas": (squares[0] / squares[1]) ** 0.5,
     }
 
 
@@ -115,14 +186,20 @@ class Bench:
 
     def command(self, training: Training) -> list[str]:
         script, options = ROOT / "train_network_deft.py", training.options
+        given = f"{COMMON} {WORLDS[training.world]}"
+        if training.config:
+            given = f"{CONFIGURED} {CONFIGURED_PARTS[training.world]}"
+            if self.args.tiny:
+                options = "--resolution {pixels}"
         if not training.ours:
             name, network = THEIRS[training.world]
             script, options = self.args.sd_scripts / name, f"{options} {network} --max_data_loader_n_workers 2"
         elif self.args.tiny:
             options = options.replace("fp16", "bf16")
-        words = f"{COMMON} {WORLDS[training.world]} {options}".format(
-            world=self.args.folder / training.world, name=training.name, pixels=self.pixels,
-            steps=min(training.steps, 6) if self.args.tiny else training.steps,
+        words = f"{given} {options}".format(
+            world=self.args.folder / training.world, name=training.name, pixels=self.pixels, root=ROOT,
+            kind=training.world, steps=min(training.steps, 6) if self.args.tiny and not self.alternates(training)
+            else training.steps,
         )  # fmt: skip
         python = sys.executable if training.ours else self.args.sd_python
         record = self.record(training)
@@ -134,57 +211,112 @@ class Bench:
     def environment(self, training: Training) -> dict[str, str]:
         paths = [] if training.ours else [self.args.sd_path]
         paths.append(os.environ.get("PYTHONPATH", ""))
-        return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+        found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+        if training.deterministic:
+            found |= {"DETERMINISTIC": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        return found
 
-    def run(self, trainings: list[Training]) -> None:
-        """Side by side."""
-        start, running = time.monotonic(), {}
+    def start(self, trainings: list[Training]) -> dict[Training, subprocess.Popen]:
+        running = {}
         for training in trainings:
+            self.end(training).unlink(missing_ok=True)
             log = (self.args.folder / f"{training.name}.log").open("w")
             folder = ROOT if training.ours else self.args.sd_scripts
             running[training] = subprocess.Popen(
                 self.command(training), cwd=folder, env=self.environment(training), stdout=log, stderr=log
             )
+        return running
+
+    def run(self, trainings: list[Training]) -> None:
+        """Side by side, or in turn."""
+        start, running = time.monotonic(), self.start(trainings)
+        turns = self.take_turns(running) if self.alternates(trainings[0]) else {}
         for training, process in running.items():
             code = process.wait()
-            found = {"exit": code, "seconds": round(time.monotonic() - start, 1), **self.read(training, code)}
+            found = {"exit": code, "seconds": round(time.monotonic() - start, 1),
+                     **self.read(training, code, turns.get(training))}  # fmt: skip
             self.found[training.name] = found
-            told = {key: value for key, value in found.items() if key not in ("steps_s", "peak_start", "torch")}
+            told = {
+                key: value for key, value in found.items() if key not in ("steps_s", "turns_s", "peak_start", "torch")
+            }
             print(f"--- {training.name} {json.dumps(told)}", flush=True)
         self.write()
 
-    def read(self, training: Training, code: int) -> dict[str, Any]:
-        """What a process has left."""
-        log = (self.args.folder / f"{training.name}.log").read_text(errors="replace").replace("\r", "\n")
+    def alternates(self, training: Training) -> bool:
+        return training.case.endswith(ALTERNATING)
+
+    def end(self, training: Training) -> Path:
+        """A file that a process ends at."""
+        return self.record(training).with_suffix(".end")
+
+    def take_turns(self, running: dict[Training, subprocess.Popen]) -> dict[Training, list[tuple[float, float]]]:
+        """When each of two trainings had the machine alone; ends both."""
+        (one, first), (other, second) = running.items()
+        turns: dict[Training, list[tuple[float, float]]] = {one: [], other: []}
+        alive = True
+        while alive and not all(self.is_warm(training) for training in running):
+            alive = all(process.poll() is None for process in running.values())
+            time.sleep(0.5)
+        for i in range(2 * self.args.turns if alive else 0):
+            ours = i % 4 in (0, 3)
+            go, wait, training = (first, second, one) if ours else (second, first, other)
+            wait.send_signal(signal.SIGSTOP)
+            go.send_signal(signal.SIGCONT)
+            begin = time.perf_counter()  # one clock for all processes of Linux
+            time.sleep(self.args.turn)
+            turns[training].append((begin, time.perf_counter()))
+        for training, process in running.items():
+            self.end(training).touch()
+            process.send_signal(signal.SIGCONT)
+        return turns
+
+    def is_warm(self, training: Training) -> bool:
+        found = re.findall(r"steps:[^\n]*?(\d+)/\d+", self.log(training))
+        return bool(found) and int(found[-1]) >= WARM
+
+    def log(self, training: Training) -> str:
+        log = (self.args.folder / f"{training.name}.log").read_text(errors="replace")
+        return log.replace("\r", "\n")
+
+    def read(self, training: Training, code: int, turns: list[tuple[float, float]] | None = None) -> dict[str, Any]:
+        """What a process has left.
+
+        :param turns: in which alone its steps are looked at, whole ones
+        """
+        log = self.log(training)
         found: dict[str, Any] = {"case": training.case, "ours": training.ours, "options": training.options}
         if code:
             return found | {"tail": log[-2500:]}
         record = json.loads(self.record(training).read_text())
-        steps = [later - before for before, later in itertools.pairwise(record.pop("times"))]
-        second_half = steps[len(steps) // 2 :]
-        found |= {"s_per_step": round(statistics.median(second_half), 4), "steps_s": [round(s, 4) for s in steps]}
+        spans = list(itertools.pairwise(record.pop("times")))
+        steps = [later - before for before, later in spans]
+        if turns is not None:
+            within = [[b - a for a, b in spans if begin <= a and b <= end] for begin, end in turns]
+            found["turns_s"] = [round(statistics.mean(of_turn or [math.nan]), 5) for of_turn in within]
+            found |= {"s_per_step": round(statistics.mean(found["turns_s"]), 5), "steps": sum(map(len, within))}
+        else:
+            second_half = steps[len(steps) // 2 :]
+            found["s_per_step"] = round(statistics.median(second_half), 4)
+        found["steps_s"] = [round(s, 4) for s in steps]
         if parameters := re.search(r"training ([\d,]+) parameters", log):
             found["parameters"] = int(parameters[1].replace(",", ""))
         found["log"] = [line[:200] for line in log.splitlines() if re.search(r"WARNING|non-finite|create LoRA", line)][
             :8
         ]
-        return found | record | self.read_file(training)
+        return found | record | ({} if turns is not None else self.read_file(training))
 
     def read_file(self, training: Training) -> dict[str, Any]:
         from safetensors.torch import load_file
 
-        tensors = load_file(self.args.folder / training.world / "out" / f"{training.name}.safetensors")
+        folder = self.args.folder / training.world / "out"
+        tensors = load_file(folder / f"{training.name}.safetensors")
         found: dict[str, Any] = {
             "modules": sum(key.endswith("lora_up.weight") for key in tensors),
             "moved": sum(bool(value.any()) for key, value in tensors.items() if key.endswith("lora_up.weight")),
             "finite": all(bool(value.isfinite().all()) for value in tensors.values()),
         }
-        whole = self.args.folder / training.world / "out" / f"{training.world}_whole.safetensors"
-        if training.name.endswith("_continued"):
-            other = load_file(whole)
-            same = tensors.keys() == other.keys()
-            apart = [float((tensors[k].float() - other[k].float()).norm() / other[k].float().norm()) for k in other]
-            found |= {"same_names_as_whole": same, "largest_distance_to_whole": max(apart)}
+        if training.beside:
+            found["beside"] = apart(tensors, load_file(folder / f"{training.beside}.safetensors"))
         return found
 
     def summary(self) -> dict[str, Any]:
@@ -206,10 +338,13 @@ class Bench:
                 name: max(run["peak_training"] for run in who) for name, who in (("ours", ours), ("theirs", theirs))
             }
             allowed = peaks["theirs"] + 12 * ours[0]["parameters"]  # of float32: the adapter and AdamW's two
+            if case.endswith(ALTERNATING):  # of turns that followed one another
+                ratios = [a / b for a, b in zip(ours[0]["turns_s"], theirs[0]["turns_s"], strict=True)]
             found[case] = {
                 "images_per_s": {name: round(1 / s, 3) for name, s in times.items()},
                 "time_ratio": round(times["ours"] / times["theirs"], 4),
                 "time_ratios_of_pairs": [round(ratio, 4) for ratio in (min(ratios), max(ratios))],
+                "standard_error": round(statistics.stdev(ratios) / len(ratios) ** 0.5, 4) if len(ratios) > 1 else None,
                 "peak_gib": {name: round(peak / 2**30, 3) for name, peak in peaks.items()},
                 "allowed_gib": round(allowed / 2**30, 3),
                 "holds": times["ours"] <= times["theirs"] and peaks["ours"] <= allowed,
@@ -229,6 +364,8 @@ def main() -> int:
     parser.add_argument("--sd_path", default="", help="folders of PYTHONPATH for sd-scripts alone")
     parser.add_argument("--folder", type=Path, required=True, help="of the models; those that are there stay")
     parser.add_argument("--order", default="otto", help="of ours and theirs")
+    parser.add_argument("--turns", type=int, default=10, help="of each, where they alternate")
+    parser.add_argument("--turn", type=float, default=10, help="seconds of one")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "trainer.json")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()

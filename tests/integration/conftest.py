@@ -33,9 +33,11 @@ def call(command: list[str], folder: str | Path, with_deft: bool = True) -> subp
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONIOENCODING": "utf-8",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ.get("SD_SCRIPTS_THREADS", "1"),
         "COLUMNS": "400",  # sd-scripts' log breaks lines at the terminal's width, and puts file names in between
-        "PYTHONPATH": os.pathsep.join([str(folder), *([str(ROOT)] if with_deft else [])]),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(folder), str(ROOT) if with_deft else "", os.environ.get("PYTHONPATH", "")])
+        ),
     }
     return subprocess.run(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -34,11 +34,7 @@ OPTIONS = {
     "--model_prediction_type raw --guidance_scale 1 --t5xxl_max_token_length 64",
 }
 LARGE = ("sdxl", "flux")
-ROWS = [
-    pytest.param(family, precision, marks=needs_large if family in LARGE else ())
-    for family in TRAINERS
-    for precision in LOSS
-]
+FAMILIES = [pytest.param(family, marks=needs_large if family in LARGE else ()) for family in TRAINERS]
 
 
 def run(ours: bool, *arguments: str | Path) -> None:
@@ -96,7 +92,8 @@ def distances(folder: Path, ours: str, theirs: str) -> tuple[float, float, float
     return (apart / size) ** 0.5, (apart / moved) ** 0.5, (moved / size) ** 0.5
 
 
-@pytest.mark.parametrize(("model", "precision"), ROWS, indirect=["model"])
+@pytest.mark.parametrize("precision", LOSS)
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)  # apart from the precision, so that one is made for both
 def test_ten_steps(model, precision):
     family, folder, options = model
     names, found = {who: f"{who}-{precision}" for who in ("ours", "theirs")}, {}

@@ -179,15 +179,15 @@ def short_t5_of_ours() -> Iterator[None]:
 
 def ours(given: Given, argv: list[str]) -> None:
     import train_network_deft
-    from library.data.latents import Batch
+    from library.data.batches import Batch
     from library.training.losses import Losses
     from library.training.randoms import Purpose, Randoms
 
     own = Losses.__call__
 
-    def losses(self: Losses, batch: Batch, randoms: Randoms, timestep: int | None = None) -> Tensor:
+    def losses(self: Losses, batch: Batch, randoms: Randoms, **more: Any) -> Tensor:
         latents, caption, sizes = given.picture(randoms.step)
-        loss = own(self, Batch(latents, [caption], sizes), randoms, timestep)
+        loss = own(self, Batch(latents, [caption], sizes), randoms, **more)
         if torch.is_grad_enabled():  # a look at whether anything was learnt follows
             assert randoms.step == given.step
             given.losses.append(float(loss.mean()))
@@ -225,7 +225,7 @@ def make_adapter(folder: Path, argv: list[str]) -> None:
             parameter += size * torch.randn_like(parameter)
     parameters = list(network.parameters())
     assert parameters
-    assert all(parameter.all() for parameter in parameters)
+    assert all(parameter.any() for parameter in parameters)
     network.save_weights(str(folder / "adapter.safetensors"), torch.float32, None)
     write_given(folder / "given.safetensors", model.vae.config.latent_channels)
 
