@@ -15,11 +15,13 @@ if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "lib
     print(f"error: found another project's library/ at {library.__path__[0]}; take it off PYTHONPATH", file=sys.stderr)
     sys.exit(2)
 
-from library.data.folders import split
+from library.data import advice
+from library.data.advice import Facts
+from library.data.plan import divided
 from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
-from library.training import given, interrupts, metadata, prepare, start, state
+from library.training import given, interrupts, metadata, prepare, preview, start, state
 from library.training.adapter import DeftAdapter
 from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
 from library.training.loop import TrainingLoop
@@ -49,6 +51,18 @@ def train(run: Run) -> Path:
         return _train(run, signals)
 
 
+def show(run: Run) -> None:
+    """--debug_dataset: a page of what would be trained on, in place of the training.
+
+    :raises DeftError: for mistakes in options, data or files
+    """
+    start.log_messages(run.logs)
+    files = given.read(run)
+    if start.is_main_process():
+        for file in preview.write(run, files):
+            print(file)
+
+
 def _train(run: Run, signals: Interrupts) -> Path:
     start.log_messages(run.logs)
     files, folder = given.read(run), Path(run.saves.output_dir)
@@ -59,36 +73,42 @@ def _train(run: Run, signals: Interrupts) -> Path:
     prepare.tell_what_is_cut(model, files.texts())
     prepare.tell_what_is_rounded(model, files.samples)
 
-    validation_seed = seed if run.validation.validation_seed is None else run.validation.validation_seed
-    parts = split(files.images, run.validation.validation_split, validation_seed)
-    data, *to_validate = prepare.cache_latents(run.data, parts, model, accelerator)
+    plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
     adapter = DeftAdapter(run.network, files, model, accelerator, folder)
-    if run.data.cache_text_encoder_outputs:
-        texts.keep(files.texts_encoded(), dtype, run.data.text_encoder_batch_size or run.data.train_batch_size)
-    model.place(accelerator.device, dtype, encoders=not run.data.cache_text_encoder_outputs)
+    caches = run.data.caches
+    if caches.cache_text_encoder_outputs:
+        texts.keep(files.texts_encoded(), dtype, caches)
+    model.place(accelerator.device, dtype, encoders=not caches.cache_text_encoder_outputs)
     accelerator.prepare_model(adapter.module, evaluation_mode=True)
 
-    batch = run.data.train_batch_size
-    loader = prepare.batches(data, batch, True, accelerator)
+    trained, kept = divided(plan, seed)
+    weight = run.preservation.prior_loss_weight
+    loading = functools.partial(prepare.loader_of, weight=weight, latents=latents, model=model, accelerator=accelerator)
+    loader = loading(trained, seed, run.loop.gradient_accumulation_steps)
     length = Length.of(run.loop, len(loader))
+    loader.steps = length.steps
+    advice.tell(Facts(loader, kept, run.preservation.trigger_word, latents.duplicates(plan)))
     groups, names = adapter.groups(run.optimizer)
     optimizer = accelerator.prepare(optimizer_of(run.optimizer, groups))
     schedule = schedule_of(run.optimizer, optimizer, length.steps)
     accelerator.register_for_checkpointing(schedule)
     averaged = functools.partial(evaluated, optimizer)
-    setting = Setting.of(run, seed, accelerator.num_processes, len(loader))
+    setting = Setting.of(run, trained, seed, accelerator.num_processes, len(loader))
     position = Position()
     if run.saves.resume and files.resumed:
         position, then = files.resumed
         given.check_left(run, position, length.steps)
         state.restore(run.saves.resume, then, setting, accelerator)
 
-    losses = Losses(model, texts, objective, accelerator)
+    losses = Losses(model, adapter, texts, objective, run.preservation, accelerator)
     validation = None
-    if to_validate:
-        kept = prepare.batches(to_validate[0], batch, False, accelerator)
-        validation = Validation(kept, losses, adapter, validation_seed, run.validation.max_validation_steps)
-    fields = metadata.of_training(run, model, adapter.module, data, length, seed)
+    if kept:
+        options = run.validation
+        noise = seed if options.validation_seed is None else options.validation_seed
+        validation = Validation(
+            loading(kept, noise, shuffle=False), losses, adapter, noise, options.max_validation_steps
+        )
+    fields = metadata.of_training(run, model, adapter.module, trained, length, seed)
     saves = Saves(run.saves, adapter, fields, setting, length, averaged, accelerator)
     samples = Samples(
         files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler
@@ -117,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 for a mistake of the user's, 1 for a training that could not go on, 128 and a signal's number."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        train(parse(argv))
+        run = parse(argv)
+        (show if run.data.debug_dataset else train)(run)
         return 0
     except DeftError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)

@@ -182,11 +182,11 @@ def draw_picture(
 ) -> None:
     """The training pictures, and below them what was drawn before and after."""
     from library import sampling
-    from library.data.folders import find_images
+    from library.data.folders import listed, picture_files
     from library.data.pixels import read_picture
 
     size = before[0].size
-    trained_on = [read_picture(image.path).image.resize(size) for image in find_images(str(data), ".txt")]
+    trained_on = [read_picture(path).image.resize(size) for folder in listed(data) for path in picture_files(folder)]
     columns = {"before": before, "after": after}
     sampling.grid([prompt.text for prompt in prompts], columns, trained_on).save(picture)
 

@@ -178,3 +178,17 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def largest_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(relative_error(a[name], b[name]) for name in b)
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    """Pictures come as their names do, whatever the batches' size."""
+    from library.data.batches import Loader
+
+    monkeypatch.setattr(Loader, "shuffle", property(lambda self: False, lambda self, value: None), raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """What the trainer keeps for later runs stays in a folder of the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

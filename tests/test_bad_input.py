@@ -180,12 +180,12 @@ BAD_INPUT = {
     "config value for a switch": (
         config_of("xformers = 'a'"),
         CONFIG,
-        "--xformers: ignored explicit argument",
+        "xformers = 'a': must be true or false",
     ),
     "config true for a value": (
-        config_of("seed = true"),
+        config_of("clip_skip = true"),
         CONFIG,
-        "seed takes a value, not true",
+        "clip_skip takes a value, not true",
     ),
     "two unknown config keys": (
         config_of("[a]\nlerning_rate = 1\n[b]\nzzz = 'Standard'\nseeed = 1"),
@@ -218,7 +218,7 @@ BAD_INPUT = {
         "leave these out",
     ),
     "a key in two sections": (config_of("[a]\nseed = 1\n[b]\nseed = 2"), CONFIG, "seed is given twice, as 1 and as 2"),
-    "two values for one": (config_of("output_name = ['a', 'b']"), CONFIG, "output_name takes one value"),
+    "two values for one": (config_of("log_prefix = ['a', 'b']"), CONFIG, "log_prefix takes one value"),
     "a long name": (None, {"output_name": "a" * 300}, "must be a file name"),
     "an empty name": (None, {"output_name": ""}, "must be a file name"),
     "a long path": (None, {"train_data_dir": "a" * 300}, "--train_data_dir: no such folder"),
@@ -272,7 +272,7 @@ BAD_INPUT = {
     "negative rate": (None, {"learning_rate": -1}, "--learning_rate=-1.0: must be a number of at least 0"),
     "no number": (None, {"learning_rate": "nan"}, "--learning_rate=nan: must be a number of at least 0"),
     "negative seed": (None, {"seed": -1}, "--seed=-1: must be from 0 to 4294967295"),
-    "another network": (None, {"network_module": "networks.lora"}, "--network_module: invalid choice: 'networks.lora'"),
+    "another network": (None, {"network_module": "lycoris.kohya"}, "--network_module: invalid choice: 'lycoris.kohya'"),
     "a path for a name": (None, {"output_name": "a/b"}, "--output_name=a/b: must be a file name"),
     "warmup without warmup": (None, {"lr_warmup_steps": 5}, "--lr_scheduler=constant has no warmup"),
     "a positional name": (None, {"network_args": ["unet=2"]}, "unknown network_args key 'unet'"),
@@ -321,7 +321,7 @@ def test_exit_code_and_no_traceback_from_the_command_line(tmp_path):
     command = [sys.executable, str(ROOT / "train_network_deft.py"), "--pretrained_model_name_or_path", "x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: --train_data_dir is needed, on the command line or in --config_file\n"
+    assert done.stderr == "error: --output_dir is needed, on the command line or in --config_file\n"
 
 
 def test_another_projects_library_is_named(tmp_path):

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import toml
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_network_deft
-from library.data.folders import TrainImage, split
+from library.data import plan
 from networks.deft_config import DeftError
+from tests import small_data
 from tests.conftest import arguments, relative_error
 from tests.small_models import build
 
@@ -34,7 +36,7 @@ def test_validation_is_split_off_measured_alike_and_logged(run, tmp_path, caplog
                "learning_rate": 1e-12, "logging_dir": tmp_path / "logs", "log_prefix": "my"}  # fmt: skip
     with caplog.at_level("INFO"):
         assert run(**changes) == 0
-    assert "3 images, 3 with repeats, to validate on 2 images, 2 with repeats, latents cached" in caplog.messages
+    assert "5 images, 5 with repeats, in 1 size; latents cached in memory" in caplog.messages
     found = logged(tmp_path / "logs")
     assert next((tmp_path / "logs").iterdir()).name.startswith("my20")
     by_step, by_epoch = (found.Scalars(f"loss/validation/{when}_average") for when in ("step", "epoch"))
@@ -45,18 +47,21 @@ def test_validation_is_split_off_measured_alike_and_logged(run, tmp_path, caplog
     assert {tag for tag in found.Tags()["scalars"] if tag.startswith("lr/")} == {"lr/textencoder", "lr/unet"}
 
 
-def test_pictures_of_the_validation_are_sd_scripts_choice():
+def test_pictures_of_the_validation_are_sd_scripts_choice(tmp_path):
     """random.seed(3), random.shuffle of five names, as train_util.split_train_val (48d368fa) has it."""
     import random
 
-    images = [TrainImage(Path(f"f/{i}.png"), "", 4, "f") for i in range(5)]
+    folder = tmp_path / "4_f"
+    folder.mkdir()
+    for i in range(5):
+        Image.new("RGB", (64, 64)).save(folder / f"{i}.png")
     random.seed(3)
     expected = list(range(5))
     random.shuffle(expected)
-    trained, kept = split(images, 0.4, 3)
-    assert [int(image.path.stem) for image in trained] == expected[:3]
-    assert [(int(image.path.stem), image.repeats) for image in kept] == [(i, 1) for i in expected[3:]]
-    assert split(images, 0, 3)[1] == []
+    trained, kept = plan.divided(small_data.planned(tmp_path, validation_split=0.4), 3)
+    assert [int(picture.path.stem) for picture in plan.pictures(trained)] == expected[:3]
+    assert [(int(p.path.stem), p.repeats) for p in plan.pictures(kept)] == [(i, 1) for i in expected[3:]]
+    assert plan.divided(small_data.planned(tmp_path), 3)[1] == ()
 
 
 def test_a_schedule_free_file_holds_the_averages(run, tmp_path):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import ExifTags, Image, PngImagePlugin
 
-from library.data.folders import find_images
-from library.data.latents import CachedLatents, pixels_of
+from library.data import examples
 from library.data.pixels import read_picture, readable_formats, to_rgb
+from library.data.resizing import in_tensor
 from networks.deft_config import DeftError
+from tests import small_data
 
 RAMP = np.arange(256, dtype=np.uint8).repeat(16).reshape(64, 64)
 GREY = Image.fromarray(RAMP)
@@ -159,7 +160,7 @@ def test_files_of_odd_modes_keep_their_mean(tmp_path, name, mode):
         "CMYK": lambda: Image.new("CMYK", (16, 16), (127, 127, 127, 0)),
     }[mode]()
     half.save(tmp_path / name)
-    pixels = pixels_of(read_picture(tmp_path / name).image, (16, 16))
+    pixels = in_tensor(np.asarray(read_picture(tmp_path / name).image))
     assert pixels.mean() == pytest.approx(0, abs=0.02)
     assert pixels.std() < 0.01
 
@@ -206,12 +207,19 @@ def test_transparent_pictures_are_counted_and_the_background_is_an_option(run, p
     for i in range(2):
         half_transparent("RGBA").save(photos / f"transparent{i}.png")
     seen = []
-    monkeypatch.setattr(
-        "library.data.latents.pixels_of", lambda image, size: seen.append(image) or pixels_of(image, size)
-    )
+
+    def read(path, background):
+        seen.append(read_picture(path, background))
+        return seen[-1]
+
+    monkeypatch.setattr(examples, "read_picture", read)
     assert run(max_train_steps=1, transparent_background="#ff8000") == 0
-    assert any("2 transparent pictures" in line and "--transparent_background" in line for line in caplog.messages)
-    assert [image.getpixel((0, 0)) for image in seen[-2:]] == [(255, 128, 0)] * 2
+    assert any(
+        line.startswith("2 pictures (") and "alpha channel" in line and "--transparent_background" in line
+        for line in caplog.messages
+    )
+    transparent = [picture.image.getpixel((0, 0)) for picture in seen if picture.transparent]
+    assert transparent == [(255, 128, 0)]  # of one content
 
 
 # --- files that are not used -----------------------------------------------------------------------------------------
@@ -221,7 +229,7 @@ def told(tmp_path: Path, caplog, extension: str = ".txt") -> tuple[list[str], li
     """Captions of the pictures that are found, and the lines that are told."""
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        found = find_images(str(tmp_path), extension)
+        found = small_data.found(tmp_path, extension)
     return [image.caption for image in found], caplog.messages
 
 
@@ -233,8 +241,8 @@ def test_image_folders(tmp_path, caplog):
     picture(tmp_path, "c.png")
     picture(tmp_path / "1_a_b" / "more")
     (tmp_path / "1_a_b" / "b.TXT").write_text("\ufefffirst line\r\nsecond", encoding="utf-8", newline="")
-    found = find_images(str(tmp_path), ".txt")
-    assert [(i.path.name, i.caption, i.repeats, i.folder) for i in found] == [
+    found = small_data.found(tmp_path)
+    assert [(i.path.name, i.caption, i.repeats, i.subset.name) for i in found] == [
         ("b.webp", "first line", 1, "1_a_b"),
         ("a.PNG", "sks cat", 3, "3_sks cat"),
     ]
@@ -275,13 +283,13 @@ def test_no_image_at_all_says_what_there_was(tmp_path):
     (tmp_path / "10_sks" / "a.jxl").write_bytes(b"x")
     (tmp_path / "0_sks").mkdir()
     with pytest.raises(DeftError, match=r"no images; they belong.*0 repeats.*pip install pillow-jxl-plugin"):
-        find_images(str(tmp_path), ".txt")
+        small_data.found(tmp_path)
 
 
 @pytest.mark.parametrize("extension", ["avif", "jfif", "tif", "tiff", "gif", "webp", "bmp", "jp2", "tga", "ico", "ppm"])
 def test_whatever_pillow_reads_is_read(tmp_path, extension):
     path = picture(tmp_path / "1_sks", f"a.{extension}")
-    assert [image.path for image in find_images(str(tmp_path), ".txt")] == [path]
+    assert [image.path for image in small_data.found(tmp_path)] == [path]
     red = values(read_picture(path).image).mean((0, 1))
     assert red == pytest.approx([200 / 255, 40 / 255, 10 / 255], abs=0.05)
 
@@ -299,7 +307,7 @@ def test_frames_behind_the_first_are_told(tmp_path, caplog):
     folder = picture(tmp_path / "1_sks").parent
     frames[0].save(folder / "b.gif", save_all=True, append_images=frames[1:])
     with caplog.at_level(logging.WARNING):
-        CachedLatents(find_images(str(tmp_path), ".txt"), (8, 8), lambda pixels: pixels)
+        small_data.read(tmp_path, small_data.Model(), (8, 8))
     assert sum("of several frames" in line and "b.gif" in line for line in caplog.messages) == 1
 
 
@@ -319,16 +327,16 @@ def test_what_systems_leave_behind_is_passed_over(tmp_path, caplog):
 )
 def test_whatever_pillow_raises_costs_that_file_alone(tmp_path, monkeypatch, caplog, error):
     bad = picture(tmp_path / "1_sks", "bad.png")
-    picture(tmp_path / "1_sks", "good.png")
+    Image.new("RGB", (24, 16)).save(tmp_path / "1_sks" / "good.png")
 
     def read(path, background):
         if path == bad:
             raise error("two\nlines")
         return read_picture(path, background)
 
-    monkeypatch.setattr("library.data.latents.read_picture", read)
-    data = CachedLatents(find_images(str(tmp_path), ".txt"), (8, 8), lambda pixels: pixels)
-    assert [image.path.name for image in data.images] == ["good.png"]
+    monkeypatch.setattr(examples, "read_picture", read)
+    (dataset,), _ = small_data.read(tmp_path, small_data.Model(), (8, 8))
+    assert [picture.path.name for picture in dataset.pictures] == ["good.png"]
     assert [line for line in caplog.messages if "bad.png" in line][-1].endswith("left out, it cannot be read (two)")
 
 
@@ -349,7 +357,7 @@ def test_captions_in_another_encoding_are_refused(tmp_path, encoding):
     picture(tmp_path / "1_sks")
     (tmp_path / "1_sks" / "a.txt").write_bytes("caf\xe9 sks".encode(encoding))
     with pytest.raises(DeftError, match=r"a\.txt: the file is not UTF-8 text; save it as UTF-8"):
-        find_images(str(tmp_path), ".txt")
+        small_data.found(tmp_path)
 
 
 def test_names_may_have_braces_and_years_are_asked_about(tmp_path, caplog):
@@ -385,4 +393,4 @@ def test_what_the_text_encoder_does_not_read_is_told(run, photos, tmp_path, capl
 
 
 def test_white_is_the_default_background():
-    assert pixels_of(to_rgb(half_transparent("RGBA")).image, (16, 16))[:, :, :8].eq(torch.ones(())).all()
+    assert in_tensor(np.asarray(to_rgb(half_transparent("RGBA")).image))[:, :, :8].eq(torch.ones(())).all()

@@ -167,7 +167,11 @@ import json, os, sys
 import train_network_deft as trainer
 losses = []
 before = trainer.TrainingLoop._after_step
-trainer.TrainingLoop._after_step = lambda self, loss: (losses.append(self.recent_losses[-1]), before(self, loss))
+def and_note(self, loss):
+    batches = list(self.recent_losses)[-self.options.gradient_accumulation_steps :]
+    losses.append(sum(batches) / len(batches))
+    before(self, loss)
+trainer.TrainingLoop._after_step = and_note
 code = trainer.main(sys.argv[2:])
 if os.environ.get("RANK", "0") == "0":
     json.dump(losses, open(sys.argv[1], "w"))
@@ -176,12 +180,12 @@ sys.exit(code)
 
 
 def test_one_process_and_two_have_the_same_losses(model_folder, photos, tmp_path):
-    """For the same global batch; four pictures, so that no batch has to be filled up."""
+    """For the same global batch, of one after the other or side by side; four pictures, so that all steps have two."""
     next(photos.glob("*_5.jpg")).unlink()
     common = {"learning_rate": 1e-3, "max_train_steps": 6, "noise_offset": 0.05}
     given = {
         number: arguments(
-            model_folder, photos, tmp_path, **common, train_batch_size=2 // number, output_name=f"{number}"
+            model_folder, photos, tmp_path, **common, gradient_accumulation_steps=2 // number, output_name=f"{number}"
         )
         for number in (1, 2)
     }
@@ -233,7 +237,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
     from accelerate import Accelerator
 
     accelerator, folder = Accelerator(cpu=True), tmp_path / "a-state"
-    setting = state.Setting(1, 1, 5, 1, 1, "torch.optim.AdamW")
+    setting = state.Setting(1, 1, 5, "1", "a hash", 1, "torch.optim.AdamW")
     large, small = torch.nn.Linear(200, 200), torch.nn.Linear(2, 2)
     accelerator.prepare_model(small)
     optimizer = accelerator.prepare(torch.optim.AdamW(small.parameters()))

@@ -74,7 +74,7 @@ def saved_step(out: Path) -> int:
 
 @pytest.mark.parametrize("number", CODES)
 def test_before_the_first_step_one_line_and_the_end(run, tmp_path, signal_at, capsys, number):
-    signal_at(train_network_deft.prepare, "cache_latents", number)
+    signal_at(train_network_deft.prepare, "read_pictures", number)
     assert run() == CODES[number]
     assert said(capsys)[-1] == "interrupted before the first step: nothing had been trained yet"
     assert "Traceback" not in capsys.readouterr().err

@@ -7,6 +7,7 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import train_network_deft
 from library import sampling
-from library.data.folders import TrainImage
-from library.data.latents import CachedLatents, pixels_of
+from library.data.examples import View
 from library.data.pixels import read_picture
+from library.data.plan import pictures
+from library.data.resizing import in_tensor, resize
 from library.models import reading
 from library.options.parse import parse
 from library.prompts import Prompt, read_prompts
@@ -27,6 +29,7 @@ from library.training.adapter import DeftAdapter
 from library.training.samples import drawing
 from networks import deft, deft_io
 from networks.deft_config import DeftError
+from tests import small_data
 from tests.conftest import arguments, in_two_processes, loaded, network_of, relative_error
 from tests.test_files import deltas_of_lora
 
@@ -103,7 +106,7 @@ def test_same_seed_same_file(run, tmp_path):
     assert max(relative_error(a[key], b[key]) for key in a if "lora_up" in key) < 1e-4
 
 
-def test_accumulated_batches_equal_one_large_batch(model_folder, photos, tmp_path, monkeypatch):
+def test_accumulated_batches_equal_one_large_batch(model_folder, photos, tmp_path, monkeypatch, in_order):
     """With the noise held fixed, two micro-batches of one image give the gradient of one batch of both."""
     for path in sorted(photos.glob("*_[345].*")):
         path.unlink()
@@ -248,12 +251,14 @@ def test_gradients_are_clipped(run, tmp_path):
 
 def test_latents_and_repeats(model_folder, photos):
     model = loaded(model_folder)
-    images = [TrainImage(path, "x", 3, "f") for path in sorted(photos.glob("*.jpg"))]
-    data = CachedLatents(images, (64, 64), model.encode_image)
-    assert len(data) == 15
-    distribution = model.vae.encode(pixels_of(read_picture(images[0].path).image, (64, 64))[None]).latent_dist
+    photos.rename(photos.parent / "3_sks cat")
+    plan, latents = small_data.read(photos.parent, model)
+    assert [dataset.appearances for dataset in plan] == [15]
+    first = next(pictures(plan))
+    pixels = in_tensor(resize(np.asarray(read_picture(first.path).image), (64, 64)))
+    distribution = model.vae.encode(pixels[None]).latent_dist
     spread = distribution.std * model.vae.config.scaling_factor
-    error = (data[0].latents - distribution.mean[0] * model.vae.config.scaling_factor) / spread[0]
+    error = (latents.read(View(first))[0] - distribution.mean[0] * model.vae.config.scaling_factor) / spread[0]
     assert 0.5 < error.std() < 1.5  # a draw from the encoder's distribution, scaled
 
 
@@ -364,7 +369,7 @@ def test_every_option_has_the_type_of_its_default():
     found = parse(["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o"])
     assert (found.network.network_dim, found.network.network_alpha) == (None, 1.0)
     assert found.network.network_args == {}
-    assert found.data.resolution == (512, 512)
+    assert found.data.datasets[0].buckets.resolution == (512, 512)
 
 
 def test_command_line_wins_over_the_config_file(tmp_path):

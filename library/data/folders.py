@@ -1,21 +1,17 @@
-"""kohya's image folders: `REPEATS_NAME/` with pictures and captions beside them; and what of them is not used."""
+"""Folders of pictures with captions beside them, and what of them is not used."""
 
 from __future__ import annotations
 
-import itertools
-import logging
-import math
 import os
-import random
 import re
-from collections.abc import Container
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from library.data import captions, metadata_file
 from library.data.pixels import PLUGINS, readable_formats
-from networks.deft_config import DeftError, read_text
-
-logger = logging.getLogger(__name__)
+from library.data.remarks import Remarks
+from library.options.rooms import SubsetOptions
+from networks.deft_config import DeftError
 
 CAPTIONS = (".txt", ".caption", ".cap")  # extensions that captions are looked for under, to say that they are not read
 MANY = 1000  # repeats, of which more are rather a year or a date
@@ -23,47 +19,23 @@ _SYSTEM = {"__macosx", "thumbs.db", "desktop.ini"}  # and all dot files: what sy
 
 
 @dataclass(frozen=True)
-class TrainImage:
-    """One picture: its file, caption, repeats, and its folder's name."""
+class Found:
+    """A picture's file and caption, see `captions.read`."""
 
     path: Path
     caption: str
-    repeats: int
-    folder: str
 
 
-@dataclass
-class Remarks:
-    """What a user should know of several files, told in one line a kind."""
+def look_into(root: str, option: str, remarks: Remarks) -> None:
+    """What of kohya's folder of folders `REPEATS_NAME/` is not used.
 
-    files: dict[str, list[Path]] = field(default_factory=dict)  # by kind
-
-    def add(self, kind: str, file: Path) -> None:
-        """:param kind: the line: `{n}` becomes the number of files, `{s}` the plural's, `{one}` the first of them"""
-        self.files.setdefault(kind, []).append(file)
-
-    def lines(self) -> list[str]:
-        """In the order in which the kinds came up."""
-        return [
-            kind.replace("{n}", str(len(files)))  # not format: prompts and names stand in it too
-            .replace("{s}", "s" * (len(files) > 1))
-            .replace("{one}", f"{files[0]}{', ...' * (len(files) > 1)}")
-            for kind, files in self.files.items()
-        ]
-
-
-def find_images(train_data_dir: str, caption_extension: str) -> list[TrainImage]:
-    """All pictures of a kohya image folder, in the order of their names; what is not used is told.
-
-    :raises DeftError: when there is no such folder or no picture in it, or a caption cannot be read or is empty
+    :param option: that names it
+    :raises DeftError: when there is no such folder
     """
-    root = Path(train_data_dir)
     if not os.path.isdir(root):
-        raise DeftError(f"--train_data_dir: no such folder: {root}")
+        raise DeftError(f"{option}: no such folder: {root}")
     formats = readable_formats()
-    images: list[TrainImage] = []
-    remarks = Remarks()
-    for folder in _listed(root):
+    for folder in listed(Path(root)):
         match = re.fullmatch(r"(\d+)_(.*)", folder.name)
         if not folder.is_dir():
             what = "picture" if folder.suffix.lower() in formats else "file"
@@ -74,86 +46,64 @@ def find_images(train_data_dir: str, caption_extension: str) -> list[TrainImage]
             remarks.add("{n} folder{s} ({one}) left out: the name has to begin with repeats, as in 10_sks cat", folder)
         elif int(match[1]) == 0:
             remarks.add("{n} folder{s} ({one}) left out: its name asks for 0 repeats", folder)
-        else:
-            found = _images_of(folder, int(match[1]), match[2].strip(), caption_extension, formats, remarks)
-            images += found
-            if not found:
-                remarks.add("{n} folder{s} ({one}) without a picture that can be read", folder)
-            elif int(match[1]) > MANY:
-                remarks.add(
-                    f"{{n}} folder{{s}} ({{one}}) with {match[1]} repeats of every picture: is that meant?", folder
-                )
-    told = remarks.lines()
-    if not images:
-        raise DeftError("; ".join([f"--train_data_dir {root}: no images; they belong into folders named as in "
-                                   f"{root / '10_sks cat'}", *told]))  # fmt: skip
-    for line in told:
-        logger.warning(line)
-    return images
 
 
-def _listed(folder: Path) -> list[Path]:
-    """In the order of names, without what systems leave behind."""
+def pictures_of(subset: SubsetOptions, remarks: Remarks) -> list[Found]:
+    """The pictures of one folder or metadata file, in the order of their names.
+
+    :raises DeftError: when it is not there, or a caption cannot be read or is missing
+    """
+    if subset.metadata_file is not None:
+        file = Path(subset.metadata_file)
+        entries = metadata_file.read(file, subset.image_dir, subset.captions, remarks)
+        return [Found(one.path, one.caption) for one in entries]
+    folder = Path(subset.image_dir or "")
+    if not folder.is_dir():
+        raise DeftError(f"image_dir: no such folder: {folder}")
+    found = _with_captions(folder, subset, remarks)
+    if not found:
+        remarks.add("{n} folder{s} ({one}) without a picture that can be read", folder)
+    elif subset.num_repeats > MANY:
+        remarks.add(
+            f"{{n}} folder{{s}} ({{one}}) with {subset.num_repeats} repeats of every picture: is that meant?", folder
+        )
+    return found
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Those that can be read, by their extensions, in the order of their names."""
+    formats = readable_formats()
+    return [path for path in listed(folder) if path.suffix.lower() in formats and not path.is_dir()]
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is in it in the order of names, without what systems leave behind."""
     return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _SYSTEM)
 
 
-def _images_of(
-    folder: Path, repeats: int, prompt: str, extension: str, formats: Container[str], remarks: Remarks
-) -> list[TrainImage]:
-    """The pictures of one folder.
-
-    :param prompt: the caption of those that have none
-    """
-    files = _listed(folder)
+def _with_captions(folder: Path, subset: SubsetOptions, remarks: Remarks) -> list[Found]:
+    files, pictures, extension = listed(folder), picture_files(folder), subset.caption_extension
     by_name = {path.name.lower(): path for path in files}  # as Windows and macOS find them
-    images, captions = [], set()
+    prompt, found, used = subset.class_tokens, [], set(pictures)
+    for path in pictures:
+        beside = [by_name[name] for one in captions.beside(path, extension) if (name := one.name.lower()) in by_name]
+        used.update(beside[:1])
+        if beside:
+            found.append(Found(path, captions.read(beside[0], subset.captions, remarks)))
+            continue
+        if prompt is None:
+            remarks.add(f"{{n}} picture{{s}} ({{one}}) without a caption {extension}: trained with an empty one", path)
+        elif not prompt.isprintable():  # bytes of another encoding, as unpacked archives have them
+            raise DeftError(f"{folder.name!a}: the folder's name is no text; rename it, or write captions")
+        elif not prompt:
+            raise DeftError(f"{path}: no caption {path.stem}{extension}, and {folder.name} names no prompt")
+        else:
+            remarks.add(f"{{n}} picture{{s}} ({{one}}) without a caption: trained as '{prompt}'", path)
+        found.append(Found(path, prompt or ""))
     for path in files:
-        if path.suffix.lower() in formats and not path.is_dir():
-            caption = by_name.get(f"{path.stem}{extension}".lower())
-            captions.add(caption)
-            text = prompt if caption is None else _first_line(caption, remarks)
-            if caption is None:
-                if not prompt.isprintable():  # bytes of another encoding, as unpacked archives have them
-                    raise DeftError(f"{folder.name!a}: the folder's name is no text; rename it, or write captions")
-                if not prompt:
-                    raise DeftError(f"{path}: no caption {path.stem}{extension}, and {folder.name} names no prompt")
-                remarks.add(f"{{n}} picture{{s}} ({{one}}) without a caption: trained as '{prompt}'", path)
-            images.append(TrainImage(path, text, repeats, folder.name))
-    for path in files:
-        if path.suffix.lower() not in formats and path not in captions:
+        if path not in used:
             remarks.add(_unused(path, extension.lower()), path)
-    return images
-
-
-def split(images: list[TrainImage], share: float, seed: int) -> tuple[list[TrainImage], list[TrainImage]]:
-    """What is trained on, and of each folder a share to validate on, chosen by the seed as sd-scripts chooses it.
-
-    :raises DeftError: when none is left to train on
-    """
-    if not share:
-        return images, []
-    trained: list[TrainImage] = []
-    kept: list[TrainImage] = []
-    for _, group in itertools.groupby(images, lambda image: image.path.parent):
-        shuffled = list(group)
-        random.Random(seed).shuffle(shuffled)
-        number = math.ceil(len(shuffled) * (1 - share))
-        trained += shuffled[:number]
-        kept += [replace(image, repeats=1) for image in shuffled[number:]]
-    if not kept:
-        logger.warning(f"--validation_split {share}: less than a picture of every folder; nothing is validated")
-    if not trained:
-        raise DeftError(f"--validation_split {share}: leaves no picture to train on")
-    return trained, kept
-
-
-def _first_line(caption: Path, remarks: Remarks) -> str:
-    lines = [line.strip() for line in read_text(caption, f"{caption}:").split("\n") if line.strip()]
-    if not lines:
-        raise DeftError(f"{caption}: the caption is empty; write one, or delete the file to use the folder's name")
-    if len(lines) > 1:
-        remarks.add("{n} caption{s} ({one}) of several lines: only the first is used; join them", caption)
-    return lines[0]
+    return found
 
 
 def _unused(path: Path, extension: str) -> str:

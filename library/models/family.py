@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -48,6 +48,12 @@ class Family(ABC):
         """In the order of sd-scripts' `--text_encoder_lr`."""
 
     @property
+    def tokenizers(self) -> list[Any]:
+        """Of transformers', in the order of their names."""
+        parts = self.pipeline.components
+        return [parts[name] for name in sorted(parts) if name.startswith("tokenizer")]
+
+    @property
     def vae(self) -> AutoencoderKL:
         """In float32, always: others overflow in float16."""
         return self.pipeline.vae
@@ -63,10 +69,15 @@ class Family(ABC):
         return self.pixels_per_latent
 
     @torch.no_grad()
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Latents (b, c, h, w) in the model's own scale, of pixels (b, 3, height, width) in [-1, 1]."""
+    def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Latents (b, c, h, w) in the model's own scale, of pixels (b, 3, height, width) in [-1, 1].
+
+        :param generators: on the CPU, one a picture, that draw from the VAE's distribution
+        """
         config = self.vae.config
-        latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.sample()
+        found = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        noise = [torch.randn(found.mean.shape[1:], generator=generator) for generator in generators]
+        latents = found.mean + found.std * torch.stack(noise).to(found.mean)
         return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
 
     @torch.no_grad()
@@ -89,6 +100,10 @@ class Family(ABC):
     @abstractmethod
     def encode_text(self, captions: list[str]) -> Text:
         """What `predict` takes, with gradients where the text encoders are adapted."""
+
+    @abstractmethod
+    def reading(self) -> Mapping[str, Any]:
+        """What decides how captions are encoded, beside encoders and tokenizers; plain values, for keys of caches."""
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ from transformers import (  # type: ignore[attr-defined]  # 5 knows T5TokenizerF
     T5TokenizerFast,
 )
 
+from library.models.clip import WINDOW, Reader, cleaned
 from library.models.family import Family, Text
+from library.models.outline import Encoder, Outline, config_of, pixels_per_latent
 from library.models.reading import (
     CONFIGS,
     find_tokenizer,
@@ -52,7 +54,7 @@ class Flux(Family):
 
     def __init__(self, path: Path, pipeline: DiffusionPipeline, options: ModelOptions):
         super().__init__(path, pipeline, options)
-        self.tokens = options.t5xxl_max_token_length or (512 if self.is_dev else 256)
+        self.tokens = _t5_tokens(options, self.is_dev)
         if options.apply_t5_attn_mask:
             self.denoiser.register_forward_pre_hook(_leave_padding_out, with_kwargs=True)
 
@@ -80,7 +82,8 @@ class Flux(Family):
     def encode_text(self, captions: list[str]) -> Text:
         """`pooled` (b, 768) of CLIP; `hidden` (b, tokens, 4096) of T5, 0 for what --apply_t5_attn_mask leaves out."""
         clip, t5 = self.pipeline.text_encoder, self.pipeline.text_encoder_2
-        short = self._tokens_of(self.pipeline.tokenizer, captions, clip.config.max_position_embeddings)
+        read = clip.config.max_position_embeddings
+        short = self._tokens_of(self.pipeline.tokenizer, list(map(cleaned, captions)), read)
         long = self._tokens_of(self.pipeline.tokenizer_2, captions, self.tokens)
         ids, mask = long.input_ids.to(t5.device), long.attention_mask.to(t5.device)
         pooled = clip(short.input_ids.to(clip.device)).pooler_output
@@ -91,6 +94,11 @@ class Flux(Family):
     @staticmethod
     def _tokens_of(tokenizer: Any, captions: list[str], length: int) -> Any:
         return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+    def reading(self) -> dict[str, Any]:
+        """See `Family`."""
+        mask = self.options.apply_t5_attn_mask
+        return {"family": type(self).__name__, "tokens": self.tokens, "apply_t5_attn_mask": mask}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:
         """See `Family`: noise - latents, by a model that has learnt it."""
@@ -116,9 +124,8 @@ class Flux(Family):
 
     def beyond(self, caption: str) -> tuple[str, int]:
         """See `Family`: what T5 does not read."""
-        read = self.tokens - 1
-        ids = self.pipeline.tokenizer_2(caption, verbose=False).input_ids[:-1]
-        return str(self.pipeline.tokenizer_2.decode(ids[read:])).strip(), read
+        encoder = _t5_outline(self.pipeline.tokenizer_2, self.tokens)
+        return encoder.beyond(caption), encoder.length
 
     def drawing_inputs(self, prompt: Text, negative: Text | None) -> dict[str, Tensor]:
         """See `Family`."""
@@ -188,6 +195,7 @@ _OF_OTHERS = (
     "zero_terminal_snr",
     "clip_skip",
     "max_token_length",
+    "weighted_captions",
 )  # other families' options
 _CHANNELS = "img_in.weight"  # every FLUX.1 has it
 # of diffusers' modules, those that networks.deft does not adapt: (their path, black-forest-labs' name)
@@ -212,7 +220,7 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
     files = {name: path for name, (option, _) in _PARTS.items() if (path := getattr(options, option))}
     _check_parts(location, files)
     try:
-        more = _rest_of_folder if location.is_dir() else _rest_of_file  # with tokenizers, which are read first
+        more = _rest_of_folder if location.is_dir() else _rest_of_file
         rest = more(location, options, dtype, files.keys())
         pipeline = FluxPipeline(**rest, **{name: _given_part(name, path, dtype) for name, path in files.items()})
     except DeftError:
@@ -229,6 +237,45 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
     for name in ("transformer", *_PARTS):
         getattr(pipeline, name).requires_grad_(False).eval()
     return Flux(location, pipeline, options)
+
+
+def outline(location: Path, options: ModelOptions) -> Outline:
+    """See `library.models.loading.outline_of`."""
+    found, config = _tokenizers(location, options), config_of(location, "text_encoder")
+    positions = config.get("max_position_embeddings", WINDOW + 2)
+    if location.is_dir():
+        dev = config_of(location, "transformer").get("guidance_embeds", False)
+    else:
+        dev = any("guidance_in." in key for key in shapes_of(location))
+    return Outline(
+        2 * pixels_per_latent(location),
+        (
+            Reader(found["tokenizer"], 0, positions).outline("CLIP-L"),
+            _t5_outline(found["tokenizer_2"], _t5_tokens(options, dev)),
+        ),
+    )
+
+
+def _tokenizers(location: Path, options: ModelOptions) -> dict[str, Any]:
+    """Those of the pipeline."""
+    if location.is_dir():
+        return {
+            "tokenizer": tokenizer_from(options.tokenizer or str(location / "tokenizer")),
+            "tokenizer_2": tokenizer_from(str(location / "tokenizer_2"), T5TokenizerFast),
+        }
+    return {
+        "tokenizer": find_tokenizer(options.tokenizer, options.tokenizer_cache_dir),
+        "tokenizer_2": find_tokenizer(None, options.tokenizer_cache_dir, T5_XXL, T5TokenizerFast),
+    }
+
+
+def _t5_tokens(options: ModelOptions, dev: bool) -> int:
+    """That T5 reads, with the end."""
+    return options.t5xxl_max_token_length or (512 if dev else 256)
+
+
+def _t5_outline(tokenizer: Any, tokens: int) -> Encoder:
+    return Encoder("T5", tokenizer, lambda caption: tokenizer(caption, verbose=False).input_ids[:-1], tokens - 1)
 
 
 def _check_parts(location: Path, files: Mapping[str, str]) -> None:
@@ -288,8 +335,7 @@ def _rest_of_folder(
         "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(
             str(location / "scheduler"), local_files_only=True
         ),
-        "tokenizer": tokenizer_from(options.tokenizer or str(location / "tokenizer")),
-        "tokenizer_2": tokenizer_from(str(location / "tokenizer_2"), T5TokenizerFast),
+        **_tokenizers(location, options),
         **{name: _of_folder(name, location / name, dtype) for name in _KINDS if name not in there},
     }
 
@@ -304,8 +350,7 @@ def _rest_of_file(location: Path, options: ModelOptions, dtype: torch.dtype, the
         schedule |= {"shift": 1.0, "use_dynamic_shifting": False}
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler.from_config(schedule),
-        "tokenizer": find_tokenizer(options.tokenizer, options.tokenizer_cache_dir),
-        "tokenizer_2": find_tokenizer(None, options.tokenizer_cache_dir, T5_XXL, T5TokenizerFast),
+        **_tokenizers(location, options),  # before what takes long
         "transformer": _transformer(location, prefix, dtype),
         **{name: _PART_FROM[name](location, prefix, dtype) for name, (_, prefix) in wanted.items()},
     }

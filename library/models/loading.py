@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import diffusers
 import torch
@@ -13,18 +13,19 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
 from library.models import flux, sd, sdxl
 from library.models.family import Family
+from library.models.outline import Outline
 from library.models.reading import index_of, other_than, shapes_of
 from library.options.rooms import ModelOptions
 from networks.deft_config import DeftError
 
-# diffusers' name of a single file's model, or of a folder's pipeline -> what loads it
-FAMILIES: dict[str, Callable[[Path, ModelOptions, torch.dtype], Family]] = {
-    "v1": sd.load,
-    "v2": sd.load,
-    "StableDiffusionPipeline": sd.load,
-    "xl_base": sdxl.load,
-    "StableDiffusionXLPipeline": sdxl.load,
-    **dict.fromkeys(("flux-dev", "flux-schnell", "FluxPipeline"), flux.load),
+# diffusers' name of a single file's model, or of a folder's pipeline -> the module with its `load` and `outline`
+FAMILIES: dict[str, ModuleType] = {
+    "v1": sd,
+    "v2": sd,
+    "StableDiffusionPipeline": sd,
+    "xl_base": sdxl,
+    "StableDiffusionXLPipeline": sdxl,
+    **dict.fromkeys(("flux-dev", "flux-schnell", "FluxPipeline"), flux),
 }
 
 # diffusers' names of models that are not trained here, in words
@@ -55,6 +56,20 @@ def load(options: ModelOptions, dtype: torch.dtype = torch.float32) -> Family:
     :raises DeftError: when the model or, for a single file, its tokenizer cannot be found or read, or its family is not
         trained here
     """
+    family, location = _recognised(options)
+    return family.load(location, options, dtype)
+
+
+def outline_of(options: ModelOptions) -> Outline:
+    """What is known of the same without reading its weights.
+
+    :raises DeftError: as `load`, but for what only the weights show
+    """
+    family, location = _recognised(options)
+    return family.outline(location, options)
+
+
+def _recognised(options: ModelOptions) -> tuple[ModuleType, Path]:
     path = options.pretrained_model_name_or_path
     location = Path(path)
     if not os.path.exists(path):
@@ -71,7 +86,7 @@ def load(options: ModelOptions, dtype: torch.dtype = torch.float32) -> Family:
             f"{path}: this looks like {_OTHERS.get(kind, kind)}, which is not trained here; sd-scripts may, with "
             f"--network_module networks.deft"
         )
-    return FAMILIES[kind](location, options, dtype)
+    return FAMILIES[kind], location
 
 
 def _kind_of_file(location: Path) -> str:

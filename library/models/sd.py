@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from library.models import clip, samplers
 from library.models.family import Family, Text
-from library.models.reading import CONFIGS, check_tokenizer, check_whole, of_folder, shapes_of
+from library.models.outline import Encoder, Outline, config_of, pixels_per_latent
+from library.models.reading import (
+    CONFIGS,
+    check_tokenizer,
+    check_whole,
+    of_folder,
+    shapes_of,
+    tokenizer_from,
+)
 from library.models.vae import load_vae, own_vae
 from library.options.rooms import ModelOptions
 from networks.deft_config import DeftError, reason_of
@@ -74,7 +82,12 @@ class StableDiffusion(Family):
         (encoder,), (reader,) = self.text_encoders, self.readers
         found = clip.states(encoder, reader.tokens(captions))
         hidden = clip.last_norm(encoder)(found.hidden_states[-(self.options.clip_skip or 1)])
-        return {"hidden": clip.joined(hidden, reader.windows)}
+        return {"hidden": clip.weighed(clip.joined(hidden, reader.windows), reader.weights(captions))}
+
+    def reading(self) -> dict[str, Any]:
+        """See `Family`."""
+        readers = [[one.padding, one.window, one.windows, one.weighted] for one in self.readers]
+        return {"family": type(self).__name__, "clip_skip": self.options.clip_skip, "readers": readers}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Text, sizes: Tensor) -> Tensor:
         """See `Family`."""
@@ -134,8 +147,30 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> StableDif
         logger.info(f"{location.name}: taken as predicting noise; for 768-v models, give --v_parameterization")
     padding = clip.OPEN_CLIP_PADDING if v2 else pipeline.tokenizer.eos_token_id
     pipeline.tokenizer.pad_token_id = padding
-    reader = clip.Reader(pipeline.tokenizer, padding, encoder.max_position_embeddings, options.max_token_length)
+    positions, length = encoder.max_position_embeddings, options.max_token_length
+    reader = clip.Reader(pipeline.tokenizer, padding, positions, length, options.weighted_captions)
     return StableDiffusion(location, pipeline, options, [reader], velocity, zero_snr)
+
+
+def outline(location: Path, options: ModelOptions) -> Outline:
+    """See `library.models.loading.outline_of`."""
+    v2 = location.is_file() and any(key.startswith("cond_stage_model.model.") for key in shapes_of(location))
+    found = tokenizers_of(location, options, ["tokenizer"], [clip.SD2] if v2 else [])
+    return Outline(pixels_per_latent(location), (clip_outline("CLIP", "text_encoder", found, location, options),))
+
+
+def clip_outline(
+    name: str, part: str, found: Mapping[str, PreTrainedTokenizerBase], location: Path, options: ModelOptions
+) -> Encoder:
+    """What a CLIP text encoder reads of a caption.
+
+    :param part: its folder, which says how many positions it has
+    :param found: tokenizers that are not the folder's own
+    """
+    tokenizer = found.get("tokenizer") or tokenizer_from(str(location / "tokenizer"))
+    positions = config_of(location, part).get("max_position_embeddings", clip.WINDOW + 2)
+    padding = 0  # counts for nothing
+    return clip.Reader(tokenizer, padding, positions, options.max_token_length, options.weighted_captions).outline(name)
 
 
 def load_pipeline(

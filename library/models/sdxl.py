@@ -11,8 +11,9 @@ from torch import Tensor
 
 from library.models import clip
 from library.models.family import Text
+from library.models.outline import Outline, pixels_per_latent
 from library.models.reading import CONFIGS, check_whole
-from library.models.sd import StableDiffusion, load_pipeline, prediction_of, tokenizers_of
+from library.models.sd import StableDiffusion, clip_outline, load_pipeline, prediction_of, tokenizers_of
 from library.options.rooms import ModelOptions
 from networks.deft_config import DeftError
 
@@ -28,7 +29,8 @@ class StableDiffusionXL(StableDiffusion):
         for encoder, reader in zip(self.text_encoders, self.readers, strict=True):
             tokens = reader.tokens(captions)
             found = clip.states(encoder, tokens)
-            hidden.append(clip.joined(found.hidden_states[-2], reader.windows))
+            joined = clip.joined(found.hidden_states[-2], reader.windows)
+            hidden.append(clip.weighed(joined, reader.weights(captions)))
         end = self.readers[-1].tokenizer.eos_token_id
         return {
             "hidden": torch.cat(hidden, -1),
@@ -66,8 +68,16 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> StableDif
     paddings = pipeline.tokenizer.eos_token_id, clip.OPEN_CLIP_PADDING
     encoders = pipeline.text_encoder, pipeline.text_encoder_2
     # of the first tokenizer for both, as in sd-scripts: the second takes the "!" of a caption for its padding
+    length, weighted = options.max_token_length, options.weighted_captions
     readers = [
-        clip.Reader(pipeline.tokenizer, padding, encoder.config.max_position_embeddings, options.max_token_length)
+        clip.Reader(pipeline.tokenizer, padding, encoder.config.max_position_embeddings, length, weighted)
         for encoder, padding in zip(encoders, paddings, strict=True)
     ]
     return StableDiffusionXL(location, pipeline, options, readers, velocity, zero_snr)
+
+
+def outline(location: Path, options: ModelOptions) -> Outline:
+    """See `library.models.loading.outline_of`."""
+    found = tokenizers_of(location, options, ["tokenizer"], [clip.BIG_G])
+    encoders = (("CLIP-L", "text_encoder"), ("CLIP bigG", "text_encoder_2"))
+    return Outline(pixels_per_latent(location), tuple(clip_outline(*one, found, location, options) for one in encoders))

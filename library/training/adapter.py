@@ -45,8 +45,8 @@ class Adapter(Protocol):
 
     def after_step(self) -> None: ...
 
-    def switch(self, on: bool) -> None:
-        """Off, the model computes as if there were no adapter."""
+    def set_multiplier(self, multiplier: float) -> None:
+        """At 0, the model computes as if there were no adapter."""
         ...
 
     def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
@@ -114,9 +114,9 @@ class DeftAdapter:
         if self.max_norm:
             self.module.apply_max_norm_regularization(self.max_norm, self.device)
 
-    def switch(self, on: bool) -> None:
+    def set_multiplier(self, multiplier: float) -> None:
         """See `Adapter`."""
-        self.module.set_multiplier(1.0 if on else 0.0)
+        self.module.set_multiplier(multiplier)
 
     def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         """See `Adapter`."""

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library import keep
-from library.data.folders import TrainImage, find_images
+from library.data import captions, plan
+from library.data.index import Index
+from library.data.plan import Plan
+from library.data.remarks import Remarks
 from library.models import samplers
-from library.options.rooms import NetworkOptions, OptimizerOptions, Run
+from library.options.rooms import NetworkOptions, OptimizerOptions, PreservationOptions, Run
 from library.prompts import Prompt, read_prompts
 from library.training import optimizers, schedules, start, state
 from library.training.state import Position, Setting
@@ -24,28 +27,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Given:
-    """:param samples: what is drawn during the training
+    """:param plan: the pictures, with their captions
+    :param remarks: of what is not used of them, which the log has
+    :param samples: what is drawn during the training
     :param to_keep: prompts of what the model is to go on drawing, where `keep` names such
     :param start: the adapter that the training goes on from
     :param base: adapters that are merged first, with their strengths
     :param resumed: where a state was saved, and the setting then
     """
 
-    images: list[TrainImage]
+    plan: Plan
+    remarks: Remarks
     samples: list[Prompt]
     to_keep: list[Prompt]
     start: AdapterFile | None
     base: list[tuple[AdapterFile, float]]
     resumed: tuple[Position, Setting] | None
+    preservation: PreservationOptions
 
     def texts(self) -> dict[str, str]:
         """What a user knows a text by -> the text, of captions and prompts."""
-        captions = {str(image.path): image.caption for image in self.images}
-        return captions | {f"prompt {i + 1}": prompt.text for i, prompt in enumerate(self.samples)}
+        found = {str(one.path): captions.whole(one.caption, one.subset.captions) for one in plan.pictures(self.plan)}
+        return found | {f"prompt {i + 1}": prompt.text for i, prompt in enumerate(self.samples)}
 
     def texts_encoded(self) -> list[str]:
-        """All that the text encoders are ever asked for."""
-        return [*self.texts().values(), *(prompt.negative for prompt in self.samples)]
+        """All that the text encoders are ever asked for, where captions are the same in every step."""
+        texts = list(self.texts().values())
+        of_class = [words for text in texts if (words := self.preservation.of_class(text))]
+        return [*texts, *of_class, *(prompt.negative for prompt in self.samples)]
 
 
 def read(run: Run) -> Given:
@@ -57,7 +66,7 @@ def read(run: Run) -> Given:
 
 
 def _read(run: Run) -> Given:
-    size, network = run.data.resolution, run.network
+    size, network = run.data.datasets[0].buckets.resolution, run.network
     sizes = {} if network.dim_from_weights else {"dim": network.network_dim, "alpha": network.network_alpha}
     keep_file = parse_options(user_options(network.network_args) | sizes).keep
     to_keep: list[Prompt] = []
@@ -87,8 +96,34 @@ def _read(run: Run) -> Given:
         samplers.check(run.samples.sample_sampler, "--sample_sampler")
     for prompt in samples:
         samplers.check(prompt.sampler, f"--sample_prompts {prompts}: --ss")
-    images = find_images(run.data.train_data_dir, run.data.caption_extension)
-    return Given(images, samples, to_keep, adapter, base, resumed)
+    remarks = Remarks()
+    pictures = plan.plan_of(run.data, Index(_folder(run.data.caches.cache_dir)), remarks)
+    _check_captions(run, pictures, remarks)
+    remarks.tell()
+    return Given(pictures, remarks, samples, to_keep, adapter, base, resumed, run.preservation)
+
+
+def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:
+    """:raises DeftError: for captions that cannot be made as the options ask"""
+    for subset, group in plan.by_subset(plan.pictures(pictures)):
+        texts = [picture.caption for picture in group]
+        for line in captions.problems(subset.captions, texts, run.model.weighted_captions):
+            remarks.add(f"{subset.name}: {line}", Path(subset.metadata_file or subset.image_dir or ""))
+        if run.data.caches.cache_text_encoder_outputs and captions.varies(subset.captions):
+            raise DeftError(
+                f"{subset.name}: --cache_text_encoder_outputs encodes captions once, but they change from step to "
+                f"step; leave out what shuffles, drops or chooses parts of them (shuffle_caption, "
+                f"caption_dropout_rate, enable_wildcard, token_warmup_step, ...)"
+            )
+    asked = run.preservation
+    if asked.diff_output_preservation_class is not None and not any(
+        asked.of_class(picture.caption) for picture in plan.pictures(pictures)
+    ):
+        raise DeftError(f"--trigger_word {asked.trigger_word}: no caption has it, so that nothing would be preserved")
+
+
+def _folder(path: str | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def finished_file(run: Run) -> Path:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from library.data.latents import Batch
+from library.data.batches import Batch, Loader
 from library.options.rooms import LoopOptions
 from library.training import start
 from library.training.adapter import Adapter
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainingLoop:
-    """Everything that a step needs. `optimizer` and `loader` are prepared by accelerate.
+    """Everything that a step needs. `optimizer` is prepared by accelerate.
 
     :param seed: of all noise and the order of pictures
     :param group_names: of the optimizer's parameter groups, for the logs
@@ -47,7 +46,7 @@ class TrainingLoop:
     losses: Losses
     seed: int
     adapter: Adapter
-    loader: DataLoader
+    loader: Loader
     optimizer: Any
     schedule: Any
     group_names: list[str]
@@ -90,15 +89,11 @@ class TrainingLoop:
 
     def _epoch(self) -> None:
         """The rest of the epoch that is under way, or the next one."""
-        position, loader = self.position, self.loader
-        if position.batches:
-            loader = self.accelerator.skip_first_batches(self.loader, position.batches)
-        else:
+        position = self.position
+        if not position.batches:
             position.epoch += 1
         self.adapter.start_epoch()
-        for one in (self.loader, loader):
-            one.set_epoch(position.epoch)  # type: ignore[attr-defined]
-        for batch in loader:
+        for batch in self.loader.epoch(position.epoch, position.batches):
             with self.accelerator.accumulate():
                 loss = self._batch(batch)
             position.batches += 1
@@ -113,24 +108,27 @@ class TrainingLoop:
 
     def _randoms(self, batch: Batch) -> Randoms:
         """This batch's, whose pictures stand in the step behind those of other processes and accumulated batches."""
-        b = self.loader.batch_size or len(batch.latents)
+        b = self.loader.batch_size
         first = (self.accumulated * self.accelerator.num_processes + self.accelerator.process_index) * b
-        return Randoms(self.seed, self.position.step, range(first, first + len(batch.latents)))
+        return Randoms(self.seed, self.position.step, range(first, first + len(batch)))
 
     def _batch(self, batch: Batch) -> float:
         """Forward, backward and, where gradients are complete, the update; returns the loss over all processes."""
         self.adapter.start_step()
-        self.first_batch = self.first_batch or batch
-        loss = self.losses(batch, self._randoms(batch)).mean()
+        if self.first_batch is None and len(batch):
+            self.first_batch = batch
+        loss = torch.zeros((), device=self.accelerator.device)
+        if len(batch):
+            loss = self.losses(batch, self._randoms(batch)).mean() * batch.share
         self.accumulated += 1
         # where no other gradients would suffer, the backward pass does not wait for what the loss is
         alone = self.options.gradient_accumulation_steps == 1 and self.accelerator.scaler is None
-        if alone:
+        if alone and len(batch):
             self.accelerator.backward(loss)
         value = self._agree_on(loss)
         if math.isfinite(value):
             self.recent_losses.append(value)
-            if not alone:
+            if not alone and len(batch):
                 self.accelerator.backward(loss)
             self.has_gradients = True
         else:
@@ -182,10 +180,9 @@ class TrainingLoop:
         network, losses = self.adapter.module, []
         training = network.training
         network.eval()
-        for on in (False, True):
-            self.adapter.switch(on)
-            randoms = Randoms(self.seed, 0, range(len(self.first_batch.latents)))
-            losses.append(float(self.losses(self.first_batch, randoms).mean()))
+        for multiplier in (0.0, 1.0):
+            randoms = Randoms(self.seed, 0, range(len(self.first_batch)))
+            losses.append(float(self.losses(self.first_batch, randoms, multiplier=multiplier).mean()))
         network.train(training)
         if abs(losses[1] - losses[0]) <= 1e-6 * abs(losses[0]):
             logger.warning(

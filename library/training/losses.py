@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from library.data.latents import Batch
+from library.data.batches import Batch
 from library.models.family import Family
-from library.training.objective import Objective
-from library.training.randoms import Randoms
+from library.options.rooms import PreservationOptions
+from library.training.adapter import Adapter
+from library.training.objective import Noised, Objective
+from library.training.randoms import Purpose, Randoms
 from library.training.texts import Texts
 
 
@@ -20,22 +23,64 @@ class Losses:
     """Of a model with its adapter, as they are."""
 
     model: Family
+    adapter: Adapter
     texts: Texts
     objective: Objective
+    preservation: PreservationOptions
     accelerator: Accelerator
 
-    def __call__(self, batch: Batch, randoms: Randoms, timestep: int | None = None) -> Tensor:
+    def __call__(self, batch: Batch, randoms: Randoms, timestep: int | None = None, multiplier: float = 1.0) -> Tensor:
         """(b,), float32, with gradients.
 
         :param randoms: of the batch's pictures
         :param timestep: of all of them; None to draw them
+        :param multiplier: a factor of the adapter's own
         """
-        latents = batch.latents.to(self.accelerator.device)
+        device, strength = self.accelerator.device, batch.multiplier * multiplier
+        latents, sizes = self._latents(batch, randoms), batch.sizes.to(device)
         timesteps = None if timestep is None else torch.full((len(latents),), timestep)
         noised = self.objective.draw(randoms, latents, timesteps)
+        if batch.preserved:
+            own, target = self._own_answer(noised, batch.captions, sizes), noised.target.clone()
+            target[list(batch.preserved)] = own[list(batch.preserved)]
+            noised = replace(noised, target=target)
+        self.adapter.set_multiplier(strength)
         randoms.seed_torch()  # for dropout
+        masks = None if batch.masks is None else batch.masks.to(device)
+        losses = self.objective.loss(noised, self._predicted(noised, batch.captions, sizes), masks)
+        if batch.weights is not None:
+            losses = losses * batch.weights.to(device)
+        if timestep is None and self.preservation.diff_output_preservation_class is not None:
+            losses = losses + self._of_the_class(noised, batch.captions, sizes, strength)
+        return losses
+
+    def _latents(self, batch: Batch, randoms: Randoms) -> Tensor:
+        device = self.accelerator.device
+        if batch.latents is not None:
+            return batch.latents.to(device)
+        assert batch.pixels is not None
+        return self.model.encode_image(batch.pixels.to(device), randoms.generators(Purpose.LATENTS)).float()
+
+    def _predicted(self, noised: Noised, captions: Sequence[str], sizes: Tensor) -> Tensor:
         with self.accelerator.autocast():
-            text = self.texts(batch.captions)
-            sizes = batch.sizes.to(self.accelerator.device)
-            prediction = self.model.predict(noised.noisy, noised.timesteps, text, sizes)
-        return self.objective.loss(noised, prediction)
+            return self.model.predict(noised.noisy, noised.timesteps, self.texts(captions), sizes)
+
+    @torch.no_grad()
+    def _own_answer(self, noised: Noised, captions: Sequence[str], sizes: Tensor) -> Tensor:
+        """(b, c, h, w), what the model answers without its adapter, text encoders included."""
+        self.adapter.set_multiplier(0.0)
+        return self.objective.answer(noised, self._predicted(noised, captions, sizes).float())
+
+    def _of_the_class(self, noised: Noised, captions: Sequence[str], sizes: Tensor, strength: float) -> Tensor:
+        """(b,), what it costs that captions with the class's words in place of the trigger's are answered otherwise
+        than without the adapter: ai-toolkit's differential output preservation."""
+        found = {i: words for i, caption in enumerate(captions) if (words := self.preservation.of_class(caption))}
+        losses, which = torch.zeros(len(captions), device=sizes.device), list(found)
+        if which:
+            some, of_class = noised.of(which), list(found.values())
+            own = self._own_answer(some, of_class, sizes[which])
+            self.adapter.set_multiplier(strength)
+            answered = self._predicted(some, of_class, sizes[which])
+            cost = self.objective.loss(replace(some, target=own), answered)
+            losses = losses.index_add(0, torch.tensor(which, device=losses.device), cost)
+        return losses * self.preservation.diff_output_preservation_multiplier

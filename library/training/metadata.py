@@ -9,7 +9,8 @@ import mimetypes
 import time
 from pathlib import Path
 
-from library.data.latents import CachedLatents
+from library.data import described
+from library.data.plan import Plan
 from library.models.family import Family
 from library.options.rooms import Run
 from library.training import optimizers, schedules
@@ -29,14 +30,12 @@ _ALWAYS = (
 )
 
 
-def of_training(
-    run: Run, model: Family, network: DeftNetwork, data: CachedLatents, length: Length, seed: int
-) -> dict[str, str]:
+def of_training(run: Run, model: Family, network: DeftNetwork, plan: Plan, length: Length, seed: int) -> dict[str, str]:
     """The fields that are known before the first step; with --no_metadata, those alone that clients need.
 
     :raises DeftError: when the thumbnail cannot be read
     """
-    width, height = run.data.resolution
+    width, height = run.data.datasets[0].buckets.resolution
     network_args = {key: value for key, value in run.network.network_args.items() if key != "neuron_dropout"}
     unused = () if model.objective == "flow" else tuple(f"ss_{name}" for name in FLOW_ONLY)
     fields: dict[str, object] = {
@@ -45,15 +44,12 @@ def of_training(
         **{name: value for name, value in run.recorded.items() if name not in unused},
         **model.names(),
         "ss_training_started_at": time.time(),
-        "ss_num_train_images": len(data),
+        **described.fields(plan, run.data.dataset_config is None),
         "ss_num_epochs": length.epochs,
         "ss_max_train_steps": length.steps,
         "ss_optimizer": optimizers.described(run.optimizer),
         "ss_lr_scheduler": schedules.named(run.optimizer),
         "ss_seed": seed,
-        "ss_resolution": f"({width}, {height})",
-        "ss_dataset_dirs": json.dumps(data.folder_counts()),
-        "ss_tag_frequency": json.dumps(data.tag_frequency()),
         "ss_network_dim": network.config.dim,
         "ss_network_alpha": network.config.alpha,
         "ss_network_args": json.dumps(network_args),

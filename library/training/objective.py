@@ -6,8 +6,9 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,12 @@ class Noised:
     weights: Tensor
     thresholds: Tensor | None
 
+    def of(self, which: Sequence[int]) -> Noised:
+        """Some of the pictures."""
+        chosen: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        chosen = {name: None if value is None else value[list(which)] for name, value in chosen.items()}
+        return Noised(**chosen)
+
 
 class Objective(ABC):
     """The training's question and its marks; `draw` before the model is called, `loss` behind it.
@@ -94,13 +101,15 @@ class Objective(ABC):
         :param noise_in: (b, c, h, w), which the model sees; None for `noise`
         """
 
-    def loss(self, noised: Noised, prediction: Tensor) -> Tensor:
+    def loss(self, noised: Noised, prediction: Tensor, masks: Tensor | None = None) -> Tensor:
         """(b,), float32; its mean is the training's loss.
 
         :param prediction: (b, c, h, w), the model's answer
+        :param masks: (b, 1, h, w), factors of what each place costs
         """
-        error = self._answer(noised, prediction.float()) - noised.target
-        return noised.weights * self._cost(error, noised.thresholds).flatten(1).mean(1)
+        error = self.answer(noised, prediction.float()) - noised.target
+        cost = self._cost(error, noised.thresholds)
+        return noised.weights * (cost if masks is None else cost * masks).flatten(1).mean(1)
 
     @abstractmethod
     def _timesteps(self, randoms: Randoms, latents: Tensor) -> Tensor: ...
@@ -118,8 +127,8 @@ class Objective(ABC):
             more = more * _each(randoms.uniform(Purpose.PERTURBATION_STRENGTH)).to(noise)
         return noise + gamma * more
 
-    def _answer(self, noised: Noised, prediction: Tensor) -> Tensor:
-        """The prediction as it is compared with the target."""
+    def answer(self, noised: Noised, prediction: Tensor) -> Tensor:
+        """The prediction as it is compared with the target, both (b, c, h, w) in float32."""
         return prediction
 
     def _cost(self, error: Tensor, thresholds: Tensor | None) -> Tensor:
@@ -300,7 +309,7 @@ class Flow(Objective):
         index = (torch.cat(places) * self.steps).long()
         return self.schedule.timesteps[index.clamp(0, self.steps - 1)]
 
-    def _answer(self, noised: Noised, prediction: Tensor) -> Tensor:
+    def answer(self, noised: Noised, prediction: Tensor) -> Tensor:
         kind = self.options.model_prediction_type
         if kind == "additive":
             return noised.noisy + prediction

@@ -3,41 +3,129 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
-from library.data.folders import TrainImage
-from library.data.latents import CachedLatents
+from library.data import building, cache, masks
+from library.data.batches import Loader
+from library.data.buckets import Buckets
+from library.data.cache import Entries, Memory, Store
+from library.data.examples import Decoded, Examples, Latents, View, decoded, views
+from library.data.index import Index
+from library.data.plan import Picture, Plan, cannot_be_read, pictures, without
 from library.models.family import Family
 from library.options.rooms import DataOptions
 from library.prompts import Prompt
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, reason_of
+from networks.deft_progress import Bar
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def cache_latents(
-    options: DataOptions, parts: Sequence[list[TrainImage]], model: Family, accelerator: Accelerator
-) -> list[CachedLatents]:
-    """Encodes all images of each part that has some once, and puts the VAE aside.
+def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: Accelerator) -> tuple[Plan, Latents]:
+    """Encodes all pictures that are the same in every epoch; the VAE is put aside where that is all. Pictures that
+    cannot be read are named and left out.
 
-    :raises DeftError: when no image can be read, or for a resolution that the model cannot have
+    :raises DeftError: when none is left, or for sizes that the model cannot have
     """
-    (width, height), step = options.resolution, model.multiple_of
-    if width % step or height % step:
-        raise DeftError(f"--resolution {width},{height}: both must be multiples of {step}")
-    model.vae.to(accelerator.device)
-    background = options.transparent_background
-    data = [CachedLatents(images, options.resolution, model.encode_image, background) for images in parts if images]
-    model.vae.to("cpu")
-    told = [f"{len(one.images)} images, {len(one)} with repeats" for one in data]
-    logger.info(f"{', to validate on '.join(told)}, latents cached")
-    return data
+    check_sizes(plan, model.multiple_of)
+    caches = options.caches
+    folder = None if caches.cache_dir is None else Path(caches.cache_dir)
+    on_disk = caches.cache_latents_to_disk
+    entries: Entries = Store(folder) if on_disk else Memory()
+    files = [file for picture in pictures(plan) for file in (picture.path, picture.mask) if file is not None]
+    contents = Index(folder).hashes(files)
+    latents = Latents(entries, contents, cache.fingerprint(model.vae), options.transparent_background)
+    unreadable = {file: "it cannot be read" for file in files if file not in contents}
+    plan = without(plan, unreadable)
+    keys = [(latents.key(view), view) for view in views(plan)]  # pictures of the same content share one
+    wanted = dict(keys)
+
+    def load(view: View) -> Decoded:
+        return decoded(view.picture, view.crop, view.mirrored, options.transparent_background)
+
+    def make(keys: list[str], found: list[Decoded]) -> list[dict[str, torch.Tensor]]:
+        model.vae.to(accelerator.device)
+        pixels = torch.stack([one.pixels for one in found])
+        encoded = model.encode_image(pixels, [cache.generator_of(key) for key in keys]).float()
+        height, width = encoded.shape[-2:]
+        return [
+            {"latents": one} | ({} if of.mask is None else {"mask": masks.in_latents(of.mask, (height, width))})
+            for one, of in zip(encoded, found, strict=True)
+        ]
+
+    failed = building.build(
+        entries, wanted, load, make, caches.vae_batch_size, what="caching latents", unit="pictures",
+        alike=lambda view: view.crop.size, check=not caches.skip_cache_check,
+        process_index=accelerator.process_index if on_disk else 0,
+        num_processes=accelerator.num_processes if on_disk else 1,
+    )  # fmt: skip
+    unreadable |= {view.picture.path: reason_of(failed[key]) for key, view in keys if key in failed}
+    unreadable |= unreadable_of([picture for one in plan if one.varies for picture in one.pictures], load)
+    for path, reason in unreadable.items():
+        logger.warning(cannot_be_read(path, reason))
+    left = without(plan, unreadable)
+    in_every_step = any(dataset.varies for dataset in left)
+    model.vae.to(accelerator.device if in_every_step else "cpu")
+    if not left:
+        path, reason = next(iter(unreadable.items()))
+        raise DeftError(f"none of the {len(unreadable)} images can be read, {path} for one ({reason})")
+    where = "on the disk" if on_disk else "in memory"
+    number, sizes = sum(1 for _ in pictures(left)), {picture.fit.bucket for picture in pictures(left)}
+    repeated = sum(dataset.appearances for dataset in left)
+    told = f"{number} images, {repeated} with repeats, in {len(sizes)} size{'s' * (len(sizes) > 1)}"
+    logger.info(f"{told}; latents cached {where}")
+    return left, latents
+
+
+def check_sizes(plan: Plan, multiple: int) -> None:
+    """:raises DeftError: for sizes that the model cannot have"""
+    for dataset in plan:
+        Buckets(dataset.options.buckets, multiple)
+
+
+def unreadable_of(found: Sequence[Picture], load: Callable[[View], object]) -> dict[Path, str]:
+    """Pictures that cannot be read, with the reason."""
+    failed: dict[Path, str] = {}
+    with ThreadPoolExecutor(building.WORKERS) as pool, Bar(len(found), "reading pictures", "pictures") as bar:
+        for picture, error in zip(found, pool.map(lambda one: _error_of(load, View(one)), found), strict=True):
+            if error is not None:
+                failed[picture.path] = reason_of(error)
+            bar.add(1)
+    return failed
+
+
+def _error_of(load: Callable[[View], object], view: View) -> Exception | None:
+    try:
+        load(view)
+    except Exception as error:  # whatever Pillow raises for a file costs that file at most
+        return error
+    return None
+
+
+def loader_of(
+    plan: Plan,
+    seed: int,
+    accumulated: int = 1,
+    *,
+    shuffle: bool = True,
+    weight: float,
+    latents: Latents,
+    model: Family,
+    accelerator: Accelerator,
+) -> Loader:
+    """:param accumulated: batches of a step
+    :param weight: of regularisation pictures
+    """
+    examples = Examples(plan, latents, weight, model.pixels_per_latent, seed)
+    places = accelerator.process_index, accelerator.num_processes
+    return Loader(plan, examples, seed, *places, accumulated, shuffle)
 
 
 def tell_what_is_cut(model: Family, captions: Mapping[str, str]) -> None:
@@ -70,11 +158,3 @@ def tell_what_is_rounded(model: Family, prompts: Sequence[Prompt]) -> None:
             rounded.append(f"{told} as {width} x {height}")
     if rounded:
         logger.warning(f"--sample_prompts: this model draws multiples of {step} alone: {', '.join(rounded)}")
-
-
-def batches(data: CachedLatents, number: int, shuffle: bool, accelerator: Accelerator) -> DataLoader:
-    """Batches, shared out among the processes; shuffled, in an order that the accelerator's seed and the epoch decide.
-
-    :param number: of pictures in a batch
-    """
-    return accelerator.prepare(DataLoader(data, batch_size=number, shuffle=shuffle))

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     MULTIRES_RATIOS = 6
     PERTURBATION = 7
     PERTURBATION_STRENGTH = 8
+    LATENTS = 9  # of pictures that are encoded in every step
 
 
 @dataclass(frozen=True)

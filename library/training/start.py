@@ -41,14 +41,19 @@ def log_messages(options: LogOptions) -> None:
     if options.console_log_file:
         try:
             Path(options.console_log_file).parent.mkdir(parents=True, exist_ok=True)
-            where = {"handlers": [logging.FileHandler(options.console_log_file, encoding="utf-8")]}
+            file = logging.FileHandler(options.console_log_file, encoding="utf-8", errors="backslashreplace")
+            where = {"handlers": [file]}
         except OSError as error:
             raise DeftError(f"--console_log_file {options.console_log_file}: {reason_of(error)}") from None
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", **where)
-    main = int(os.environ.get("RANK", "0")) == 0
-    logging.getLogger().setLevel(options.console_log_level if main else logging.ERROR)
+    logging.getLogger().setLevel(options.console_log_level if is_main_process() else logging.ERROR)
     for chatty in ("httpx", "PIL", "diffusers", "transformers", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+def is_main_process() -> bool:
+    """As the launcher says, before there is an accelerator."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def accelerator_of(options: ProcessOptions, logs: LogOptions) -> tuple[Accelerator, int]:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 
+from library.data.plan import Plan, fingerprint
 from library.options.rooms import LoopOptions, OptimizerOptions, Run
 from library.training import optimizers
 from networks.deft_config import DeftError, read_text, reason_of
@@ -69,20 +70,22 @@ class Setting:
     seed: int
     processes: int
     batches_an_epoch: int  # in each process
-    train_batch_size: int
+    train_batch_size: str  # of each data set
+    pictures: str  # a hash of them, their captions, repeats and sizes
     gradient_accumulation_steps: int
     optimizer: str
     of_state: Mapping[str, str] = field(default_factory=dict)
     of_now: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(run: Run, seed: int, processes: int, batches: int) -> Setting:
+    def of(run: Run, plan: Plan, seed: int, processes: int, batches: int) -> Setting:
         """:param batches: of an epoch, in each process"""
         network = {name: getattr(run.network, name) for name in ("network_alpha", "network_args", "scale_weight_norms")}
         rates = {name: getattr(run.optimizer, name) for name in _RATES}
         schedule = {name: getattr(run.optimizer, name) for name in _SCHEDULE}
         return Setting(
-            seed, processes, batches, run.data.train_batch_size, run.loop.gradient_accumulation_steps,
+            seed, processes, batches, ", ".join(str(one.batch_size) for one in run.data.datasets), fingerprint(plan),
+            run.loop.gradient_accumulation_steps,
             optimizer_of(run.optimizer), _as_text(rates), _as_text(network | schedule | asdict(run.objective)),
         )  # fmt: skip
 

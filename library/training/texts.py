@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from library.data import building, cache
+from library.data.cache import Entries, Memory, Store
 from library.models.family import Family, Text
-from networks.deft_progress import progress
+from library.options.rooms import CacheOptions
+from networks.deft_config import DeftError
 
 
 class Texts:
@@ -16,31 +20,56 @@ class Texts:
 
     def __init__(self, model: Family, accelerator: Accelerator):
         self.model, self.accelerator = model, accelerator
-        self._kept: dict[str, Text] = {}
+        self._keys: dict[str, str] = {}  # of captions that are kept
+        self._entries: Entries = Memory()
 
     def __call__(self, captions: Sequence[str]) -> Text:
         """Of texts, in their order, on the training's device."""
-        if not self._kept:
+        if not self._keys:
             return self.model.encode_text(list(captions))
-        found = [self._kept[caption] for caption in captions]
+        found = [self._kept(caption) for caption in captions]
         return {name: torch.cat([text[name] for text in found]).to(self.accelerator.device) for name in found[0]}
 
+    def _kept(self, caption: str) -> Text:
+        """:raises RuntimeError: when the entry is gone, which the disk's is when somebody deletes it"""
+        entry = self._entries.read(self._keys[caption], check=False)
+        if entry is None:
+            raise RuntimeError(f"'{caption}' is gone from the cache of texts; start again, or --resume")
+        return entry
+
     @torch.no_grad()
-    def keep(self, captions: Iterable[str], dtype: torch.dtype, at_once: int) -> None:
-        """Encodes all that will ever be asked for, and frees the text encoders.
+    def keep(self, captions: Iterable[str], dtype: torch.dtype, caches: CacheOptions) -> None:
+        """Encodes all that will ever be asked for, or reads it from the disk, and frees the text encoders.
 
         :param dtype: of the encoders meanwhile
-        :param at_once: captions of a batch
         """
         device, different = self.accelerator.device, list(dict.fromkeys(captions))
-        for encoder in self.model.text_encoders:
-            torch.nn.Module.to(encoder, device, dtype)
-        kept: dict[str, Text] = {}
-        batches = [different[i : i + at_once] for i in range(0, len(different), at_once)]
-        for batch in progress(batches, "encoding texts"):
+        encoders = self.model.text_encoders
+        for encoder in encoders:
+            torch.nn.Module.to(encoder, dtype=dtype)
+        keys = {caption: caption for caption in different}
+        if caches.cache_text_encoder_outputs_to_disk:
+            self._entries = Store(None if caches.cache_dir is None else Path(caches.cache_dir))
+            models = [cache.fingerprint(encoder) for encoder in encoders]
+            tokenizers = [cache.tokenizer_fingerprint(one) for one in self.model.tokenizers]
+            reading = dict(self.model.reading()) | {"autocast": self.accelerator.mixed_precision}
+            keys = {one: cache.text_key(one, models, tokenizers, dtype, **reading) for one in different}
+
+        def encode(_: list[str], batch: list[str]) -> list[Text]:
+            for encoder in encoders:
+                torch.nn.Module.to(encoder, device)
             with self.accelerator.autocast():
                 text = self.model.encode_text(batch)
-            for i, caption in enumerate(batch):
-                kept[caption] = {name: value[i : i + 1].cpu() for name, value in text.items()}
-        self._kept = kept
+            return [{name: value[i : i + 1] for name, value in text.items()} for i in range(len(batch))]
+
+        failed = building.build(
+            self._entries, {key: caption for caption, key in keys.items()}, lambda caption: caption, encode,
+            caches.text_encoder_batch_size or 1, what="encoding texts", unit="texts",
+            check=not caches.skip_cache_check, process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes if caches.cache_text_encoder_outputs_to_disk else 1,
+        )  # fmt: skip
+        if failed:
+            error = next(iter(failed.values()))
+            raise DeftError(f"--cache_text_encoder_outputs: {len(failed)} texts could not be encoded ({error})")
+        self._keys = keys
         self.model.free_text_encoders()

@@ -1,0 +1,244 @@
+"""What is trained on: pictures with their captions, repeats and sizes, before any is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from library.data.buckets import Buckets, Fit, regularization_repeats
+from library.data.folders import Found, look_into, pictures_of
+from library.data.index import Header, Index
+from library.data.masks import find_masks
+from library.data.remarks import Remarks, printable
+from library.data.resizing import face_of
+from library.options.rooms import DataOptions, DatasetOptions, SubsetOptions
+from networks.deft_config import DeftError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """:param size: width and height of the file, upright
+    :param fit: the size that it is scaled to, and the bucket that is cut out of that
+    :param buckets: that it was fitted to
+    :param mask: the file of its mask
+    """
+
+    path: Path
+    caption: str
+    subset: SubsetOptions
+    repeats: int
+    size: tuple[int, int]
+    fit: Fit
+    buckets: Buckets
+    mask: Path | None = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether its own pixels are others in every epoch, beyond being mirrored."""
+        augment, on_faces = self.subset.augment, not self.buckets.options.enable_bucket
+        if augment.random_crop or augment.color_aug:
+            return True
+        return on_faces and augment.face_crop_aug_range is not None and face_of(self.path) is not None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pictures that share buckets and batches."""
+
+    options: DatasetOptions
+    pictures: tuple[Picture, ...]
+
+    @property
+    def varies(self) -> bool:
+        """Whether some of its pictures may vary. All are encoded then in every step, since they share batches."""
+        without_buckets = not self.options.buckets.enable_bucket
+        return any(
+            augment.random_crop or augment.color_aug or (without_buckets and augment.face_crop_aug_range is not None)
+            for augment in (subset.augment for subset in self.options.subsets)
+        )
+
+    @property
+    def appearances(self) -> int:
+        """Of pictures in an epoch."""
+        return sum(picture.repeats for picture in self.pictures)
+
+    def buckets(self) -> dict[tuple[int, int], int]:
+        """(width, height) -> how many pictures of an epoch are of that size, smallest sizes first."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for picture in self.pictures:
+            counts[picture.fit.bucket] += picture.repeats
+        return dict(sorted(counts.items()))
+
+
+Plan = tuple[Dataset, ...]
+
+
+def pictures(plan: Plan) -> Iterator[Picture]:
+    """Of all data sets, in their order."""
+    return (picture for dataset in plan for picture in dataset.pictures)
+
+
+def by_subset(found: Iterable[Picture]) -> Iterator[tuple[SubsetOptions, list[Picture]]]:
+    """Each subset with its pictures, in their order."""
+    groups: dict[int, list[Picture]] = {}
+    for picture in found:
+        groups.setdefault(id(picture.subset), []).append(picture)
+    return ((group[0].subset, group) for group in groups.values())
+
+
+def fingerprint(plan: Plan) -> str:
+    """Of what is trained on: names, captions, repeats and sizes, wherever the folders are."""
+    facts = [(p.path.name, p.caption, p.repeats, p.fit) for p in pictures(plan)]
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def plan_of(options: DataOptions, index: Index, remarks: Remarks) -> Plan:
+    """All pictures of all data sets.
+
+    :param remarks: learns of what is not used
+    :raises DeftError: for folders and files that are missing or hold nothing to train on
+    """
+    for root, option in ((options.train_data_dir, "train_data_dir"), (options.reg_data_dir, "reg_data_dir")):
+        if root is not None:
+            look_into(root, f"--{option}", remarks)
+    listed = [[(subset, pictures_of(subset, remarks)) for subset in one.subsets] for one in options.datasets]
+    paths = [found.path for subsets in listed for _, group in subsets for found in group]
+    headers = index.contents(paths)
+    plan = []
+    for one, subsets in zip(options.datasets, listed, strict=True):
+        buckets = Buckets(one.buckets)
+        found: list[Picture] = []
+        for subset, group in subsets:
+            found += _fitted(group, subset, headers, _masks(options, subset, group), buckets, remarks)
+        if any(not picture.subset.is_reg for picture in found):
+            plan.append(Dataset(one, tuple(_balanced(found, remarks))))
+    told = remarks.lines()
+    if paths and all(header.error for header in headers.values()):
+        path, header = next(iter(headers.items()))
+        raise DeftError(f"none of the {len(paths)} images can be read, {path} for one ({header.error})")
+    if not plan:
+        raise DeftError("; ".join([_nothing(options), *told]))
+    return tuple(plan)
+
+
+def cannot_be_read(path: Path, reason: str) -> str:
+    """What is said of a picture that is left out for it."""
+    return printable(f"{path}: left out, it cannot be read ({reason})")
+
+
+def _nothing(options: DataOptions) -> str:
+    if options.train_data_dir is not None:
+        root = Path(options.train_data_dir)
+        return f"--train_data_dir {root}: no images; they belong into folders named as in {root / '10_sks cat'}"
+    names = [str(subset.metadata_file or subset.image_dir) for one in options.datasets for subset in one.subsets]
+    option = f"--dataset_config {options.dataset_config}" if options.dataset_config else "--in_json"
+    return f"{option}: no images to train on in {', '.join(names) or 'it'}"
+
+
+def _masks(options: DataOptions, subset: SubsetOptions, group: Sequence[Found]) -> list[Path] | list[None]:
+    """Of each picture, where masks are asked for."""
+    if subset.conditioning_data_dir is None or not options.masked_loss or not group:
+        return [None] * len(group)
+    return find_masks(subset.conditioning_data_dir, [one.path for one in group])
+
+
+def _fitted(
+    group: Sequence[Found],
+    subset: SubsetOptions,
+    headers: dict[Path, Header],
+    masks: Sequence[Path | None],
+    buckets: Buckets,
+    remarks: Remarks,
+) -> Iterator[Picture]:
+    """Those that can be read and are large enough."""
+    for one, mask in zip(group, masks, strict=True):
+        header = headers[one.path]
+        size = header.width, header.height
+        if header.error:
+            remarks.add(cannot_be_read(one.path, header.error), one.path)
+        elif buckets.skips(*size):
+            remarks.add("{n} picture{s} ({one}) left out: --skip_image_resolution", one.path)
+        else:
+            try:
+                fit = buckets.fit(*size)
+            except DeftError as error:
+                remarks.add(f"{one.path}: left out, {error}", one.path)
+                continue
+            if header.alpha and not subset.alpha_mask:
+                remarks.add(
+                    "{n} picture{s} ({one}) with an alpha channel: transparent parts lie on --transparent_background",
+                    one.path,
+                )
+            if header.frames > 1:
+                remarks.add("{n} picture{s} of several frames ({one}): only the first is used", one.path)
+            yield Picture(one.path, one.caption, subset, subset.num_repeats, size, fit, buckets, mask)
+
+
+def _balanced(found: list[Picture], remarks: Remarks) -> Iterator[Picture]:
+    """Regularisation pictures as often as those that are trained on."""
+    trained = [picture for picture in found if not picture.subset.is_reg]
+    regular = [picture for picture in found if picture.subset.is_reg]
+    yield from trained
+    if not regular:
+        return
+    wanted, own = sum(picture.repeats for picture in trained), [picture.repeats for picture in regular]
+    if wanted < sum(own):
+        remarks.add("more regularisation pictures ({one}) than pictures to train on: some of them are not used",
+                    regular[0].path)  # fmt: skip
+    balanced = zip(regular, regularization_repeats(wanted, own), strict=True)
+    yield from (replace(picture, repeats=repeats) for picture, repeats in balanced if repeats)
+
+
+def divided(plan: Plan, seed: int) -> tuple[Plan, Plan]:
+    """What is trained on, and of each subset the share that its validation_split keeps apart, chosen as sd-scripts
+    chooses it.
+
+    :param seed: where a subset has no validation_seed
+    :raises DeftError: when none is left to train on
+    """
+    trained, kept = [], []
+    for dataset in plan:
+        parts: tuple[list[Picture], list[Picture]] = ([], [])
+        for _, group in by_subset(dataset.pictures):
+            for part, found in zip(parts, _split(group, seed), strict=True):
+                part += found
+        trained.append(replace(dataset, pictures=tuple(parts[0])))
+        kept.append(replace(dataset, pictures=tuple(replace(picture, repeats=1) for picture in parts[1])))
+    asked = [share for one in plan for picture in one.pictures if (share := picture.subset.validation_split)]
+    if asked and not any(dataset.pictures for dataset in kept):
+        logger.warning(f"--validation_split {asked[0]}: less than a picture of every folder; nothing is validated")
+    if number := sum(len(dataset.pictures) for dataset in kept):
+        logger.info(f"{number} of the images are kept apart to validate on")
+    if not any(dataset.pictures for dataset in trained):
+        raise DeftError(f"--validation_split {asked[0]}: leaves no picture to train on")
+    return _filled(trained), _filled(kept)
+
+
+def _split(group: list[Picture], seed: int) -> tuple[list[Picture], list[Picture]]:
+    subset = group[0].subset
+    if not subset.validation_split or subset.is_reg:
+        return group, []
+    shuffled = list(group)
+    random.Random(seed if subset.validation_seed is None else subset.validation_seed).shuffle(shuffled)
+    number = math.ceil(len(shuffled) * (1 - subset.validation_split))
+    return shuffled[:number], shuffled[number:]
+
+
+def without(plan: Plan, left_out: Iterable[Path]) -> Plan:
+    """The plan but for some pictures."""
+    gone = set(left_out)
+    return _filled(
+        [replace(one, pictures=tuple(p for p in one.pictures if p.path not in gone)) for one in plan] if gone else plan
+    )
+
+
+def _filled(plan: Iterable[Dataset]) -> Plan:
+    return tuple(dataset for dataset in plan if dataset.pictures)
