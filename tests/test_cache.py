@@ -656,28 +656,40 @@ def test_a_process_begins_with_its_share(store):
     assert len(set(begun)) == 12  # of 14 batches; none in two shares
 
 
-def forked(folder: Path, counts=None, **options) -> multiprocessing.Process:
-    def child() -> None:
-        def counted(keys, contents):
-            if counts is not None:
-                with counts.get_lock():
-                    counts.value += len(keys)
-            return slow(keys, contents)
+@pytest.fixture(scope="module")
+def clean():
+    """Starts children as forks of a process without threads: those here may hold locks that no child gives back."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_cache"])
+    first = context.Process(target=os.getpid)
+    first.start()
+    first.join()
+    return context
 
-        os._exit(bool(built(Store(folder), make=counted, **options)))
 
-    process = multiprocessing.get_context("fork").Process(target=child)
+def build_slowly(folder: Path, counts) -> None:
+    def counted(keys, contents):
+        if counts is not None:
+            with counts.get_lock():
+                counts.value += len(keys)
+        return slow(keys, contents)
+
+    os._exit(bool(built(Store(folder), make=counted)))
+
+
+def started(clean, folder: Path, counts=None) -> multiprocessing.Process:
+    process = clean.Process(target=build_slowly, args=(folder, counts))
     process.start()
     return process
 
 
 @forks
-def test_killed_at_twenty_moments_and_completed(tmp_path, undisturbed):
+def test_killed_at_twenty_moments_and_completed(clean, tmp_path, undisturbed):
     """A run takes about 0.15 s; what is there behind a kill is whole, and what is made then is what would have been."""
     moments, incomplete = random.Random(1), 0
     for i in range(20):
         folder = tmp_path / str(i)
-        process = forked(folder)
+        process = started(clean, folder)
         time.sleep(moments.uniform(0.01, 0.15))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -691,10 +703,10 @@ def test_killed_at_twenty_moments_and_completed(tmp_path, undisturbed):
 
 
 @forks
-def test_one_building_killed_over_and_over_goes_on(store, undisturbed):
+def test_one_building_killed_over_and_over_goes_on(clean, store, undisturbed):
     there = -1
     for _ in range(40):
-        process = forked(store.folder)
+        process = started(clean, store.folder)
         process.join(0.06)
         process.kill()
         process.join()
@@ -708,12 +720,12 @@ def test_one_building_killed_over_and_over_goes_on(store, undisturbed):
 
 
 @forks
-def test_runs_that_build_one_cache_at_once_share_the_work(tmp_path, undisturbed):
+def test_runs_that_build_one_cache_at_once_share_the_work(clean, tmp_path, undisturbed):
     """Two, three times: about 1.2 times what one makes; 1.7 times if both went in one order."""
-    counts = multiprocessing.get_context("fork").Value("i", 0)
+    counts = clean.Value("i", 0)
     for i in range(3):
         store = Store(tmp_path / str(i))
-        runs = [forked(store.folder, counts) for _ in range(2)]
+        runs = [started(clean, store.folder, counts) for _ in range(2)]
         for run in runs:
             run.join(300)
             assert run.exitcode == 0

@@ -421,9 +421,14 @@ def test_an_index_that_another_process_holds_is_done_without(index, folder, monk
     assert not index.file.with_suffix(".damaged").exists()
 
 
+def fill(index: Index, paths: list[Path], wanted: dict[Path, Header] | None) -> None:
+    indexing.AT_ONCE = 7
+    found = index.contents(paths)
+    os._exit(wanted is not None and found != wanted)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="children are forks")
-def test_processes_that_fill_it_at_once_and_are_killed(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(indexing, "AT_ONCE", 7)
+def test_processes_that_fill_it_at_once_and_are_killed(index, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     for i in range(150):
@@ -431,14 +436,15 @@ def test_processes_that_fill_it_at_once_and_are_killed(index, tmp_path, monkeypa
     time.sleep(0.02)
     paths = sorted(folder.iterdir())
     direct = {path: header_of(path) for path in paths}
-    context, moments = multiprocessing.get_context("fork"), random.Random(0)
-    for _ in range(10):
-        killed = context.Process(target=lambda: again(index).contents(paths))
+    clean, moments = multiprocessing.get_context("forkserver"), random.Random(0)  # see tests/test_cache.py
+    clean.set_forkserver_preload(["tests.test_index"])
+    for _ in range(11):
+        killed = clean.Process(target=fill, args=(again(index), paths, None))
         killed.start()
         time.sleep(moments.uniform(0.005, 0.06))
         killed.kill()
         killed.join()
-    together = [context.Process(target=lambda: os._exit(again(index).contents(paths) != direct)) for _ in range(3)]
+    together = [clean.Process(target=fill, args=(again(index), paths, direct)) for _ in range(3)]
     for process in together:
         process.start()
     for process in together:
