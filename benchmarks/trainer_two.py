@@ -173,22 +173,12 @@ def main() -> int:
 
     bench.make()
     two, bf16 = "--gradient_accumulation_steps 2", f"{BF16} {CHECKPOINTING}"
-    bench.run(
-        Run("one_float32", 1, f"{FLOAT32} {two}"), Run("again_float32", 1, f"{FLOAT32} {two}", gpu=1),
-        Run("one_bf16", 1, f"{bf16} {two}", 1024), Run("again_bf16", 1, f"{bf16} {two}", 1024, gpu=1),
-    )  # fmt: skip
+    bench.run(Run("one_float32", 1, f"{FLOAT32} {two}"), Run("again_float32", 1, f"{FLOAT32} {two}", gpu=1))
     bench.run(Run("two_float32", 2, f"{FLOAT32} --save_state --save_every_n_steps {HALF}"))
     keep("losses, float32: one process twice", bench.losses_apart("again_float32", "one_float32"))
     keep("losses, float32: two processes and one", bench.losses_apart("two_float32", "one_float32"))
     keep("files, float32: one process twice", bench.files_apart("again_float32", "one_float32"))
     keep("files, float32: two processes and one", bench.files_apart("two_float32", "one_float32"))
-    bench.run(Run("alone_bf16", 1, bf16, 1024, TIMED))
-    bench.run(Run("two_bf16", 2, bf16, 1024, TIMED))
-    keep("losses, bf16: one process twice", bench.losses_apart("again_bf16", "one_bf16"))
-    keep("losses, bf16: two processes and one", bench.losses_apart("two_bf16", "one_bf16"))
-    rates = {name: bench.rate(f"{name}_bf16") for name in ("alone", "two")}
-    keep("one and two, batch 1 each", rates)
-    keep("pictures a second, of one's", 2 * rates["alone"]["s_per_step"] / rates["two"]["s_per_step"])
     state = args.folder / "out" / f"two_float32-step{HALF:08d}-state"
     resumed = Run("resumed_float32", 2, f"{FLOAT32} --resume {state}")
     process = bench.start(resumed)
@@ -199,6 +189,14 @@ def main() -> int:
     if ended["command"]:
         keep("exit code of the printed command", bench.go_on(ended["command"], "went_on"))
         keep("files, float32: went on and undisturbed", bench.files_apart("ended_float32", "two_float32"))
+    bench.run(Run("alone_bf16", 1, bf16, 1024, TIMED))
+    bench.run(Run("two_bf16", 2, bf16, 1024, TIMED))
+    rates = {name: bench.rate(f"{name}_bf16") for name in ("alone", "two")}
+    keep("one and two, batch 1 each", rates)
+    keep("pictures a second, of one's", 2 * rates["alone"]["s_per_step"] / rates["two"]["s_per_step"])
+    bench.run(Run("one_bf16", 1, f"{bf16} {two}", 1024), Run("again_bf16", 1, f"{bf16} {two}", 1024, gpu=1))
+    keep("losses, bf16: one process twice", bench.losses_apart("again_bf16", "one_bf16"))
+    keep("losses, bf16: two processes and one", bench.losses_apart("two_bf16", "one_bf16"))
     return 0
 
 
