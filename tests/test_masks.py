@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from library.data.index import header_of
 from library.data.masks import alpha_mask, find_masks, in_latents, read_mask, stacked
-from library.data.pixels import picture_size, read_picture, readable_formats
+from library.data.pixels import read_picture, readable_formats
 from library.data.resizing import center_crop
 from networks.deft_config import DeftError
 
@@ -123,6 +124,11 @@ def test_pictures_without_a_mask_count_wholly_beside_others():
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    header = header_of(path)
+    return header.width, header.height
+
+
 def written(folder: Path) -> list[Path]:
     """A picture in every format that Pillow writes here and we read, in modes that it takes."""
     made = []
@@ -147,7 +153,7 @@ def test_a_header_tells_the_size_in_every_format(tmp_path):
             size = read_picture(path).image.size
         except Exception:  # as formats that Pillow writes and cannot read
             continue
-        assert picture_size(path) == size, path
+        assert size_of(path) == size, path
         sizes[path.suffix] = size
     assert len(sizes) > 30
     assert {".png", ".jpg", ".webp", ".bmp", ".tif", ".gif", ".ico", ".tga", ".jp2"} <= sizes.keys()
@@ -159,7 +165,7 @@ def test_the_size_is_that_of_the_upright_picture(tmp_path, extension, turn):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = turn
     Image.new("RGB", (48, 32)).save(tmp_path / f"a.{extension}", exif=exif)
-    size = picture_size(tmp_path / f"a.{extension}")
+    size = size_of(tmp_path / f"a.{extension}")
     assert size == read_picture(tmp_path / f"a.{extension}").image.size
     if extension in ("jpg", "png", "webp", "avif"):
         assert size == ((48, 32) if turn < 5 else (32, 48))
@@ -180,7 +186,7 @@ def test_metadata_behind_a_png_s_pixels_counts(tmp_path, behind, kind):
     data = (tmp_path / "a.png").read_bytes()
     place = data.index(b"IEND" if behind else b"IDAT") - 4
     (tmp_path / "a.png").write_bytes(data[:place] + metadata + data[place:])
-    assert picture_size(tmp_path / "a.png") == read_picture(tmp_path / "a.png").image.size == (32, 48)
+    assert size_of(tmp_path / "a.png") == read_picture(tmp_path / "a.png").image.size == (32, 48)
 
 
 def test_only_the_header_of_a_png_is_read(tmp_path):
@@ -189,6 +195,6 @@ def test_only_the_header_of_a_png_is_read(tmp_path):
     data = (tmp_path / "a.png").read_bytes()
     start = data.index(b"IDAT") + 4
     (tmp_path / "a.png").write_bytes(data[:start] + b"\xff" * 8 + data[start + 8 :])
-    assert picture_size(tmp_path / "a.png") == (48, 32)
+    assert size_of(tmp_path / "a.png") == (48, 32)
     with pytest.raises(OSError, match="broken data stream"):
         read_picture(tmp_path / "a.png")

@@ -38,6 +38,7 @@ WAIT = 30.0  # seconds for another process that writes
 _TABLE = "CREATE TABLE IF NOT EXISTS {} (name BLOB PRIMARY KEY, stamp TEXT, value TEXT, checksum INTEGER)"
 _NOT_DAMAGED = ("locked", "readonly", "full", "unable to open")  # what sqlite says of a disk, or of other processes
 _LAYERED = ("MPO", "PSD")  # what follows the picture are previews, depths and layers
+_SIZED_LATE = ("ICO", "CUR", "ICNS")  # what they contain may have another size than they say
 _TURNED = {5, 6, 7, 8}  # EXIF's orientations with width and height exchanged
 _LATE = (b"eXIf", b"iTXtXML:com.adobe.xmp\0", b"tEXtRaw profile type exif\0", b"zTXtRaw profile type exif\0")
 # how files of the usual formats begin: Pillow would try others first, which takes as long as the header itself
@@ -177,6 +178,8 @@ def header_of(path: Path) -> Header:
             return Header(error="the file is empty")
         likely = [name for sign, name in _SIGNS.items() if start.startswith(sign)]
         with Image.open(path, formats=likely or _formats()) as image:
+            if image.format in _SIZED_LATE:
+                image.load()
             width, height = image.size
             if image.format != "TIFF" and _orientation(image, path) in _TURNED:  # Pillow turns TIFFs
                 width, height = height, width

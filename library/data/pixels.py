@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,13 +34,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
-_SIZED_LATE = ("ICO", "CUR", "ICNS")  # what they contain may have another size than they say
 _LAYERED = ("MPO", "PSD")  # what follows the picture are previews, depths and layers
 # the value of white: in 16 bits, in what PGM and TIFF have as 32 bits, and in TIFF's floating-point numbers; of several
 # the smallest that nine tenths of the picture do not exceed by far: highlights do
@@ -99,18 +91,6 @@ def read_picture(path: Path, background: Colour = WHITE) -> Picture:
     return Picture(picture.image.transpose(method), picture.transparent, frames, alpha)
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of what `read_picture` gives, from the file's head alone where its format has them there.
-
-    :raises Exception: of many kinds, Pillow's, when the file is no picture
-    """
-    with Image.open(path, formats=sorted(set(readable_formats().values()))) as image:
-        if image.format in _SIZED_LATE or (image.format == "PNG" and _metadata_behind_pixels(path)):
-            image.load()
-        turned = _turn(image) in _SIDEWAYS
-        return (image.height, image.width) if turned else image.size
-
-
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What makes the picture upright.
 
@@ -123,20 +103,6 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
         return _UPRIGHT.get(exif[ExifTags.Base.Orientation])
     return None
-
-
-def _metadata_behind_pixels(path: Path) -> bool:
-    """Whether a PNG has EXIF or texts after its pixels."""
-    with path.open("rb") as file:
-        file.seek(8)
-        pixels = False
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            pixels |= kind == b"IDAT"
-            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-                return True
-            file.seek(length + 4, 1)
-    return False
 
 
 def to_rgb(image: Image.Image, background: Colour = WHITE) -> Picture:

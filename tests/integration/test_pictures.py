@@ -20,8 +20,9 @@ from PIL import Image, ImageFilter
 
 from library.data.augment import change_colours, flips
 from library.data.buckets import Buckets, Epochs, Size, dataset_seed, regularization_repeats
+from library.data.index import header_of
 from library.data.masks import alpha_mask, find_masks, in_latents, read_mask
-from library.data.pixels import picture_size, read_picture
+from library.data.pixels import read_picture
 from library.data.resizing import Crop, crop_of, face_of, in_tensor
 from library.options.rooms import AugmentOptions, BucketOptions
 from networks.deft_config import DeftError
@@ -31,6 +32,11 @@ pytestmark = needs_sd_scripts
 
 PICTURES = 210
 SMALL = {"enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 256, "bucket_reso_steps": 32}
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    header = header_of(path)
+    return header.width, header.height
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -243,14 +249,14 @@ class Ours:
         case = self.case
         self.buckets = case.buckets()
         paths = sorted((self.root / case.folder).iterdir())
-        self.paths = [path for path in paths if not self.buckets.skips(*picture_size(path))]
+        self.paths = [path for path in paths if not self.buckets.skips(*size_of(path))]
         self.repeats = [case.repeats] * len(self.paths)
         if case.reg:
             reg = sorted((self.root / case.reg).iterdir())
             self.repeats += regularization_repeats(sum(self.repeats), [case.reg_repeats] * len(reg))
             self.paths += reg
         self.masks = find_masks(self.root / case.masks, self.paths) if case.masks else None
-        self.sizes = [picture_size(path) for path in self.paths]
+        self.sizes = [size_of(path) for path in self.paths]
         fits = [self.buckets.fit(*size).bucket for size in self.sizes]
         self.epochs = Epochs(fits, self.repeats, case.batch_size, dataset_seed(case.seed))
         options = {name: case.subset[name] for name in ("flip_aug", "color_aug", "random_crop") if name in case.subset}
