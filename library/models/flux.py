@@ -375,7 +375,7 @@ def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
 def _of_folder(name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
     model, found = _KINDS[name].from_pretrained(
         str(folder),
-        torch_dtype=torch.float32 if name == "vae" else dtype,
+        dtype=torch.float32 if name == "vae" else dtype,
         variant=variant_of(folder),
         use_safetensors=True,
         local_files_only=True,
@@ -443,7 +443,7 @@ def _text_encoder(name: str, config: Any, roots: tuple[str, ...]) -> Callable[[P
             None,
             config=config.from_pretrained(str(CONFIG / name)),
             state_dict=state,
-            torch_dtype=dtype,
+            dtype=dtype,
             output_loading_info=True,
         )
         return _whole(model, file, found["missing_keys"])
@@ -455,7 +455,7 @@ def _vae(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
     with _opened(file, prefix, torch.float32) as tensors:
         state = tensors.all("encoder.", "decoder.")
     model = AutoencoderKL.from_single_file(
-        state, config=str(CONFIG / "vae"), torch_dtype=torch.float32, local_files_only=True
+        state, config=str(CONFIG / "vae"), dtype=torch.float32, local_files_only=True
     )
     return _whole(model, file, [name for name, weight in model.named_parameters() if weight.is_meta])
 

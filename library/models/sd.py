@@ -187,7 +187,7 @@ def load_pipeline(
     make = kind.from_pretrained if location.is_dir() else kind.from_single_file
     try:
         vae = own_vae(location, config)
-        pipeline = make(str(location), torch_dtype=dtype, **(how | {"vae": vae} | dict(given)))
+        pipeline = make(str(location), dtype=dtype, **(how | {"vae": vae} | dict(given)))
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
         raise DeftError(f"{location}: not a readable Stable Diffusion model ({reason_of(error)})") from error
     for name in pipeline.components.keys() & {"tokenizer", "tokenizer_2"}:

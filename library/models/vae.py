@@ -21,7 +21,7 @@ def own_vae(model: Path, config: Path) -> AutoencoderKL:
     if model.is_dir():
         return _of_folder(model / "vae")
     return AutoencoderKL.from_single_file(
-        str(model), config=str(config), subfolder="vae", torch_dtype=torch.float32, local_files_only=True
+        str(model), config=str(config), subfolder="vae", dtype=torch.float32, local_files_only=True
     )
 
 
@@ -59,7 +59,7 @@ def _vae_folder(location: Path) -> Path:
 
 def _of_folder(folder: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(
-        str(folder), torch_dtype=torch.float32, variant=variant_of(folder), use_safetensors=True, local_files_only=True
+        str(folder), dtype=torch.float32, variant=variant_of(folder), use_safetensors=True, local_files_only=True
     )
 
 
