@@ -5,15 +5,15 @@
 Makes photographs of 3 and 12 megapixels, JPEG and PNG, and a VAE of a few channels. Each case is then cached by ours
 and by theirs in turns, each in a process of its own that times the caching alone: neither imports, nor the data set,
 whose files' headers have been read by then. Ours is `read_pictures` into an empty folder or into memory, with the
-hashes of files and weights; theirs is `new_cache_latents` of a data set group, beside the pictures or into memory. In
-the case "cold" the pictures are not in the system's memory before. Latents are compared. Writes
-benchmarks/results/caching.json.
+hashes of files and weights; theirs is `new_cache_latents` of a data set group, beside the pictures or into memory,
+as it is, where Python's memory is cleaned up after each batch, and with --highvram, which leaves that out. In the case
+"cold" the pictures are not in the system's memory before. Latents are compared. One thread of torch each, unless
+--threads says otherwise: several wait for each other where other programs run. Writes benchmarks/results/caching.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -31,7 +31,7 @@ RESULT = ROOT / "benchmarks" / "results" / "caching.json"
 SUBSET, KINDS, RESOLUTION = "1_sks thing", 30, 512
 MEGAPIXELS = {"jpg": (12.0, 3.0), "png": (3.0, 1.5)}  # of which a half each
 ASPECTS = (1.5, 4 / 3, 1.0, 3 / 4, 2 / 3, 16 / 9)  # width by height
-WHO = ("ours", "theirs")
+WAYS = ("ours", "theirs", "theirs, --highvram")
 
 
 class Case(NamedTuple):
@@ -127,17 +127,18 @@ def ours(folder: Path, case: Case) -> dict[str, Any]:
     plan, latents = prepare.read_pictures(options, plan, model, accelerator)  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
     scale = model.vae.config.scaling_factor
-    return {"seconds": seconds, "means": {v.picture.path.stem: float(latents.read(v)[0].abs().mean()) / scale for v in views(plan)}}  # fmt: skip  # noqa: E501
+    means = {view.picture.path.stem: float(latents.read(view)[0].abs().mean()) / scale for view in views(plan)}
+    return {"seconds": seconds, "means": means}
 
 
-def theirs(folder: Path, case: Case) -> dict[str, Any]:
-    """Of both versions."""
+def theirs(folder: Path, case: Case, high_vram: bool) -> dict[str, Any]:
     import numpy as np
     import train_network
     from accelerate import Accelerator
 
-    from library import config_util, strategy_base, strategy_sd
+    from library import config_util, strategy_base, strategy_sd, train_util
 
+    train_util.enable_high_vram(argparse.Namespace(highvram=high_vram))
     strategy = strategy_sd.SdSdxlLatentsCachingStrategy(True, case.on_disk, case.batch, False)
     strategy_base.LatentsCachingStrategy.set_strategy(strategy)
     config = {
@@ -162,13 +163,13 @@ def theirs(folder: Path, case: Case) -> dict[str, Any]:
     return {"seconds": seconds, "means": means}
 
 
-def side(who: str, folder: Path, case: Case) -> None:
+def side(way: str, folder: Path, case: Case) -> None:
     """One caching, in a process of its own."""
     import cv2
     import PIL
     import torch
 
-    result = (ours if who == "ours" else theirs)(folder, case)
+    result = ours(folder, case) if way == "ours" else theirs(folder, case, way != "theirs")
     result |= {
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "versions": {"torch": torch.__version__, "pillow": PIL.__version__, "opencv": cv2.__version__},
@@ -191,13 +192,13 @@ def cleared(folder: Path, cold: bool) -> None:
             file.read_bytes()
 
 
-def cached(who: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    folder, python = (ROOT, sys.executable) if who == "ours" else (options.sd_scripts, options.python)
+def cached(way: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    folder, python = (ROOT, sys.executable) if way == "ours" else (options.sd_scripts, options.python)
     environment = os.environ | {
         "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    given = json.dumps([who, *case])
+    given = json.dumps([way, *case])
     command = [python, str(Path(__file__).resolve()), "--side", given, "--folder", str(options.folder.resolve())]
     cleared(options.folder, case.cold)
     load = os.getloadavg()[0]
@@ -207,39 +208,41 @@ def cached(who: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(case: Case, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Who -> rounds; after a first one that is left out, in turns of which each begins with the other."""
-    found: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
+    """Way -> rounds, round by round in another order."""
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for number in range(options.rounds):
-        for who in WHO:
-            result = cached(who, case, options)
-            found[who].append(result)
-            print(f"{case.name}, round {number}, {who}: {result['seconds']:.2f} s, load {result['load']}", flush=True)
+        for way in WAYS[number % len(WAYS) :] + WAYS[: number % len(WAYS)]:
+            result = cached(way, case, options)
+            found[way].append(result)
+            print(f"{case.name}, round {number}, {way}: {result['seconds']:.2f} s, load {result['load']}", flush=True)
     return found
 
 
-def check_alike(found: dict[str, list[dict[str, Any]]], number: int) -> float:
-    """The largest difference between ours and theirs in a picture's mean latent, to its size."""
-    (one, other), *_ = zip(found["ours"], found["theirs"], strict=True)
-    assert one["means"].keys() == other["means"].keys() and len(one["means"]) == number
-    return max(abs(mean - other["means"][name]) / mean for name, mean in one["means"].items())
+def largest_difference(ours: dict[str, Any], theirs: dict[str, Any], number: int) -> float:
+    """In a picture's mean latent, to its size."""
+    assert ours["means"].keys() == theirs["means"].keys()
+    assert len(ours["means"]) == number
+    return max(abs(mean - theirs["means"][name]) / mean for name, mean in ours["means"].items())
 
 
 def summary(found: dict[str, list[dict[str, Any]]], number: int) -> dict[str, Any]:
+    """Rates, and of theirs what ours is to them, round by round."""
     content: dict[str, Any] = {}
-    for who, rounds in found.items():
+    for way, rounds in found.items():
         rates = [number / one["seconds"] for one in rounds]
-        content[who] = {
+        content[way] = {
             "pictures_a_second": round(statistics.median(rates), 2),
             "least_and_most": [round(min(rates), 2), round(max(rates), 2)],
             "peak_mib": max(one["peak_mib"] for one in rounds),
             "load": [one["load"] for one in rounds],
         }
-    ratios = [
-        other["seconds"] / one["seconds"] for one, other in zip(found["ours"], found["theirs"], strict=True)
-    ]
-    content["ours_to_theirs"] = round(statistics.median(ratios), 3)
-    content["of_each_pair"] = [round(ratio, 3) for ratio in ratios]
-    content["largest_difference"] = float(f"{check_alike(found, number):.2g}")
+        if way != "ours":
+            ratios = [other["seconds"] / one["seconds"] for one, other in zip(found["ours"], rounds, strict=True)]
+            content[way] |= {
+                "ours_to_it": round(statistics.median(ratios), 3),
+                "of_each_round": [round(ratio, 3) for ratio in ratios],
+                "largest_difference": float(f"{largest_difference(found['ours'][0], rounds[0], number):.2g}"),
+            }
     return content
 
 
@@ -248,17 +251,19 @@ def main() -> None:
     parser.add_argument("--sd_scripts", type=Path, help="a checkout")
     parser.add_argument("--commit", default="", help="of the checkout, for the record")
     parser.add_argument("--python", default=sys.executable, help="an interpreter that can run it")
-    parser.add_argument("--folder", type=Path, required=True, help="where the pictures are made, about 1 GB")
-    parser.add_argument("--number", type=int, default=300)
+    parser.add_argument("--folder", type=Path, required=True, help="where the pictures are made, about 200 MB")
+    parser.add_argument("--number", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, for both")
-    parser.add_argument("--cases", default="", help=f"of {'; '.join(case.name for case in CASES)}; all if none is given")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, for both")
+    parser.add_argument(
+        "--cases", default="", help=f"of {'; '.join(case.name for case in CASES)}; all if none is given"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--side", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        who, *case = options.side
-        side(who, options.folder, Case(*case))
+        way, *case = options.side
+        side(way, options.folder, Case(*case))
         return
     make_pictures(options.folder, options.number)
     make_vae(options.folder)
@@ -268,7 +273,7 @@ def main() -> None:
         "pictures": options.number, "resolution": RESOLUTION, "rounds": options.rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": options.threads,
         "sd_scripts": options.commit,
-        "versions": {who: next(iter(found.values()))[who][0]["versions"] for who in WHO},
+        "versions": {way: next(iter(found.values()))[way][0]["versions"] for way in WAYS[:2]},
         "cases": {case.name: summary(rounds, options.number) for case, rounds in found.items()},
     }  # fmt: skip
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from library.data.batches import Loader
 from library.data.buckets import Buckets
 from library.data.cache import Entries, Memory, Store
 from library.data.examples import Decoded, Examples, Latents, View, decoded, views
-from library.data.index import Index
+from library.data.index import Index, hash_of
 from library.data.plan import Picture, Plan, cannot_be_read, pictures, without
 from library.models.family import Family
 from library.options.rooms import DataOptions
@@ -48,10 +49,18 @@ def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: 
     wanted = dict(keys)
 
     def load(view: View) -> Decoded:
-        return decoded(view.picture, view.crop, view.mirrored, options.transparent_background)
+        found = decoded(view.picture, view.crop, view.mirrored, options.transparent_background)
+        for file in (view.picture.path, view.picture.mask):  # its entry would be kept as that of what it was before
+            if file is not None and hash_of(file) != contents[file]:
+                raise OSError(f"{file.name} has changed in the meantime; start again")
+        return found
+
+    @functools.cache  # asking a model where it is takes as long as reading a small picture
+    def place() -> None:
+        model.vae.to(accelerator.device)
 
     def make(keys: list[str], found: list[Decoded]) -> list[dict[str, torch.Tensor]]:
-        model.vae.to(accelerator.device)
+        place()
         pixels = torch.stack([one.pixels for one in found])
         encoded = model.encode_image(pixels, [cache.generator_of(key) for key in keys]).float()
         height, width = encoded.shape[-2:]
