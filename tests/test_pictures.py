@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import struct
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import ExifTags, Image, PngImagePlugin
 from library.data import examples
 from library.data.pixels import read_picture, readable_formats, to_rgb
 from library.data.resizing import in_tensor
+from library.options.rooms import DataOptions
+from library.training import prepare
 from networks.deft_config import DeftError
 from tests import small_data
 
@@ -343,6 +346,31 @@ def test_whatever_pillow_raises_costs_that_file_alone(tmp_path, monkeypatch, cap
 # --- captions --------------------------------------------------------------------------------------------------------
 
 SEPARATORS = {"U+2028": "\u2028", "U+0085": "\x85", "VT": "\x0b", "FF": "\x0c", "FS": "\x1c"}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_file_that_changes_while_pictures_are_cached_is_not_kept_as_what_it_was(
+    tmp_path, monkeypatch, caplog, masked
+):
+    """Its entry's key says what it was when it was hashed."""
+    folder, masks = tmp_path / "data" / "1_cat", tmp_path / "masks"
+    for number, name in enumerate(("a.png", "b.png")):  # pictures of one content would share an entry
+        for place in (folder, masks):
+            Image.effect_noise((24, 16), 40 + number).save(picture(place, name))
+    changing = (masks if masked else folder) / "b.png"
+    decoded = examples.decoded
+
+    def change(found, *given):
+        if found.path.name == "b.png":
+            Image.new("RGB", (24, 16), (1, 2, 3)).save(changing)
+        return decoded(found, *given)
+
+    monkeypatch.setattr(prepare, "decoded", change)
+    monkeypatch.setattr(small_data, "DataOptions", functools.partial(DataOptions, masked_loss=True))
+    changes = {"conditioning_data_dir": str(masks)} if masked else {}
+    (dataset,), _ = small_data.read(tmp_path / "data", small_data.Model(), (8, 8), **changes)
+    assert [found.path.name for found in dataset.pictures] == ["a.png"]
+    assert "b.png: left out, it cannot be read (b.png has changed in the meantime" in caplog.text
 
 
 @pytest.mark.parametrize("separator", SEPARATORS.values(), ids=SEPARATORS)
