@@ -53,10 +53,13 @@ def make_pictures(folder: Path, number: int) -> None:
 
 
 def ours(folder: Path, hashes: bool) -> int:
-    from library.data.folders import find_images
+    from library.data.folders import pictures_of
     from library.data.index import Index
+    from library.data.remarks import Remarks
+    from library.options.rooms import SubsetOptions
 
-    paths = [image.path for image in find_images(str(folder), ".txt")]
+    subset = SubsetOptions(str(folder / SUBSET), caption_extension=".txt")
+    paths = [found.path for found in pictures_of(subset, Remarks())]
     index = Index(folder / "cache")
     headers = index.contents(paths)
     assert not hashes or len(index.hashes(paths)) == len(paths)
@@ -96,6 +99,7 @@ def side(way: str, folder: Path) -> None:
     if who == "ours":
         import library.data.folders
         import library.data.index
+        import library.options.rooms  # noqa: F401
     else:
         import library.train_util  # noqa: F401
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()

@@ -72,17 +72,26 @@ def pictures_of(subset: SubsetOptions, remarks: Remarks) -> list[Found]:
 
 def picture_files(folder: Path) -> list[Path]:
     """Those that can be read, by their extensions, in the order of their names."""
+    return _readable(listed(folder))
+
+
+def _readable(files: list[Path]) -> list[Path]:
     formats = readable_formats()
-    return [path for path in listed(folder) if path.suffix.lower() in formats and not path.is_dir()]
+    return [path for path in files if path.suffix.lower() in formats and not path.is_dir()]
 
 
 def listed(folder: Path) -> list[Path]:
     """What is in it in the order of names, without what systems leave behind."""
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _SYSTEM)
+    with os.scandir(folder) as entries:
+        names = [
+            entry.name for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM
+        ]
+    return [folder / name for name in sorted(names)]  # to sort paths takes ten times as long
 
 
 def _with_captions(folder: Path, subset: SubsetOptions, remarks: Remarks) -> list[Found]:
-    files, pictures, extension = listed(folder), picture_files(folder), subset.caption_extension
+    files, extension = listed(folder), subset.caption_extension
+    pictures = _readable(files)
     by_name = {path.name.lower(): path for path in files}  # as Windows and macOS find them
     prompt, found, used = subset.class_tokens, [], set(pictures)
     for path in pictures:
