@@ -99,7 +99,7 @@ def side(way: str, folder: Path) -> None:
     if who == "ours":
         import library.data.folders
         import library.data.index
-        import library.options.rooms  # noqa: F401
+        import library.options.rooms
     else:
         import library.train_util  # noqa: F401
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
