@@ -77,7 +77,12 @@ def picture_files(folder: Path) -> list[Path]:
 
 def _readable(files: list[Path]) -> list[Path]:
     formats = readable_formats()
-    return [path for path in files if path.suffix.lower() in formats and not path.is_dir()]
+    return [path for path in files if path.suffix.lower() in formats and not _is_something_else(path)]
+
+
+def _is_something_else(path: Path) -> bool:
+    """A folder, or a pipe, of which reading would wait for ever; a link to nothing is a picture that cannot be read."""
+    return not path.is_file() and path.exists()
 
 
 def listed(folder: Path) -> list[Path]:
@@ -98,6 +103,8 @@ def _with_captions(folder: Path, subset: SubsetOptions, remarks: Remarks) -> lis
         beside = [by_name[name] for one in captions.beside(path, extension) if (name := one.name.lower()) in by_name]
         used.update(beside[:1])
         if beside:
+            if _is_something_else(beside[0]):
+                raise DeftError(f"{beside[0]}: no file, but the name of a caption; move it elsewhere, or rename it")
             found.append(Found(path, captions.read(beside[0], subset.captions, remarks)))
             continue
         if prompt is None:
@@ -120,6 +127,8 @@ def _unused(path: Path, extension: str) -> str:
     suffix = path.suffix.lower()
     if path.is_dir():
         return "{n} folder{s} within others ({one}) not searched: move the pictures up"
+    if _is_something_else(path):
+        return "{n} pipe{s} or socket{s} ({one}) left out"
     if suffix in PLUGINS:
         return f"{{n}} {suffix} file{{s}} ({{one}}) left out: pip install {PLUGINS[suffix][1]}, or save as PNG"
     if suffix == extension:

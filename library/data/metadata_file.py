@@ -162,7 +162,7 @@ class _Folders:
             found: dict[str, str] = {}
             for name in names:
                 stem, extension = os.path.splitext(name)
-                if extension.lower() in self.formats:
+                if extension.lower() in self.formats and os.path.isfile(os.path.join(folder, name)):
                     found.setdefault(stem, name)
             self._listed[folder] = found
         return self._listed[folder]
