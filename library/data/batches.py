@@ -19,6 +19,10 @@ from library.data.plan import Plan
 logger = logging.getLogger(__name__)
 
 
+class Gone(Exception):
+    """What was there when the training began cannot be read any more."""
+
+
 class Turn(NamedTuple):
     """One picture's appearance in an epoch.
 

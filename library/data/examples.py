@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from library.data import augment, cache, captions, masks
-from library.data.batches import Example, Turn
+from library.data.batches import Example, Gone, Turn
 from library.data.cache import Entries
 from library.data.index import alike
 from library.data.pixels import Colour, read_picture
 from library.data.plan import Picture, Plan, pictures
 from library.data.resizing import Crop, crop_of, face_of, in_tensor
 from library.data.streams import Purpose, stream
+from networks.deft_config import reason_of
 
 
 class View(NamedTuple):
@@ -105,11 +106,11 @@ class Latents:
     def read(self, view: View) -> tuple[Tensor, Tensor | None]:
         """Latents (c, h, w) and their mask (1, h, w).
 
-        :raises RuntimeError: when the entry is gone, which the disk's is when somebody deletes it
+        :raises Gone: when the entry is gone, which the disk's is when somebody deletes it
         """
         entry = self.entries.read(self.key(view), check=False)
         if entry is None:
-            raise RuntimeError(f"the latents of {view.picture.path} are gone from the cache; start again, or --resume")
+            raise Gone(f"the latents of {view.picture.path} are gone from the cache")
         return entry["latents"], entry.get("mask")
 
 
@@ -165,13 +166,17 @@ class Examples(TorchDataset):
         return sum(dataset.appearances for dataset in self.plan)
 
     def __getitem__(self, turn: Turn) -> Example:
+        """:raises Gone: when the picture or its latents cannot be read any more"""
         dataset = self.plan[turn.dataset]
         picture = dataset.pictures[turn.picture]
         subset = picture.subset
         caption, mirrored, crop, colours = drawn(picture, turn, self.seed)
         latents = pixels = mask = None
         if dataset.varies:
-            found = decoded(picture, crop, mirrored, self.latents.background, colours)
+            try:
+                found = decoded(picture, crop, mirrored, self.latents.background, colours)
+            except Exception as error:  # whatever Pillow raises
+                raise Gone(f"{picture.path}: it cannot be read any more ({reason_of(error)})") from error
             pixels = found.pixels
             if found.mask is not None:
                 mask = masks.in_latents(found.mask, tuple(side // self.pixels_per_latent for side in found.mask.shape))

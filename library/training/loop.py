@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from library.data.batches import Batch, Loader
+from library.data.batches import Batch, Gone, Loader
 from library.options.rooms import LoopOptions
 from library.training import start
 from library.training.adapter import Adapter
@@ -71,7 +71,7 @@ class TrainingLoop:
     def run(self) -> None:
         """Trains for `length.steps` optimizer steps.
 
-        :raises TrainingStopped: after `--max_nan_steps` non-finite losses in a row
+        :raises TrainingStopped: after `--max_nan_steps` non-finite losses in a row, or when pictures or caches are gone
         :raises Interrupted: when a signal has ended it, after saving
         """
         main = self.accelerator.is_local_main_process
@@ -79,8 +79,11 @@ class TrainingLoop:
         with tqdm(total=total, initial=done, desc="steps", disable=not main, smoothing=0.1) as self.progress:
             if done == 0 and self.options.sample_at_first:
                 self._draw("000000")
-            while self.position.step < total:
-                self._epoch()
+            try:
+                while self.position.step < total:
+                    self._epoch()
+            except Gone as error:
+                raise self._stopped_by(error) from error
 
     @property
     def average_loss(self) -> float:
@@ -90,10 +93,10 @@ class TrainingLoop:
     def _epoch(self) -> None:
         """The rest of the epoch that is under way, or the next one."""
         position = self.position
-        if not position.batches:
-            position.epoch += 1
+        number = position.epoch if position.batches else position.epoch + 1
         self.adapter.start_epoch()
-        for batch in self.loader.epoch(position.epoch, position.batches):
+        for batch in self.loader.epoch(number, position.batches):
+            position.epoch = number
             with self.accelerator.accumulate():
                 loss = self._batch(batch)
             position.batches += 1
@@ -105,6 +108,14 @@ class TrainingLoop:
         if position.batches >= len(self.loader):  # else more steps may follow it one day
             position.batches = 0
         self._after_epoch()
+
+    def _stopped_by(self, error: Gone) -> TrainingStopped:
+        """After saving, where all of the last step is done and no other process has to take part."""
+        if self.accelerator.num_processes == 1 and not self.accumulated and self.position.step:
+            self.saves.interrupted(self.position)
+        return TrainingStopped(
+            f"stopped at step {self.position.step}: {error}; put it back, or start again; {self.saves.described()}"
+        )
 
     def _randoms(self, batch: Batch) -> Randoms:
         """This batch's, whose pictures stand in the step behind those of other processes and accumulated batches."""

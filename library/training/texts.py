@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from library.data import building, cache
+from library.data.batches import Gone
 from library.data.cache import Entries, Memory, Store
 from library.models.family import Family, Text
 from library.options.rooms import CacheOptions
@@ -31,10 +32,10 @@ class Texts:
         return {name: torch.cat([text[name] for text in found]).to(self.accelerator.device) for name in found[0]}
 
     def _kept(self, caption: str) -> Text:
-        """:raises RuntimeError: when the entry is gone, which the disk's is when somebody deletes it"""
+        """:raises Gone: when the entry is gone, which the disk's is when somebody deletes it"""
         entry = self._entries.read(self._keys[caption], check=False)
         if entry is None:
-            raise RuntimeError(f"'{caption}' is gone from the cache of texts; start again, or --resume")
+            raise Gone(f"'{caption}' is gone from the cache of texts")
         return entry
 
     @torch.no_grad()

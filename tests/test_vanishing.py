@@ -1,0 +1,72 @@
+"""Pictures and caches that change or vanish while they are trained on, and names of pictures that are none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from library.training.loop import TrainingLoop
+from tests.test_resume import assert_equal
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Something happens behind one of the optimizer's steps."""
+
+    def arrange(step: int, action) -> None:
+        method = TrainingLoop._after_step
+
+        def wrapped(loop, loss):
+            method(loop, loss)
+            if loop.position.step == step:
+                action()
+
+        monkeypatch.setattr(TrainingLoop, "_after_step", wrapped)
+
+    return arrange
+
+
+@pytest.mark.parametrize("step", [2, 5])  # in the middle of an epoch of 5 steps, and at its end
+def test_a_picture_that_vanishes_stops_the_training_which_saves_and_goes_on_when_it_is_back(
+    run, photos, tmp_path, after_step, capsys, step
+):
+    options = {"random_crop": True, "max_train_steps": 8}
+    assert run(output_name="undisturbed", **options) == 0
+    away = tmp_path / "away"
+    after_step(step, lambda: os.replace(photos, away))
+    assert run(**options) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    state = tmp_path / "out" / f"cat-step{step:08d}-state"
+    assert f"stopped at step {step}: {photos}" in line and f"--resume {state} goes on" in line
+    os.replace(away, photos)
+    after_step(-1, lambda: None)
+    assert run(resume=state, **options) == 0
+    out = tmp_path / "out"
+    assert_equal(load_file(out / "cat.safetensors"), load_file(out / "undisturbed.safetensors"))
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_a_cache_that_is_deleted_stops_the_training_in_a_line(run, tmp_path, after_step, capsys, texts):
+    options = {"cache_dir": tmp_path / "cache"} | (
+        {"cache_text_encoder_outputs_to_disk": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
+        if texts
+        else {"cache_latents_to_disk": True}
+    )
+    after_step(1, lambda: shutil.rmtree(tmp_path / "cache"))
+    assert run(**options) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "gone from the cache" in line and "last good save: " in line and "--resume " in line
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_a_pipe_is_no_picture_and_no_caption(run, photos, caplog, capsys):
+    os.mkfifo(photos / "pipe.png")
+    assert run() == 0
+    assert any("1 pipe or socket" in message and "pipe.png" in message for message in caplog.messages)
+    os.remove(photos / "chelsea_1.txt")
+    os.mkfifo(photos / "chelsea_1.txt")
+    assert run() == 2
+    assert "chelsea_1.txt: no file, but the name of a caption" in capsys.readouterr().err
