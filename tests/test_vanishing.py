@@ -40,7 +40,8 @@ def test_a_picture_that_vanishes_stops_the_training_which_saves_and_goes_on_when
     assert run(**options) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     state = tmp_path / "out" / f"cat-step{step:08d}-state"
-    assert f"stopped at step {step}: {photos}" in line and f"--resume {state} goes on" in line
+    assert f"stopped at step {step}: {photos}" in line
+    assert f"--resume {state} goes on" in line
     os.replace(away, photos)
     after_step(-1, lambda: None)
     assert run(resume=state, **options) == 0
@@ -50,11 +51,9 @@ def test_a_picture_that_vanishes_stops_the_training_which_saves_and_goes_on_when
 
 @pytest.mark.parametrize("texts", [False, True])
 def test_a_cache_that_is_deleted_stops_the_training_in_a_line(run, tmp_path, after_step, capsys, texts):
-    options = {"cache_dir": tmp_path / "cache"} | (
-        {"cache_text_encoder_outputs_to_disk": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
-        if texts
-        else {"cache_latents_to_disk": True}
-    )
+    of_texts = {"cache_text_encoder_outputs_to_disk": True, "cache_text_encoder_outputs": True}
+    of_texts["network_train_unet_only"] = True
+    options = {"cache_dir": tmp_path / "cache"} | (of_texts if texts else {"cache_latents_to_disk": True})
     after_step(1, lambda: shutil.rmtree(tmp_path / "cache"))
     assert run(**options) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
