@@ -115,7 +115,6 @@ def group_of(script: str, argv: list[str]) -> tuple[Any, Any]:
     blueprint = config_util.BlueprintGenerator(sanitizer).generate(config, args)
     group, _ = config_util.generate_dataset_group_by_blueprint(blueprint.dataset_group)
     group.set_current_strategies()
-    group.set_max_train_steps(args.max_train_steps)
     for dataset in group.datasets:
         inner(dataset).set_max_train_steps(args.max_train_steps)
     if args.cache_latents:
