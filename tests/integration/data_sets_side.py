@@ -162,8 +162,8 @@ def described(dataset: Any) -> list[Any]:
 def result_of(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """:param case: with the places and steps of our pictures' turns, by epoch, data set and batch"""
     group, args = group_of(case["script"], case["arguments"])
-    facts = {"seeds": [inner(one).seed or one.seed for one in group.datasets], "pictures": list(map(described, group.datasets)),
-             "epochs": []}  # fmt: skip
+    facts = {"seeds": [one.seed for one in group.datasets], "pictures": list(map(described, group.datasets))}
+    facts["epochs"] = []
     arrays, randoms = {}, Randoms(args.seed)
     for dataset in group.datasets:
         randoms.watch(inner(dataset))

@@ -120,17 +120,19 @@ network_multiplier = 0.5
   image_dir = 'ROOT/plain'
   class_tokens = 'other thing'
   caption_dropout_rate = 0.2
-"""),
+""", shows=("flipped", "dropped", "cut")),
     Case("folders_and_reg", arguments="--train_data_dir ROOT/train --reg_data_dir ROOT/reg --resolution 128,128 "
          "--train_batch_size 4 --prior_loss_weight 0.5 --flip_aug --shuffle_caption --caption_prefix 'a photo,' "
-         "--caption_suffix ', end' --caption_extension .txt " + IN_BUCKETS, script="sdxl_train_network", seed=42),
-    Case("fine_tuning", arguments="--train_data_dir ROOT/plain --in_json ROOT/tags.json --dataset_repeats 2 --resolution "
-         "160,128 --train_batch_size 6 --shuffle_caption --keep_tokens 2 --caption_tag_dropout_rate 0.2 --flip_aug "
-         + IN_BUCKETS, script="flux_train_network", seed=7),
+         "--caption_suffix ', end' --caption_extension .txt " + IN_BUCKETS, script="sdxl_train_network", seed=42,
+         shows=("flipped", "cut", "weighted")),
+    Case("fine_tuning", arguments="--train_data_dir ROOT/plain --in_json ROOT/tags.json --dataset_repeats 2 "
+         "--resolution 160,128 --train_batch_size 6 --shuffle_caption --keep_tokens 2 --caption_tag_dropout_rate 0.2 --flip_aug "
+         + IN_BUCKETS, script="flux_train_network", seed=7, shows=("flipped",)),
     Case("no_upscale", """[general]
 caption_extension = '.txt'
 enable_bucket = true
 bucket_no_upscale = true
+min_bucket_reso = 64
 caption_tag_dropout_rate = 0.3
 [[datasets]]
 resolution = 256
@@ -148,7 +150,7 @@ bucket_reso_steps = 32
   class_tokens = 'all of them'
   shuffle_caption = true
   keep_tokens = 3
-""", "--max_token_length 225"),
+""", "--max_token_length 225", shows=("cut",)),
     Case("random_crop", """[general]
 caption_extension = '.txt'
 resolution = [128, 112]
@@ -169,10 +171,10 @@ batch_size = 4
 enable_bucket = true
 min_bucket_reso = 64
 max_bucket_reso = 256
-bucket_reso_steps = 16
+bucket_reso_steps = 32
   [[datasets.subsets]]
   image_dir = 'ROOT/plain'
-""", "--max_token_length 150", "sdxl_train_network", 5),
+""", "--max_token_length 150", "sdxl_train_network", 5, ("flipped",)),
     Case("without_buckets", """[general]
 caption_extension = '.txt'
 resolution = [160, 96]
@@ -183,7 +185,7 @@ batch_size = 4
   class_tokens = 'sks thing'
   flip_aug = true
   enable_wildcard = true
-""", "--cache_latents --vae_batch_size 3", "sdxl_train_network"),
+""", "--cache_latents --vae_batch_size 3", "sdxl_train_network", shows=("flipped",)),
     Case("alpha_mask", GENERAL + """flip_aug = true
 resolution = 128
 batch_size = 3
@@ -204,7 +206,7 @@ batch_size = 3
   [[datasets.subsets]]
   image_dir = 'ROOT/large_alpha'
   alpha_mask = true
-""", "--max_token_length 225", "sdxl_train_network", 3),
+""", "--max_token_length 225", "sdxl_train_network", 3, ("flipped", "masks", "transparent")),
     Case("masks", GENERAL + """resolution = 128
 batch_size = 3
 [[datasets]]
@@ -213,7 +215,7 @@ batch_size = 3
   conditioning_data_dir = 'ROOT/masks'
   flip_aug = true
   shuffle_caption = true
-""", "--masked_loss"),
+""", "--masked_loss", shows=("flipped", "masks")),
     Case("interpolations", GENERAL + """resolution = 144
 batch_size = 3
 resize_interpolation = 'lanczos'
@@ -223,8 +225,8 @@ resize_interpolation = 'lanczos'
   class_tokens = 'part {i}'
   flip_aug = {('true', 'false')[i % 2]}
 {f"  resize_interpolation = '{name}'" if name else ''}
-""" for i, name in enumerate(("", "nearest", "area", "bicubic", "box", "bilinear"))), "--cache_latents --vae_batch_size 2",
-         seed=9),
+""" for i, name in enumerate(("", "nearest", "area", "bicubic", "box", "bilinear"))),
+         "--cache_latents --vae_batch_size 2", seed=9, shows=("flipped",)),
     Case("captions_over_time", GENERAL + """resolution = 128
 batch_size = 4
 enable_wildcard = true
@@ -245,7 +247,7 @@ token_warmup_step = 0.6
   random_crop = true
   [datasets.subsets.custom_attributes]
   diff_output_preservation = true
-""", "--prior_loss_weight 0.25", "flux_train_network", 11),
+""", "--prior_loss_weight 0.25", "flux_train_network", 11, ("dropped", "cut", "weighted", "preserved")),
 ]  # fmt: skip
 if not older():
     CASES.append(Case("skip", f"[general]\nresolution = 128\nskip_image_resolution = [150, 120]\n{BUCKETS}" + """
@@ -263,12 +265,12 @@ batch_size = 2
 """))  # fmt: skip
 if DREAMBOOTH:
     CASES += [
-        Case("dreambooth_folders", arguments="--train_data_dir ROOT/dreambooth --resolution 256,256 --train_batch_size 4 "
-             "--enable_bucket --min_bucket_reso 128 --max_bucket_reso 512 --bucket_reso_steps 32 --flip_aug "
+        Case("dreambooth_folders", arguments="--train_data_dir ROOT/dreambooth --resolution 256,256 "
+             "--train_batch_size 4 --enable_bucket --min_bucket_reso 128 --max_bucket_reso 512 --bucket_reso_steps 32 --flip_aug "
              "--caption_extension .txt", script="sdxl_train_network"),
         Case("dreambooth_no_upscale", arguments="--train_data_dir ROOT/dreambooth --resolution 512,512 "
-             "--train_batch_size 2 --enable_bucket --bucket_no_upscale --caption_extension .txt --caption_prefix 'a photo of'",
-             script="flux_train_network"),
+             "--train_batch_size 2 --enable_bucket --bucket_no_upscale --caption_extension .txt --caption_prefix "
+             "'a photo of'", script="flux_train_network"),
         Case("dreambooth_unbucketed", arguments="--train_data_dir ROOT/dreambooth --resolution 256,320 "
              "--train_batch_size 8 --caption_extension .txt --random_crop --flip_aug --color_aug"),
     ]  # fmt: skip
@@ -315,7 +317,7 @@ def copied(files: list[Path], folder: Path) -> None:
 
 
 def write_photos(folder: Path, photos: Path) -> None:
-    """Google's photos in folders as kohya names them; those that are read otherwise on purpose as what they look like."""
+    """Google's photos in folders as kohya names them; those that are read otherwise on purpose are made plain."""
     as_they_are = plain = 0
     for number, subject in enumerate(sorted(path for path in photos.iterdir() if path.is_dir())):
         to = folder / f"{1 + number % 3}_sks {subject.name.replace('_', ' ')}"
@@ -402,11 +404,11 @@ class Ours:
         """The batches of each data set, in its own order, which sd-scripts' are in too."""
         came = defaultdict(list)
         for turns, batch in zip(self.loader.turns(number), self.loader.epoch(number), strict=True):
-            came[turns[0].dataset, *(turn.picture for turn in turns)].append((turns, batch))
+            came[turns[0].dataset, tuple(turn.picture for turn in turns)].append((turns, batch))
         found = []
         for place, dataset in enumerate(self.plan):
             order = epochs_of(dataset, self.loader.seed).batches(number)
-            found.append([came[place, *pictures].pop(0) for pictures in order])
+            found.append([came[place, tuple(pictures)].pop(0) for pictures in order])
         assert not any(came.values())  # no batch is too many
         return found
 
