@@ -47,7 +47,7 @@ from library.options.rooms import Run
 from library.training import prepare
 from tests import small_flux, small_models
 from tests.integration.conftest import needs_sd_scripts, run_script
-from tests.integration.test_pictures import older, write_masks, write_on_purpose, write_plain
+from tests.integration.test_pictures import older, write_faces, write_masks, write_on_purpose, write_plain
 
 pytestmark = [needs_sd_scripts, pytest.mark.usefixtures("fresh_accelerator")]
 
@@ -126,8 +126,8 @@ network_multiplier = 0.5
          "--caption_suffix ', end' --caption_extension .txt " + IN_BUCKETS, script="sdxl_train_network", seed=42,
          shows=("flipped", "cut", "weighted")),
     Case("fine_tuning", arguments="--train_data_dir ROOT/plain --in_json ROOT/tags.json --dataset_repeats 2 "
-         "--resolution 160,128 --train_batch_size 6 --shuffle_caption --keep_tokens 2 --caption_tag_dropout_rate 0.2 --flip_aug "
-         + IN_BUCKETS, script="flux_train_network", seed=7, shows=("flipped",)),
+         "--resolution 160,128 --train_batch_size 6 --shuffle_caption --keep_tokens 2 --caption_tag_dropout_rate 0.2 "
+         "--flip_aug " + IN_BUCKETS, script="flux_train_network", seed=7, shows=("flipped",)),
     Case("no_upscale", """[general]
 caption_extension = '.txt'
 enable_bucket = true
@@ -174,6 +174,11 @@ max_bucket_reso = 256
 bucket_reso_steps = 32
   [[datasets.subsets]]
   image_dir = 'ROOT/plain'
+[[datasets]]
+batch_size = 2
+  [[datasets.subsets]]
+  image_dir = 'ROOT/faces'
+  face_crop_aug_range = [2.0, 4.0]
 """, "--max_token_length 150", "sdxl_train_network", 5, ("flipped",)),
     Case("without_buckets", """[general]
 caption_extension = '.txt'
@@ -266,8 +271,8 @@ batch_size = 2
 if DREAMBOOTH:
     CASES += [
         Case("dreambooth_folders", arguments="--train_data_dir ROOT/dreambooth --resolution 256,256 "
-             "--train_batch_size 4 --enable_bucket --min_bucket_reso 128 --max_bucket_reso 512 --bucket_reso_steps 32 --flip_aug "
-             "--caption_extension .txt", script="sdxl_train_network"),
+             "--train_batch_size 4 --enable_bucket --min_bucket_reso 128 --max_bucket_reso 512 --bucket_reso_steps 32 "
+             "--flip_aug --caption_extension .txt", script="sdxl_train_network"),
         Case("dreambooth_no_upscale", arguments="--train_data_dir ROOT/dreambooth --resolution 512,512 "
              "--train_batch_size 2 --enable_bucket --bucket_no_upscale --caption_extension .txt --caption_prefix "
              "'a photo of'", script="flux_train_network"),
@@ -281,8 +286,8 @@ if DREAMBOOTH:
 
 def write_captions(folder: Path) -> None:
     """Of most pictures: tags, separators, wildcards, several lines, long ones, other scripts."""
-    tags = ("red ball", "1girl", "a house by the sea", "日本", "é", "solo", "(weighted:1.2)", "{red|green} car", "{{b}}",
-            "left;;;right", "<sign>", "“quoted”", "50% off!", "UPPER case", "dog's", "a_b c_d")  # fmt: skip
+    tags = ("red ball", "1girl", "a house by the sea", "日本", "é", "solo", "(weighted:1.2)", "{red|green} car",
+            "{{b}}", "left;;;right", "<sign>", "“quoted”", "50% off!", "UPPER case", "dog's", "a_b c_d")  # fmt: skip
     for i, path in enumerate(sorted(folder.iterdir())):
         draw = random.Random(i)
         if i % 7 == 0:
@@ -296,11 +301,11 @@ def write_captions(folder: Path) -> None:
 
 
 def write_tags(file: Path, folder: Path) -> None:
-    """A metadata file of a folder's pictures, named in all ways."""
+    """A metadata file of a folder's pictures, named in all ways that the version of sd-scripts knows."""
     found = {}
     for i, path in enumerate(path for path in sorted(folder.iterdir()) if path.suffix != ".txt"):
         draw = random.Random(i)
-        key = (str(path), path.name, path.stem)[i % 3]
+        key = (str(path), path.name, path.name if older() else path.stem)[i % 3]
         tags = ", ".join(
             draw.choices(("1girl", "solo", "red hair", "日本", "smile", "outdoors", "a b"), k=draw.randrange(9))
         )
@@ -341,6 +346,7 @@ def root(tmp_path_factory) -> Path:
     write_masks(root / "masks", root / "plain")
     write_captions(root / "plain")
     write_plain(root / "large", 60, (130, 500), "large{:03}_{}")
+    write_faces(root / "faces", 40)
     write_on_purpose(root / "purpose")
     transparent = sorted((root / "purpose" / "odd").glob("transparent*"))
     plain = [path for path in sorted((root / "plain").iterdir()) if path.suffix != ".txt"]
