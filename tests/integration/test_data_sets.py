@@ -366,7 +366,6 @@ def root(tmp_path_factory) -> Path:
     else:
         for name in (CLIP_L, BIG_G):
             small_models.tokenizer(root / "tokenizers" / name)
-        (root / "tokenizers" / T5_XXL).mkdir()
         small_flux.t5_tokenizer(root / "tokenizers" / T5_XXL)
     return root
 
