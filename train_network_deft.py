@@ -93,7 +93,7 @@ def _train(run: Run, signals: Interrupts) -> Path:
     schedule = schedule_of(run.optimizer, optimizer, length.steps)
     accelerator.register_for_checkpointing(schedule)
     averaged = functools.partial(evaluated, optimizer)
-    setting = Setting.of(run, trained, seed, accelerator.num_processes, len(loader))
+    setting = Setting.of(run, trained, latents.contents, seed, accelerator.num_processes, len(loader))
     position = Position()
     if run.saves.resume and files.resumed:
         position, then = files.resumed

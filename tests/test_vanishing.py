@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from library.training.loop import TrainingLoop
@@ -69,3 +70,39 @@ def test_a_pipe_is_no_picture_and_no_caption(run, photos, caplog, capsys):
     os.mkfifo(photos / "chelsea_1.txt")
     assert run() == 2
     assert "chelsea_1.txt: no file, but the name of a caption" in capsys.readouterr().err
+
+
+def test_a_trigger_word_may_stand_in_a_prefix_alone(run, capsys):
+    words = {"trigger_word": "zwx", "diff_output_preservation_class": "a cat", "max_train_steps": 1}
+    assert run(**words) == 2
+    assert "--trigger_word zwx: no caption has it" in capsys.readouterr().err
+    assert run(**words, caption_prefix="zwx,") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"flip_aug": True}, "flip_aug False -> True"),
+        ({"caption_dropout_rate": 0.5}, "caption_dropout_rate 0.0 -> 0.5"),
+        ({"clip_skip": 2}, "clip_skip None -> 2"),
+        ({"resize_interpolation": "nearest"}, "resize_interpolation None -> nearest"),
+    ],
+)
+def test_what_becomes_of_pictures_and_captions_is_told_when_it_changes_at_a_resume(run, tmp_path, caplog, options, told):
+    assert run(save_state_on_train_end=True, max_train_steps=1) == 0
+    assert run(resume=tmp_path / "out" / "cat-state", max_train_steps=2) == 0
+    assert not [line for line in caplog.messages if "->" in line]
+    assert run(resume=tmp_path / "out" / "cat-state", max_train_steps=3, **options) == 0
+    assert [line.split("-state: ")[1] for line in caplog.messages if "->" in line] == [
+        f"{told}: taking effect from here on"
+    ]
+
+
+def test_a_picture_that_was_edited_before_a_resume_is_told(run, photos, tmp_path, caplog):
+    assert run(save_state_on_train_end=True, max_train_steps=1) == 0
+    with Image.open(photos / "chelsea_1.jpg") as image:
+        edited = image.transpose(Image.Transpose.ROTATE_180)
+    edited.save(photos / "chelsea_1.jpg")
+    assert run(resume=tmp_path / "out" / "cat-state", max_train_steps=2) == 0
+    (line,) = [line for line in caplog.messages if "->" in line]
+    assert "goes on with other pictures" in line

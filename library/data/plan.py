@@ -7,7 +7,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,9 +94,15 @@ def by_subset(found: Iterable[Picture]) -> Iterator[tuple[SubsetOptions, list[Pi
     return ((group[0].subset, group) for group in groups.values())
 
 
-def fingerprint(plan: Plan) -> str:
-    """Of what is trained on: names, captions, repeats and sizes, wherever the folders are."""
-    facts = [(p.path.name, p.caption, p.repeats, p.fit) for p in pictures(plan)]
+def fingerprint(plan: Plan, contents: Mapping[Path, str]) -> str:
+    """Of what is trained on: names, captions, repeats, sizes and contents, wherever the folders are.
+
+    :param contents: `cache.content_hash` of every picture and mask
+    """
+    facts = [
+        (p.path.name, p.caption, p.repeats, p.fit, contents[p.path], None if p.mask is None else contents[p.mask])
+        for p in pictures(plan)
+    ]
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

@@ -117,7 +117,9 @@ def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:
             )
     asked = run.preservation
     if asked.diff_output_preservation_class is not None and not any(
-        asked.of_class(picture.caption) for picture in plan.pictures(pictures)
+        asked.of_class(text)
+        for picture in plan.pictures(pictures)
+        for text in (picture.caption, captions.whole(picture.caption, picture.subset.captions))  # a prefix may have it
     ):
         raise DeftError(f"--trigger_word {asked.trigger_word}: no caption has it, so that nothing would be preserved")
 

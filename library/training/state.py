@@ -71,27 +71,46 @@ class Setting:
     processes: int
     batches_an_epoch: int  # in each process
     train_batch_size: str  # of each data set
-    pictures: str  # a hash of them, their captions, repeats and sizes
+    pictures: str  # a hash of them, their captions, repeats, sizes and contents
     gradient_accumulation_steps: int
     optimizer: str
     of_state: Mapping[str, str] = field(default_factory=dict)
     of_now: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(run: Run, plan: Plan, seed: int, processes: int, batches: int) -> Setting:
-        """:param batches: of an epoch, in each process"""
+    def of(run: Run, plan: Plan, contents: Mapping[Path, str], seed: int, processes: int, batches: int) -> Setting:
+        """:param contents: see `library.data.plan.fingerprint`
+        :param batches: of an epoch, in each process
+        """
         network = {name: getattr(run.network, name) for name in ("network_alpha", "network_args", "scale_weight_norms")}
         rates = {name: getattr(run.optimizer, name) for name in _RATES}
         schedule = {name: getattr(run.optimizer, name) for name in _SCHEDULE}
         return Setting(
-            seed, processes, batches, ", ".join(str(one.batch_size) for one in run.data.datasets), fingerprint(plan),
-            run.loop.gradient_accumulation_steps,
-            optimizer_of(run.optimizer), _as_text(rates), _as_text(network | schedule | asdict(run.objective)),
+            seed, processes, batches, ", ".join(str(one.batch_size) for one in run.data.datasets),
+            fingerprint(plan, contents), run.loop.gradient_accumulation_steps, optimizer_of(run.optimizer),
+            _as_text(rates), _as_text(network | schedule | asdict(run.objective) | _of_pictures_and_texts(run)),
         )  # fmt: skip
 
 
 _RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "optimizer_args")
+_READING = ("clip_skip", "max_token_length", "weighted_captions", "t5xxl_max_token_length", "apply_t5_attn_mask",
+            "guidance_scale")  # fmt: skip
+_SUBSET = ("alpha_mask", "custom_attributes", "resize_interpolation")
 _SCHEDULE = ("lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power")
+
+
+def _of_pictures_and_texts(run: Run) -> dict[str, Any]:
+    """Options of what is made of pictures and captions; several values where folders have others."""
+    found = {name: getattr(run.model, name) for name in _READING} | asdict(run.preservation)
+    found["transparent_background"] = run.data.transparent_background
+    several: dict[str, list[str]] = {}
+    for dataset in run.data.datasets:
+        for subset in dataset.subsets:
+            own = asdict(subset.captions) | asdict(subset.augment) | {name: getattr(subset, name) for name in _SUBSET}
+            own |= {"masks": subset.conditioning_data_dir is not None, "network_multiplier": dataset.network_multiplier}
+            for name, value in own.items():
+                several.setdefault(name, []).append(str(value))
+    return found | {name: ", ".join(v if len(set(v)) > 1 else v[:1]) for name, v in several.items()}
 
 
 def _as_text(values: Mapping[str, Any]) -> dict[str, str]:
