@@ -195,7 +195,7 @@ def _balanced(found: list[Picture], remarks: Remarks) -> Iterator[Picture]:
     yield from trained
     if not regular:
         return
-    wanted, own = sum(picture.repeats for picture in trained), [picture.repeats for picture in regular]
+    wanted, own = sum(one.repeats for one in trained), [one.subset.num_repeats for one in regular]
     if wanted < sum(own):
         remarks.add("more regularisation pictures ({one}) than pictures to train on: some of them are not used",
                     regular[0].path)  # fmt: skip
@@ -216,7 +216,8 @@ def divided(plan: Plan, seed: int) -> tuple[Plan, Plan]:
         for _, group in by_subset(dataset.pictures):
             for part, found in zip(parts, _split(group, seed), strict=True):
                 part += found
-        trained.append(replace(dataset, pictures=tuple(parts[0])))
+        of_training = _balanced(parts[0], Remarks()) if parts[1] else parts[0]  # what is left is less than it was
+        trained.append(replace(dataset, pictures=tuple(of_training)))
         kept.append(replace(dataset, pictures=tuple(replace(picture, repeats=1) for picture in parts[1])))
     asked = [share for one in plan for picture in one.pictures if (share := picture.subset.validation_split)]
     if asked and not any(dataset.pictures for dataset in kept):
