@@ -110,10 +110,9 @@ REFUSED: dict[str, Refused] = {
         dataset=folders("conditioning_data_dir = 'DATA/masks'"),
         told="conditioning_data_dir holds masks with --masked_loss; ControlNets are not trained here",
     ),
-    "a random part of a picture with masks": Refused(
-        dataset=folders("conditioning_data_dir = 'DATA/masks'\nrandom_crop = true"),
-        arguments=("--masked_loss",),
-        told="[[datasets]] 1, subset 1: random_crop: masks of conditioning_data_dir are not cropped along",
+    "an adapter that is switched off": Refused(
+        dataset="[[datasets]]\nnetwork_multiplier = 0.0\n  [[datasets.subsets]]\n  image_dir = 'DATA/train'\n",
+        told="[[datasets]] 1: network_multiplier = 0.0: must be other than 0, with which nothing is learnt",
     ),
     "cached latents of changing pictures": Refused(
         arguments=(*TRAIN, "--cache_latents", "--color_aug"),

@@ -146,9 +146,6 @@ def _masked(subset: SubsetOptions, values: Mapping[str, Any], place: str, findin
     """With the one mask that is used, as in sd-scripts: the picture's own transparency, unless there is a folder."""
     if not values["masked_loss"] or subset.conditioning_data_dir is None:
         return replace(subset, conditioning_data_dir=None)
-    if subset.augment.random_crop:
-        findings.refuse(place, f"{findings.dash}random_crop: masks of {findings.dash}conditioning_data_dir are "
-                               "not cropped along; leave it out")  # fmt: skip
     if subset.alpha_mask:
         findings.no_effect(place, ["alpha_mask"], f"with {findings.dash}conditioning_data_dir")
     return replace(subset, alpha_mask=False)

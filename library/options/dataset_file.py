@@ -113,7 +113,7 @@ KEYS = {
     ),
     "resolution": Key(number_or_pair, ABOVE),
     "skip_image_resolution": Key(number_or_pair, ABOVE),
-    "network_multiplier": Key(_number, ABOVE),
+    "network_multiplier": Key(_number, ABOVE, (lambda value: value != 0, "other than 0, with which nothing is learnt")),
     "train_inpainting": Key(_switch, ABOVE, (lambda value: not value, "false: inpainting models are not trained here")),
     "image_dir": Key(_path, BELOW),
     "metadata_file": Key(_path, BELOW),
