@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,9 @@ PLUGINS = {
 
 # Pillow refuses PNGs with more than 1 MiB of compressed text or ICC profile; a bomb would unpack to no more than this
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+
+# what is refused is told; of what is only large, as panoramas are, Pillow says that it could be a bomb
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 _UPRIGHT = {
