@@ -9,6 +9,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from library.data.index import Index
+from library.data.plan import divided, pictures, plan_of
+from library.data.remarks import Remarks
+from library.options.rooms import BucketOptions, DataOptions, DatasetOptions, SubsetOptions
 from library.training.loop import TrainingLoop
 from tests.test_resume import assert_equal
 
@@ -88,7 +92,9 @@ def test_a_trigger_word_may_stand_in_a_prefix_alone(run, capsys):
         ({"resize_interpolation": "nearest"}, "resize_interpolation None -> nearest"),
     ],
 )
-def test_what_becomes_of_pictures_and_captions_is_told_when_it_changes_at_a_resume(run, tmp_path, caplog, options, told):
+def test_what_becomes_of_pictures_and_captions_is_told_when_it_changes_at_a_resume(
+    run, tmp_path, caplog, options, told
+):
     assert run(save_state_on_train_end=True, max_train_steps=1) == 0
     assert run(resume=tmp_path / "out" / "cat-state", max_train_steps=2) == 0
     assert not [line for line in caplog.messages if "->" in line]
@@ -106,3 +112,38 @@ def test_a_picture_that_was_edited_before_a_resume_is_told(run, photos, tmp_path
     assert run(resume=tmp_path / "out" / "cat-state", max_train_steps=2) == 0
     (line,) = [line for line in caplog.messages if "->" in line]
     assert "goes on with other pictures" in line
+
+
+def test_a_picture_that_changes_while_it_is_cached_leaves_no_entry_under_the_old_ones_key(
+    run, photos, tmp_path, monkeypatch, caplog
+):
+    hashes = Index.hashes
+
+    def and_edit(index, paths):
+        found = hashes(index, paths)
+        with Image.open(photos / "chelsea_1.jpg") as image:
+            edited = image.transpose(Image.Transpose.ROTATE_180)
+        edited.save(photos / "chelsea_1.jpg")
+        return found
+
+    monkeypatch.setattr(Index, "hashes", and_edit)
+    assert run(cache_latents_to_disk=True, cache_dir=tmp_path / "cache", max_train_steps=1) == 0
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 4
+    assert any("chelsea_1.jpg has changed in the meantime" in message for message in caplog.messages)
+
+
+def test_regularisation_pictures_are_as_many_as_those_that_validation_leaves(tmp_path):
+    folders = [tmp_path / "5_cat", tmp_path / "1_class"]
+    for folder, number in zip(folders, (6, 40), strict=True):
+        folder.mkdir()
+        for i in range(number):
+            Image.new("RGB", (64, 64), (i, 0, 0)).save(folder / f"{i:02d}.png")
+    subsets = (
+        SubsetOptions(str(folders[0]), num_repeats=5, class_tokens="cat", validation_split=0.5),
+        SubsetOptions(str(folders[1]), class_tokens="a cat", is_reg=True, validation_split=0.5),
+    )
+    options = DataOptions(datasets=(DatasetOptions(subsets, BucketOptions((64, 64))),))
+    plan = plan_of(options, Index(tmp_path / "index"), Remarks())
+    for part, wanted in ((plan, (30, 30)), (divided(plan, 1)[0], (15, 15))):
+        repeats = [(picture.subset.is_reg, picture.repeats) for picture in pictures(part)]
+        assert tuple(sum(n for is_reg, n in repeats if is_reg is kind) for kind in (False, True)) == wanted
