@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from library.options.dataset_config import named_folders
-from library.options.dataset_file import DATASET, GENERAL, KEYS, SUBSET
+from library.options.dataset_file import DATASET, GENERAL, KEYS, SUBSET, read_dataset_config
 from library.options.parse import parse
 from library.options.rooms import AugmentOptions, Run
 from library.options.table import OPTIONS
@@ -498,3 +498,23 @@ def read_damaged(folder: Path, seed: int) -> bool:
 def test_damaged_files_end_in_one_line(tmp_path):
     read_anyway = sum(read_damaged(tmp_path, seed) for seed in range(400))
     assert 0 < read_anyway < 400
+
+
+@pytest.mark.parametrize(
+    ("attributes", "told"),
+    [
+        ("{diff_output_preservaton = true}", "did you mean 'diff_output_preservation'?"),
+        ("{diff_output_preservation = 'false'}", "diff_output_preservation = true or false"),
+        ("3", "a table"),
+    ],
+)
+def test_custom_attributes_that_would_be_misread_are_refused(tmp_path, attributes, told):
+    (tmp_path / "a").mkdir()
+    config = tmp_path / "sets.toml"
+    config.write_text(
+        f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'a'}'\ncustom_attributes = {attributes}\n"
+    )
+    with pytest.raises(DeftError, match=re.escape(told)):
+        read_dataset_config(str(config), False)
+    config.write_text(config.read_text().replace(attributes, "{mine = 1, diff_output_preservation = true}"))
+    read_dataset_config(str(config), False)

@@ -62,7 +62,9 @@ def test_a_cache_that_is_deleted_stops_the_training_in_a_line(run, tmp_path, aft
     after_step(1, lambda: shutil.rmtree(tmp_path / "cache"))
     assert run(**options) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "gone from the cache" in line and "last good save: " in line and "--resume " in line
+    assert "gone from the cache" in line
+    assert "last good save: " in line
+    assert "--resume " in line
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")

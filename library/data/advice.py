@@ -92,12 +92,12 @@ def few_views(facts: Facts, least: float) -> str | None:
     """The limit is in times that a picture is trained on; a hundred pictures and more are a style's rather."""
     if facts.views >= least or facts.different >= 100 or facts.loader.steps >= 10 * least:
         return None
-    return f"every picture is trained on {_times(facts.views)} in {facts.loader.steps} steps"
+    return f"a picture is trained on {_times(facts.views)} on average, in {facts.loader.steps} steps"
 
 
 def many_views(facts: Facts, most: float) -> str | None:
     """The limit is in times that a picture is trained on."""
-    return f"every picture is trained on {_times(facts.views)}" if facts.views > most else None
+    return f"a picture is trained on {_times(facts.views)} on average" if facts.views > most else None
 
 
 def without_trigger(facts: Facts, share: float) -> str | None:
@@ -131,7 +131,7 @@ def cut_captions(facts: Facts, most: float) -> str | None:
 def alone_in_bucket(facts: Facts, pictures_alone: float) -> str | None:
     """The limit is in pictures of a bucket, where batches could have more."""
     alone = [paths[0] for _, batch, paths in _buckets(facts) if len(paths) <= pictures_alone and batch > 1]
-    if not alone:
+    if not alone or facts.different == 1:
         return None
     return f"{len(alone)} size{'s' * (len(alone) > 1)} with a single picture, {_of(alone)}"
 
@@ -204,7 +204,7 @@ def copies(facts: Facts, most: float) -> str | None:
 
 RULES = (
     Rule(few_pictures, 5, "the model learns so few by heart, with background and pose; 10 to 30 that differ are usual"),
-    Rule(ends_early, 1, "some pictures are never trained on; give more steps, or a larger batch", grave=True),
+    Rule(ends_early, 1, "what would come behind is not trained on; give more steps, or a larger batch", grave=True),
     Rule(few_views, 20, "50 to 200 times are usual for a subject; give more steps, epochs or repeats"),
     Rule(many_views, 500, "50 to 200 times are usual for a subject; beyond, pictures are learnt by heart"),
     Rule(without_trigger, 0.2, "what these pictures teach is not bound to the word; add it", grave=True),

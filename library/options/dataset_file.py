@@ -21,6 +21,7 @@ _KEY_OF_OPTION = {
     "reg_data_dir": "image_dir of [[datasets.subsets]] with is_reg = true",
 }
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
+PRESERVED = "diff_output_preservation"  # the one custom attribute that means something
 ANYWHERE, ABOVE, BELOW = (GENERAL, DATASET, SUBSET), (GENERAL, DATASET), (SUBSET,)
 
 
@@ -72,9 +73,15 @@ def _path(value: Any) -> str:
     return value
 
 
-def _table(value: Any) -> dict[str, Any]:
+def _attributes(value: Any) -> dict[str, Any]:
+    """Whatever a user notes of pictures; one name means something here, as in sd-scripts."""
     if not isinstance(value, dict):
         raise ValueError("a table, as { name = 1 }")
+    for name, one in value.items():
+        if name != PRESERVED and (like := nearest(name, [PRESERVED])):
+            raise ValueError(f"another name than {name}{like}")
+        if name == PRESERVED and not isinstance(one, bool):
+            raise ValueError(f"{PRESERVED} = true or false")
     return value
 
 
@@ -103,7 +110,7 @@ KEYS = {
     ),
     "face_crop_aug_range": Key(pair, ANYWHERE),
     "num_repeats": Key(_whole, ANYWHERE),  # below 1, the subset is left out
-    "custom_attributes": Key(_table, ANYWHERE),
+    "custom_attributes": Key(_attributes, ANYWHERE),
     "class_tokens": Key(_text, ANYWHERE, None, True),
     **_like_option(ANYWHERE, "caption_extension", folders_only=True),
     "cache_info": Key(_switch, ANYWHERE, None, True),
