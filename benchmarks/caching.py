@@ -5,15 +5,17 @@
 Makes photographs of 3 and 12 megapixels, JPEG and PNG, and a VAE of a few channels. Each case is then cached by ours
 and by theirs in turns, each in a process of its own that times the caching alone: neither imports, nor the data set,
 whose files' headers have been read by then. Ours is `read_pictures` into an empty folder or into memory, with the
-hashes of files and weights; theirs is `new_cache_latents` of a data set group, beside the pictures or into memory,
-as it is, where Python's memory is cleaned up after each batch, and with --highvram, which leaves that out. In the case
-"cold" the pictures are not in the system's memory before. Latents are compared. One thread of torch each, unless
---threads says otherwise: several wait for each other where other programs run. Writes benchmarks/results/caching.json.
+hashes of files and weights; theirs is `new_cache_latents` of a data set group, beside the pictures or into memory.
+Theirs has Python's garbage collected after each batch, which takes the longer the more is imported: how long is
+measured apart, and rates are given with it and without. In the case "cold" the pictures are not in the system's memory
+before. Latents are compared. One thread of torch each, unless --threads says otherwise: several wait for each other
+where other programs run. Writes benchmarks/results/caching.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -31,7 +33,7 @@ RESULT = ROOT / "benchmarks" / "results" / "caching.json"
 SUBSET, KINDS, RESOLUTION = "1_sks thing", 30, 512
 MEGAPIXELS = {"jpg": (12.0, 3.0), "png": (3.0, 1.5)}  # of which a half each
 ASPECTS = (1.5, 4 / 3, 1.0, 3 / 4, 2 / 3, 16 / 9)  # width by height
-WAYS = ("ours", "theirs", "theirs, --highvram")
+WAYS = ("ours", "theirs")
 
 
 class Case(NamedTuple):
@@ -131,14 +133,21 @@ def ours(folder: Path, case: Case) -> dict[str, Any]:
     return {"seconds": seconds, "means": means}
 
 
-def theirs(folder: Path, case: Case, high_vram: bool) -> dict[str, Any]:
+def theirs(folder: Path, case: Case) -> dict[str, Any]:
     import numpy as np
     import train_network
     from accelerate import Accelerator
 
-    from library import config_util, strategy_base, strategy_sd, train_util
+    from library import config_util, strategy_base, strategy_sd
 
-    train_util.enable_high_vram(argparse.Namespace(highvram=high_vram))
+    collecting, collect = [], gc.collect
+
+    def timed() -> int:
+        begin, found = time.perf_counter(), collect()
+        collecting.append(time.perf_counter() - begin)
+        return found
+
+    gc.collect = timed  # type: ignore[assignment]
     strategy = strategy_sd.SdSdxlLatentsCachingStrategy(True, case.on_disk, case.batch, False)
     strategy_base.LatentsCachingStrategy.set_strategy(strategy)
     config = {
@@ -152,7 +161,7 @@ def theirs(folder: Path, case: Case, high_vram: bool) -> dict[str, Any]:
     vae, accelerator = vae_of(folder), Accelerator(cpu=True)
     start = time.perf_counter()
     group.new_cache_latents(vae, accelerator)
-    seconds = time.perf_counter() - start
+    seconds, collected = time.perf_counter() - start, sum(collecting)
     means = {}
     for info in (info for dataset in group.datasets for info in dataset.image_data.values()):
         found = info.latents
@@ -160,7 +169,7 @@ def theirs(folder: Path, case: Case, high_vram: bool) -> dict[str, Any]:
             with np.load(info.latents_npz) as file:
                 (found,) = (file[name] for name in file.files if name.startswith("latents") and file[name].ndim == 3)
         means[Path(info.absolute_path).stem] = float(abs(found).mean())
-    return {"seconds": seconds, "means": means}
+    return {"seconds": seconds, "collecting": collected, "collections": len(collecting), "means": means}
 
 
 def side(way: str, folder: Path, case: Case) -> None:
@@ -169,7 +178,7 @@ def side(way: str, folder: Path, case: Case) -> None:
     import PIL
     import torch
 
-    result = ours(folder, case) if way == "ours" else theirs(folder, case, way != "theirs")
+    result = ours(folder, case) if way == "ours" else theirs(folder, case)
     result |= {
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "versions": {"torch": torch.__version__, "pillow": PIL.__version__, "opencv": cv2.__version__},
@@ -225,25 +234,34 @@ def largest_difference(ours: dict[str, Any], theirs: dict[str, Any], number: int
     return max(abs(mean - theirs["means"][name]) / mean for name, mean in ours["means"].items())
 
 
+def rate(seconds: list[float], number: int) -> dict[str, Any]:
+    """Pictures a second."""
+    rates = [number / one for one in seconds]
+    return {
+        "median": round(statistics.median(rates), 2),
+        "least_and_most": [round(min(rates), 2), round(max(rates), 2)],
+    }
+
+
 def summary(found: dict[str, list[dict[str, Any]]], number: int) -> dict[str, Any]:
-    """Rates, and of theirs what ours is to them, round by round."""
-    content: dict[str, Any] = {}
-    for way, rounds in found.items():
-        rates = [number / one["seconds"] for one in rounds]
-        content[way] = {
-            "pictures_a_second": round(statistics.median(rates), 2),
-            "least_and_most": [round(min(rates), 2), round(max(rates), 2)],
-            "peak_mib": max(one["peak_mib"] for one in rounds),
-            "load": [one["load"] for one in rounds],
-        }
-        if way != "ours":
-            ratios = [other["seconds"] / one["seconds"] for one, other in zip(found["ours"], rounds, strict=True)]
-            content[way] |= {
-                "ours_to_it": round(statistics.median(ratios), 3),
-                "of_each_round": [round(ratio, 3) for ratio in ratios],
-                "largest_difference": float(f"{largest_difference(found['ours'][0], rounds[0], number):.2g}"),
-            }
-    return content
+    """Rates in pictures a second, and how many times theirs ours is, round by round."""
+    ours, theirs = (found[way] for way in WAYS)
+    seconds = {
+        "ours": [one["seconds"] for one in ours],
+        "theirs": [one["seconds"] for one in theirs],
+        "theirs_without_collecting": [one["seconds"] - one["collecting"] for one in theirs],
+    }
+    content: dict[str, Any] = {name: rate(values, number) for name, values in seconds.items()}
+    for name in list(content)[1:]:
+        ratios = [other / one for one, other in zip(seconds["ours"], seconds[name], strict=True)]
+        content[name]["ours_to_it"] = round(statistics.median(ratios), 2)
+        content[name]["of_each_round"] = [round(ratio, 2) for ratio in ratios]
+    return content | {
+        "collections": theirs[0]["collections"],
+        "largest_difference": float(f"{largest_difference(ours[0], theirs[0], number):.2g}"),
+        "peak_mib": {way: max(one["peak_mib"] for one in found[way]) for way in WAYS},
+        "load": {way: [one["load"] for one in found[way]] for way in WAYS},
+    }
 
 
 def main() -> None:
@@ -273,7 +291,7 @@ def main() -> None:
         "pictures": options.number, "resolution": RESOLUTION, "rounds": options.rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "threads": options.threads,
         "sd_scripts": options.commit,
-        "versions": {way: next(iter(found.values()))[way][0]["versions"] for way in WAYS[:2]},
+        "versions": {way: next(iter(found.values()))[way][0]["versions"] for way in WAYS},
         "cases": {case.name: summary(rounds, options.number) for case, rounds in found.items()},
     }  # fmt: skip
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
