@@ -123,7 +123,8 @@ def leaves(room: Any) -> dict[str, Any]:
 
 # taken apart, or with a default of its own; each is tested in its own file
 OTHERWISE = {"network_args", "optimizer_args", "lr_scheduler_args", "base_weights", "transparent_background",
-             "optimizer_type", "text_encoder_lr", "cache_text_encoder_outputs", "fp8_base"}  # fmt: skip
+             "optimizer_type", "text_encoder_lr", "cache_text_encoder_outputs", "fp8_base", "train_data_dir",
+             "reg_data_dir"}  # fmt: skip
 OFF = {"min_snr_gamma", "noise_offset", "multires_noise_iterations", "ip_noise_gamma", "v_pred_like_loss",
        "adaptive_noise_scale", "max_train_epochs"}  # fmt: skip
 DEFAULTS = {"learning_rate": (1e-4, 2e-6), "output_name": ("last", None), "save_precision": ("fp16", None),
