@@ -77,7 +77,7 @@ def _train(run: Run, signals: Interrupts) -> Path:
     adapter = DeftAdapter(run.network, files, model, accelerator, folder)
     caches = run.data.caches
     if caches.cache_text_encoder_outputs:
-        texts.keep(files.texts_encoded(), dtype, caches)
+        texts.keep(files.texts_encoded(run.preservation), dtype, caches)
     model.place(accelerator.device, dtype, encoders=not caches.cache_text_encoder_outputs)
     accelerator.prepare_model(adapter.module, evaluation_mode=True)
 

@@ -391,17 +391,24 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
 
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise DeftError(
                 f"{path}: not saved, since {name} is not finite in {tensor.dtype}; what was there is untouched"
             )
-    content = save(dict(tensors), dict(metadata))
+    # not save_file, whose files only their owner may read (safetensors 0.8)
+    write_whole(Path(path), save(dict(tensors), dict(metadata)))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file, or what was there.
+
+    :raises DeftError: for a full disk, or a folder that cannot be written to
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:  # not save_file, whose files only their owner may read (safetensors 0.8)
+        with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -161,11 +161,11 @@ def test_a_share_of_the_steps_is_that_many_steps():
 
 
 def test_which_captions_vary():
-    assert not captions.varies(CaptionOptions(caption_prefix="x", keep_tokens=3, secondary_separator=";;"))
+    assert not CaptionOptions(caption_prefix="x", keep_tokens=3, secondary_separator=";;").changing
     for options in ({"shuffle_caption": True}, {"enable_wildcard": True}, {"token_warmup_step": 0.1},
                     {"caption_dropout_rate": 0.1}, {"caption_tag_dropout_rate": 0.1},
                     {"caption_dropout_every_n_epochs": 2}):  # fmt: skip
-        assert captions.varies(CaptionOptions(**options))
+        assert CaptionOptions(**options).changing == list(options)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

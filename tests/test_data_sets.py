@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train_network_deft
 from library.data.batches import Batch
+from library.data.index import Index
 from library.models.family import Family
 from library.options.rooms import ObjectiveOptions, PreservationOptions
 from library.training.losses import Losses
@@ -22,6 +23,7 @@ from library.training.objective import objective_of
 from library.training.randoms import Randoms
 from library.training.texts import Texts
 from tests.conftest import arguments, in_two_processes, network_of, relative_error
+from tests.test_trainer import TWO_PROCESSES
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -204,21 +206,9 @@ def test_several_data_sets_train_together(model_folder, photos, tmp_path):
 def test_two_processes_train_several_data_sets(model_folder, photos, tmp_path):
     """An odd number of batches; both processes end with the same network."""
     config = data_sets(tmp_path / "data")
-    code = """
-import pathlib
-import train_network_deft as trainer
-run = trainer.TrainingLoop.run
-def and_tell(self):
-    run(self)
-    total = sum(p.detach().double().sum().item() for p in self.adapter.module.parameters())
-    told = pathlib.Path(__file__).with_name(f"process{self.accelerator.process_index}.txt")
-    told.write_text(f"{self.position.step} {self.average_loss!r} {total!r}")
-trainer.TrainingLoop.run = and_tell
-sys.exit(trainer.main(sys.argv[1:]))
-"""
     given = arguments(model_folder, photos, tmp_path, train_data_dir=None, dataset_config=config, resolution=None,
                       masked_loss=True, max_train_steps=None, max_train_epochs=1)  # fmt: skip
-    in_two_processes(tmp_path, code, *given)
+    in_two_processes(tmp_path, TWO_PROCESSES, *given)
     one, two = sorted(path.read_text() for path in tmp_path.glob("process*.txt"))
     assert one == two
 
@@ -280,3 +270,29 @@ def test_a_changed_picture_is_encoded_anew_and_a_damaged_entry_too(run, photos, 
     counted.update(pictures=0)
     assert run(**common) == 0
     assert counted["pictures"] == 0
+
+
+def test_a_picture_in_two_subsets_has_two_captions_in_the_cache(model_folder, photos, tmp_path):
+    photo(tmp_path / "data" / "cat" / "1.png", (64, 64))
+    subset = f"[[datasets]]\nresolution = 64\n  [[datasets.subsets]]\n  image_dir = '{tmp_path / 'data' / 'cat'}'\n"
+    config = tmp_path / "sets.toml"
+    config.write_text("".join(f"{subset}  class_tokens = '{words}'\n" for words in ("a cat", "a fine cat")))
+    given = arguments(model_folder, photos, tmp_path, train_data_dir=None, dataset_config=config, resolution=None,
+                      cache_text_encoder_outputs=True, network_train_unet_only=True)  # fmt: skip
+    assert train_network_deft.main(given) == 0
+
+
+def test_a_mask_that_cannot_be_opened_costs_its_picture_alone(model_folder, photos, tmp_path, caplog, monkeypatch):
+    for i in range(2):
+        photo(tmp_path / "data" / "1_cat" / f"{i}.png", (64, 64), seed=i)
+        photo(tmp_path / "masks" / f"{i}.png", (64, 64), seed=9)
+    hashes = Index.hashes
+    monkeypatch.setattr(
+        Index, "hashes", lambda self, files: {f: h for f, h in hashes(self, files).items() if f.parent.name != "masks"
+                                              or f.stem != "1"}
+    )  # fmt: skip
+    given = arguments(model_folder, photos, tmp_path, train_data_dir=tmp_path / "data", masked_loss=True,
+                      conditioning_data_dir=tmp_path / "masks")  # fmt: skip
+    assert train_network_deft.main(given) == 0
+    (line,) = (line for line in caplog.messages if "left out" in line)
+    assert "1.png: left out" in line

@@ -436,7 +436,7 @@ def test_processes_that_fill_it_at_once_and_are_killed(index, tmp_path):
     time.sleep(0.02)
     paths = sorted(folder.iterdir())
     direct = {path: header_of(path) for path in paths}
-    clean, moments = multiprocessing.get_context("forkserver"), random.Random(0)  # see tests/test_cache.py
+    clean, moments = multiprocessing.get_context("forkserver"), random.Random(0)  # see tests/test_building.py
     clean.set_forkserver_preload(["tests.test_index"])
     for _ in range(11):
         killed = clean.Process(target=fill, args=(again(index), paths, None))

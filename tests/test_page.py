@@ -302,9 +302,9 @@ def test_what_was_there_stays_when_nothing_can_be_written(run, tmp_path, monkeyp
     def full(*rest):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("library.data.page.os.replace", full)
+    monkeypatch.setattr("networks.deft_io.os.replace", full)
     assert run(debug_dataset=True, max_train_steps=9) == 2
-    assert "could not be written, what was there is untouched" in capsys.readouterr().err
+    assert "could not be saved, what was there is untouched" in capsys.readouterr().err
     assert (tmp_path / "out" / "cat-dataset.html").read_bytes() == before
     assert len(list((tmp_path / "out").iterdir())) == 2
 

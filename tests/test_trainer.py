@@ -308,7 +308,7 @@ def and_tell(self):
     run(self)
     total = sum(p.detach().double().sum().item() for p in self.adapter.module.parameters())
     told = pathlib.Path(__file__).with_name(f"process{self.accelerator.process_index}.txt")
-    told.write_text(f"{self.accelerator.num_processes} {self.position.step} {total!r}")
+    told.write_text(f"{self.accelerator.num_processes} {self.position.step} {self.average_loss!r} {total!r}")
 trainer.TrainingLoop.run = and_tell
 sys.exit(trainer.main(sys.argv[1:]))
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,8 +14,6 @@ from torch.utils.data import Dataset as TorchDataset
 from library.data.buckets import Epochs, dataset_seed, mixed
 from library.data.masks import stacked
 from library.data.plan import Plan
-
-logger = logging.getLogger(__name__)
 
 
 class Gone(Exception):

@@ -5,7 +5,6 @@ Facts of kohya-ss/sd-scripts at 48d368fa and v0.11.1; docs/data.md says where th
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Sequence
@@ -14,8 +13,6 @@ from typing import TypeVar
 
 from library.options.rooms import BucketOptions
 from networks.deft_config import DeftError
-
-logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]  # width and height in pixels
 T = TypeVar("T")
@@ -48,13 +45,12 @@ class Buckets:
             raise DeftError(f"--bucket_reso_steps {steps}: must be a multiple of {multiple}, which the model needs")
         least, most = self._limits()
         if options.bucket_no_upscale:
-            logger.warning("--min_bucket_reso and --max_bucket_reso count for nothing with --bucket_no_upscale")
-        elif least == 0:
+            return
+        if least == 0:
             raise DeftError(
                 f"--min_bucket_reso {options.min_bucket_reso}: must be at least --bucket_reso_steps, {steps}"
             )
-        else:
-            self.sizes = bucket_sizes(options.resolution, least, most, steps)
+        self.sizes = bucket_sizes(options.resolution, least, most, steps)
 
     def fit(self, width: int, height: int) -> Fit:
         """:raises DeftError: when the picture is too small or too elongated to be cut to a bucket"""
@@ -74,10 +70,6 @@ class Buckets:
         options, steps = self.options, self.options.bucket_reso_steps
         least = options.min_bucket_reso // steps * steps
         most = -(-options.max_bucket_reso // steps) * steps
-        if least != options.min_bucket_reso:
-            logger.warning(f"--min_bucket_reso {options.min_bucket_reso}: taken as {least}, whole steps of {steps}")
-        if most != options.max_bucket_reso:
-            logger.warning(f"--max_bucket_reso {options.max_bucket_reso}: taken as {most}, whole steps of {steps}")
         if least > min(options.resolution):
             raise DeftError(f"--min_bucket_reso {least}: must not exceed --resolution, {min(options.resolution)}")
         if most < max(options.resolution):

@@ -86,18 +86,6 @@ def whole(caption: str, options: CaptionOptions) -> str:
     return process(caption, kept, epoch=1, step=0, steps=1, random=Random(0))
 
 
-def varies(options: CaptionOptions) -> bool:
-    """Whether a picture's caption differs from step to step, so that it cannot be encoded once."""
-    return bool(
-        options.shuffle_caption
-        or options.enable_wildcard
-        or options.token_warmup_step > 0
-        or options.caption_dropout_rate > 0
-        or options.caption_dropout_every_n_epochs > 0
-        or options.caption_tag_dropout_rate > 0
-    )
-
-
 def problems(options: CaptionOptions, captions: Sequence[str], weighted: bool = False) -> list[str]:
     """What a user should know of options that do not fit the captions, a line each.
 

@@ -189,6 +189,6 @@ class Examples(TorchDataset):
             torch.tensor(crop.conditioning(mirrored), dtype=torch.float32),
             mask,
             self.weight if subset.is_reg else 1.0,
-            bool(subset.custom_attributes.get("diff_output_preservation")),
+            subset.preserved,
             dataset.options.network_multiplier,
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.data import captions, metadata_file
 from library.data.pixels import PLUGINS, readable_formats
 from library.data.remarks import Remarks
+from library.options.dataset_config import repeats_and_name
 from library.options.rooms import SubsetOptions
 from networks.deft_config import DeftError
 
@@ -36,15 +36,15 @@ def look_into(root: str, option: str, remarks: Remarks) -> None:
         raise DeftError(f"{option}: no such folder: {root}")
     formats = readable_formats()
     for folder in listed(Path(root)):
-        match = re.fullmatch(r"(\d+)_(.*)", folder.name)
+        named = repeats_and_name(folder.name)
         if not folder.is_dir():
             what = "picture" if folder.suffix.lower() in formats else "file"
             remarks.add(
                 f"{{n}} {what}{{s}} ({{one}}) left out: pictures belong into a folder such as 10_sks cat", folder
             )
-        elif not match:
+        elif not named:
             remarks.add("{n} folder{s} ({one}) left out: the name has to begin with repeats, as in 10_sks cat", folder)
-        elif int(match[1]) == 0:
+        elif named[0] == 0:
             remarks.add("{n} folder{s} ({one}) left out: its name asks for 0 repeats", folder)
 
 

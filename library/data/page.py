@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import io
 import itertools
 import math
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +24,7 @@ from library.data.examples import decoded, drawn
 from library.data.pixels import Colour
 from library.data.plan import Dataset, Picture, Plan, by_subset
 from library.models.outline import Encoder
-from networks.deft_config import DeftError, reason_of
+from networks import deft_io
 from networks.deft_progress import Bar
 
 SHOWN = 240  # pictures at most: a page of about 5 MB
@@ -105,7 +103,7 @@ def write(preview: Preview, folder: Path) -> list[Path]:
         folder / f"{preview.name}-dataset.jpg": jpeg(sheet(trained), 85),
     }
     for file, content in contents.items():
-        _write_whole(file, content)
+        deft_io.write_whole(file, content)
     return list(contents)
 
 
@@ -513,17 +511,3 @@ def _tokens(captions: Iterable[str], encoders: Sequence[Encoder]) -> Iterator[st
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """:raises DeftError: when it cannot be written; what was there stays then"""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise DeftError(f"{path}: could not be written, what was there is untouched ({reason_of(error)})") from None
-    finally:
-        with contextlib.suppress(OSError):  # the disk may be gone
-            partial.unlink(missing_ok=True)

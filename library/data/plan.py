@@ -43,10 +43,8 @@ class Picture:
     @property
     def varies(self) -> bool:
         """Whether its own pixels are others in every epoch, beyond being mirrored."""
-        augment, on_faces = self.subset.augment, not self.buckets.options.enable_bucket
-        if augment.random_crop or augment.color_aug:
-            return True
-        return on_faces and augment.face_crop_aug_range is not None and face_of(self.path) is not None
+        augment = self.subset.augment
+        return augment.varies and (augment.random_crop or augment.color_aug or face_of(self.path) is not None)
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,7 @@ class Dataset:
     @property
     def varies(self) -> bool:
         """Whether some of its pictures may vary. All are encoded then in every step, since they share batches."""
-        without_buckets = not self.options.buckets.enable_bucket
-        return any(
-            augment.random_crop or augment.color_aug or (without_buckets and augment.face_crop_aug_range is not None)
-            for augment in (subset.augment for subset in self.options.subsets)
-        )
+        return any(subset.augment.varies for subset in self.options.subsets)
 
     @property
     def appearances(self) -> int:

@@ -14,8 +14,6 @@ logger = logging.getLogger(__name__)
 
 BUCKET_STEPS = 32  # the least that any model of sd-scripts takes
 _EACH_TIME = ("color_aug", "random_crop")  # give another picture each time
-_CHANGE_CAPTIONS = ("shuffle_caption", "caption_dropout_rate", "caption_dropout_every_n_epochs",
-                    "caption_tag_dropout_rate", "token_warmup_step", "enable_wildcard")  # fmt: skip
 _IGNORED_WITH_FILE = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 
 
@@ -124,9 +122,8 @@ def _subset(
     if cached and random:
         asked = f"{findings.named(random)} and --{cached[0]} do not go together"
         findings.refuse(place, f"{asked}: what is another picture each time cannot be cached; leave one of them out")
-    changing = _changed(captions, *_CHANGE_CAPTIONS)
-    if values["cache_text_encoder_outputs"] and changing:
-        asked = f"{findings.named(changing)} and --cache_text_encoder_outputs do not go together"
+    if values["cache_text_encoder_outputs"] and captions.changing:
+        asked = f"{findings.named(captions.changing)} and --cache_text_encoder_outputs do not go together"
         findings.refuse(place, f"{asked}: what is another caption each time cannot be cached; leave one of them out")
     if augment.face_crop_aug_range and (cached or enable_bucket):
         why = f"with {f'--{cached[0]}' if cached else f'{findings.dash}enable_bucket'}"

@@ -17,6 +17,12 @@ Room = TypeVar("Room")
 Level = Mapping[str, Any]
 
 
+def repeats_and_name(folder: str) -> tuple[int, str] | None:
+    """Of a folder named `REPEATS_NAME`."""
+    match = re.fullmatch(r"(\d+)_(.*)", folder, re.DOTALL)
+    return (int(match[1]), match[2].strip()) if match else None
+
+
 def named_folders(folder: str) -> list[tuple[str, int, str]]:
     """Folders named `REPEATS_NAME` in the order of their names: path, repeats of at least 1, and the name.
 
@@ -26,9 +32,9 @@ def named_folders(folder: str) -> list[tuple[str, int, str]]:
         return []
     found = []
     for path in sorted(Path(folder).iterdir()):
-        match = re.fullmatch(r"(\d+)_(.*)", path.name, re.DOTALL)
-        if match and path.is_dir() and int(match[1]) > 0:
-            found.append((str(path), int(match[1]), match[2].strip()))
+        named = repeats_and_name(path.name)
+        if named and path.is_dir() and named[0] > 0:
+            found.append((str(path), *named))
     return found
 
 

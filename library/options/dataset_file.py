@@ -8,6 +8,7 @@ from typing import Any
 
 from library.options.files import read_config
 from library.options.option import Check, Option, number_or_pair, pair
+from library.options.rooms import PRESERVED
 from library.options.table import OPTIONS
 from networks.deft_config import DeftError, nearest
 
@@ -21,7 +22,6 @@ _KEY_OF_OPTION = {
     "reg_data_dir": "image_dir of [[datasets.subsets]] with is_reg = true",
 }
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
-PRESERVED = "diff_output_preservation"  # the one custom attribute that means something
 ANYWHERE, ABOVE, BELOW = (GENERAL, DATASET, SUBSET), (GENERAL, DATASET), (SUBSET,)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+PRESERVED = "diff_output_preservation"  # the one custom attribute that means something
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -54,6 +56,13 @@ class CaptionOptions:
     token_warmup_min: int = 1
     token_warmup_step: float = 0  # below 1: a share of all steps
 
+    @property
+    def changing(self) -> list[str]:
+        """Its options that make another caption in every step, which cannot be encoded once."""
+        names = ("shuffle_caption", "enable_wildcard", "token_warmup_step", "caption_dropout_rate",
+                 "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")  # fmt: skip
+        return [name for name in names if getattr(self, name)]
+
 
 @dataclass(frozen=True)
 class AugmentOptions:
@@ -62,7 +71,12 @@ class AugmentOptions:
     flip_aug: bool = False
     color_aug: bool = False
     random_crop: bool = False
-    face_crop_aug_range: tuple[float, float] | None = None
+    face_crop_aug_range: tuple[float, float] | None = None  # None with buckets, which know no faces
+
+    @property
+    def varies(self) -> bool:
+        """Whether pixels may be others in every epoch, beyond being mirrored."""
+        return self.random_crop or self.color_aug or self.face_crop_aug_range is not None
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,11 @@ class SubsetOptions:
     def name(self) -> str:
         """Of its folder or metadata file, as sd-scripts names it."""
         return Path(self.metadata_file or self.image_dir or "").name
+
+    @property
+    def preserved(self) -> bool:
+        """Whether its pictures are to be answered as without the adapter."""
+        return bool(self.custom_attributes.get(PRESERVED))
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,11 @@ class CacheOptions:
     vae_batch_size: int = 1
     text_encoder_batch_size: int | None = None
     skip_cache_check: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """`cache_dir` as a path."""
+        return None if self.cache_dir is None else Path(self.cache_dir)
 
 
 @dataclass(frozen=True)

@@ -43,17 +43,16 @@ class Given:
     start: AdapterFile | None
     base: list[tuple[AdapterFile, float]]
     resumed: tuple[Position, Setting] | None
-    preservation: PreservationOptions
 
-    def texts(self) -> dict[str, str]:
-        """What a user knows a text by -> the text, of captions and prompts."""
-        found = {str(one.path): captions.whole(one.caption, one.subset.captions) for one in plan.pictures(self.plan)}
-        return found | {f"prompt {i + 1}": prompt.text for i, prompt in enumerate(self.samples)}
+    def texts(self) -> list[tuple[str, str]]:
+        """Captions and prompts, each behind what a user knows it by."""
+        found = [(str(one.path), captions.whole(one.caption, one.subset.captions)) for one in plan.pictures(self.plan)]
+        return found + [(f"prompt {i + 1}", prompt.text) for i, prompt in enumerate(self.samples)]
 
-    def texts_encoded(self) -> list[str]:
+    def texts_encoded(self, preservation: PreservationOptions) -> list[str]:
         """All that the text encoders are ever asked for, where captions are the same in every step."""
-        texts = list(self.texts().values())
-        of_class = [words for text in texts if (words := self.preservation.of_class(text))]
+        texts = [text for _, text in self.texts()]
+        of_class = [words for text in texts if (words := preservation.of_class(text))]
         return [*texts, *of_class, *(prompt.negative for prompt in self.samples)]
 
 
@@ -97,10 +96,10 @@ def _read(run: Run) -> Given:
     for prompt in samples:
         samplers.check(prompt.sampler, f"--sample_prompts {prompts}: --ss")
     remarks = Remarks()
-    pictures = plan.plan_of(run.data, Index(_folder(run.data.caches.cache_dir)), remarks)
+    pictures = plan.plan_of(run.data, Index(run.data.caches.folder), remarks)
     _check_captions(run, pictures, remarks)
     remarks.tell()
-    return Given(pictures, remarks, samples, to_keep, adapter, base, resumed, run.preservation)
+    return Given(pictures, remarks, samples, to_keep, adapter, base, resumed)
 
 
 def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:
@@ -109,12 +108,6 @@ def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:
         texts = [picture.caption for picture in group]
         for line in captions.problems(subset.captions, texts, run.model.weighted_captions):
             remarks.add(f"{subset.name}: {line}", Path(subset.metadata_file or subset.image_dir or ""))
-        if run.data.caches.cache_text_encoder_outputs and captions.varies(subset.captions):
-            raise DeftError(
-                f"{subset.name}: --cache_text_encoder_outputs encodes captions once, but they change from step to "
-                f"step; leave out what shuffles, drops or chooses parts of them (shuffle_caption, "
-                f"caption_dropout_rate, enable_wildcard, token_warmup_step, ...)"
-            )
     asked = run.preservation
     if asked.diff_output_preservation_class is not None and not any(
         asked.of_class(text)
@@ -122,10 +115,6 @@ def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:
         for text in (picture.caption, captions.whole(picture.caption, picture.subset.captions))  # a prefix may have it
     ):
         raise DeftError(f"--trigger_word {asked.trigger_word}: no caption has it, so that nothing would be preserved")
-
-
-def _folder(path: str | None) -> Path | None:
-    return None if path is None else Path(path)
 
 
 def finished_file(run: Run) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,13 +37,13 @@ def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: 
     """
     check_sizes(plan, model.multiple_of)
     caches = options.caches
-    folder = None if caches.cache_dir is None else Path(caches.cache_dir)
     on_disk = caches.cache_latents_to_disk
-    entries: Entries = Store(folder) if on_disk else Memory()
+    entries: Entries = Store(caches.folder) if on_disk else Memory()
     files = [file for picture in pictures(plan) for file in (picture.path, picture.mask) if file is not None]
-    contents = Index(folder).hashes(files)
+    contents = Index(caches.folder).hashes(files)
     latents = Latents(entries, contents, cache.fingerprint(model.vae), options.transparent_background)
-    unreadable = {file: "it cannot be read" for file in files if file not in contents}
+    lost = [picture for picture in pictures(plan) if {picture.path, picture.mask or picture.path} - contents.keys()]
+    unreadable = {picture.path: "it cannot be read, or its mask" for picture in lost}
     plan = without(plan, unreadable)
     keys = [(latents.key(view), view) for view in views(plan)]  # pictures of the same content share one
     wanted = dict(keys)
@@ -137,17 +137,17 @@ def loader_of(
     return Loader(plan, examples, seed, *places, accumulated, shuffle)
 
 
-def tell_what_is_cut(model: Family, captions: Mapping[str, str]) -> None:
+def tell_what_is_cut(model: Family, texts: Sequence[tuple[str, str]]) -> None:
     """One line where texts are longer than the text encoder reads.
 
-    :param captions: what a user knows a text by -> the text
+    :param texts: each behind what a user knows it by
     """
-    rests = {name: found for name, text in captions.items() if (found := model.beyond(text))[0]}
+    rests = [(name, *found) for name, text in texts if (found := model.beyond(text))[0]]
     if rests:
-        name, (rest, tokens) = next(iter(rests.items()))
+        name, rest, tokens = rests[0]
         rest = rest if len(rest) <= 60 else f"... {rest[-60:]}"  # a trigger word stands last as often as first
         logger.warning(
-            f"{len(rests)} of {len(captions)} captions and prompts are longer than the text encoder's {tokens} "
+            f"{len(rests)} of {len(texts)} captions and prompts are longer than the text encoder's {tokens} "
             f"tokens, what is behind is not read: '{rest}' in {name} for one"
         )
 

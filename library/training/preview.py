@@ -52,8 +52,7 @@ def write(run: Run, files: Given) -> list[Path]:
     if not plan:
         path, reason = next(iter(unreadable.items()))
         raise DeftError(f"none of the {len(unreadable)} images can be read, {path} for one ({reason})")
-    folder = run.data.caches.cache_dir
-    duplicates = Index(None if folder is None else Path(folder)).duplicates(one.path for one in pictures(plan))
+    duplicates = Index(run.data.caches.folder).duplicates(one.path for one in pictures(plan))
     seed = random.randrange(2**32) if run.process.seed is None else run.process.seed
     trained, kept = divided(plan, seed)
     processes = int(os.environ.get("WORLD_SIZE", "1"))

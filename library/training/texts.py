@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +49,7 @@ class Texts:
             torch.nn.Module.to(encoder, dtype=dtype)
         keys = {caption: caption for caption in different}
         if caches.cache_text_encoder_outputs_to_disk:
-            self._entries = Store(None if caches.cache_dir is None else Path(caches.cache_dir))
+            self._entries = Store(caches.folder)
             models = [cache.fingerprint(encoder) for encoder in encoders]
             tokenizers = [cache.tokenizer_fingerprint(one) for one in self.model.tokenizers]
             reading = dict(self.model.reading()) | {"autocast": self.accelerator.mixed_precision}
