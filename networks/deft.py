@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks import deft_io, deft_keep, deft_load, deft_math, deft_module
+from networks import deft_factors, deft_io, deft_keep, deft_load, deft_math, deft_module
 from networks.deft_batch import BatchedFactors
 from networks.deft_config import DeftConfig, DeftError, options_of_file, parse_options, user_options
+from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer
 from networks.deft_load import LoadResult
 from networks.deft_module import DeftModule, add_to_weight
@@ -80,8 +81,11 @@ def network_of_adapter(
     **kwargs: Any,
 ) -> DeftNetwork:
     """`create_network_from_weights` for a file that has been read."""
-    largest = max(adapter.layers.values(), key=lambda layer: layer.rank)
-    sizes = {"dim": largest.rank, "alpha": largest.scale * largest.rank}  # for the record: each layer has its own
+    largest = max(adapter.layers.values(), key=lambda layer: layer.trained_rank)
+    sizes = {
+        "dim": largest.trained_rank,
+        "alpha": largest.scale * largest.trained_rank,
+    }  # for the record: each layer has its own
     kept = options_of_file(adapter.options)
     config = parse_options(sizes | kept | user_options(kwargs))
     if for_inference:  # as a plain LoRA: exact for every form, on any base model, and without dropout
@@ -411,7 +415,7 @@ class DeftNetwork(nn.Module):
         norms: list[float] = []
         scaled = 0
         for module in self.all_modules:
-            norm = float(deft_math.delta_norm(*module.lora_factors()))
+            norm = float(deft_factors.norm(*module.lora_factors()))
             if norm > max_norm:
                 module.scale_delta(max_norm / norm)
                 scaled, norm = scaled + 1, max_norm
@@ -426,7 +430,7 @@ class DeftNetwork(nn.Module):
         gradients = [[p.grad for p in module.parameters() if p.grad is not None] for module in self.all_modules]
         zero = torch.zeros((), device=self.device)
         self._grad_norms = torch.stack([torch.stack([g.norm() for g in some] or [zero]).norm() for some in gradients])
-        self._weight_norms = torch.stack([deft_math.delta_norm(*module.lora_factors()) for module in self.all_modules])
+        self._weight_norms = torch.stack([deft_factors.norm(*module.lora_factors()) for module in self.all_modules])
 
     def grad_norms(self) -> Tensor | None:
         """Norm of each module's gradients (modules,) at the last step; None where no tracker is active."""
@@ -467,9 +471,7 @@ class DeftNetwork(nn.Module):
             tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
             if self.config.basis in deft_math.ORTHONORMAL:  # any scaling of up spans the same subspace
                 exponents = {}
-            self._log_padding(
-                file, dtype, [(up.shape[1], up.shape[0] + down.shape[1]) for up, down, _ in factors.values()]
-            )
+            self._log_padding(file, dtype, [(f.rank, f.up.shape[0] + f.down.shape[1]) for f in factors.values()])
         recorded: dict[str, list[float]] = {}
         for m in self.all_modules:
             name = m.lora_name if self.config.save_format == "deft" else m.target.file_name
@@ -482,20 +484,19 @@ class DeftNetwork(nn.Module):
         full |= deft_io.webui_hashes(tensors, full)
         deft_io.write_safetensors(tensors, file, full)
 
-    def _file_factors(self) -> dict[str, tuple[Tensor, Tensor, tuple[int, ...]]]:
-        """Key name -> up, down and the shape of the weight that files know, parts of one weight put together."""
-        parts: dict[str, list[tuple[Tensor, Tensor, Target]]] = {}
+    def _file_factors(self) -> dict[str, Factors]:
+        """Key name -> the change of the weight that files know, parts of one weight put together."""
+        parts: dict[str, list[tuple[Factors, Target]]] = {}
         for module in self.all_modules:
-            parts.setdefault(module.target.file_name, []).append((*module.lora_factors(), module.target))
-        factors = {}
-        for name, pieces in parts.items():
-            up, down = deft_io.fuse(pieces)
-            factors[name] = (up, down, (up.shape[0], *pieces[0][2].layer.weight.shape[1:]))
-        return factors
+            kernel = tuple(module.target.layer.weight.shape[1:])
+            parts.setdefault(module.target.file_name, []).append(
+                (Factors(*module.lora_factors(), kernel), module.target)
+            )
+        return {name: _of_whole(pieces) for name, pieces in parts.items()}
 
     def _warn_of_nothing_learnt(self, file: str, dtype: torch.dtype) -> None:
         """Where no weight of a model in `dtype` would change by it, or hardly one."""
-        sizes = torch.stack([deft_math.delta_norm(*module.lora_factors()) for module in self.all_modules])
+        sizes = torch.stack([deft_factors.norm(*module.lora_factors()) for module in self.all_modules])
         largest = float((sizes / self._norms_of_base().to(sizes).clamp(min=1e-30)).max())
         if largest >= torch.finfo(dtype).eps / 8:
             return
@@ -584,6 +585,16 @@ class DeftNetwork(nn.Module):
     def set_current_generation(self, *args: Any, **kwargs: Any) -> None:
         """Called for regional prompts only; see `set_region`."""
         self.set_region(0, True, torch.ones(()))
+
+
+def _of_whole(parts: Sequence[tuple[Factors, Target]]) -> Factors:
+    """The change of a weight as files know it, of its parts' changes."""
+    if len(parts) == 1 and parts[0][1].file_rows is None:
+        return parts[0][0]
+    places = [target.file_rows or (0, 0) for _, target in parts]
+    total = max(number for _, number in places)
+    placed = [(part, first) for (part, _), (first, _) in zip(parts, places, strict=True)]
+    return deft_factors.stacked(placed, total)
 
 
 def _as_deft_layer(module: DeftModule) -> DeftLayer:

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from networks import deft_math
+from networks import deft_factors, deft_math
 from networks.deft_config import DeftError, option_names, reason_of
+from networks.deft_factors import Factors
 from networks.deft_targets import Target, looks_made_for
 
 logger = logging.getLogger(__name__)
@@ -39,18 +40,16 @@ KEPT_KEY = "deft_kept_layers"  # JSON: layer -> tensor
 
 
 @dataclass(frozen=True)
-class LoraLayer:
-    """One layer of a LoRA file: float32 up (m, k) and down (k, n), with the file's alpha / rank in down.
+class LoraLayer(Factors):
+    """One layer of a LoRA file, float32, without padding, with the file's alpha / rank in down.
 
-    `rank` is k without padding, `kernel` the shape of down behind its rank; `scale` is the s to train on with: that of
-    the training that wrote the file, where it says so, or else the file's alpha / rank.
+    :param trained_rank: to train on with: of the factors, or what the file says where more than padding is zero
+    :param scale: the s to train on with: that of the training that wrote the file, where it says so, or else the
+        file's alpha / rank
     """
 
-    up: Tensor
-    down: Tensor
-    rank: int
+    trained_rank: int
     scale: float
-    kernel: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ class DeftLayer:
     gate: Tensor | None
 
     @property
-    def rank(self) -> int:
+    def trained_rank(self) -> int:
+        """The rank that a network made for it has."""
         return self.E0.shape[1]
 
     @property
@@ -114,11 +114,8 @@ def _part(fused: LoraLayer, target: Target) -> LoraLayer:
     outputs = target.shape[0]
     if fused.up.shape[0] != total:
         return fused  # which `deft_load.check_shape` refuses
-    up = fused.up[first : first + outputs]
-    used = (up != 0).any(0)
-    if not used.any():
-        used[:] = True
-    return replace(fused, up=up[:, used], down=fused.down[used], rank=int(used.sum()) or fused.rank)
+    part = deft_factors.rows_of(fused, first, outputs)
+    return replace(fused, up=part.up, down=part.down, trained_rank=part.rank or fused.trained_rank)
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -228,13 +225,13 @@ def _parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | No
     kernel, padded = tuple(down.shape[1:]), down.shape[0]
     file_scale = 1.0 if alpha is None else (alpha or padded) / padded
     true_rank, scale, exponent = recorded or (0, abs(file_scale) or 1.0, 0)  # the sign is in down, not in the rate
-    up, down = deft_math.strip_padding(up.float().flatten(1), down.float().flatten(1))
-    rank = down.shape[0]
+    factors = deft_factors.stripped(Factors(up.float().flatten(1), down.float().flatten(1), kernel))
+    rank = factors.rank
     if rank < true_rank <= padded:  # zero directions that were not padding
         rank = true_rank
     elif rank == 0:
         rank = padded
-    return LoraLayer(up * 2.0**exponent, down * file_scale * 2.0**-exponent, rank, scale, kernel)
+    return LoraLayer(factors.up * 2.0**exponent, factors.down * file_scale * 2.0**-exponent, kernel, rank, scale)
 
 
 def _refuse_rest(parts: Mapping[str, Tensor]) -> None:
@@ -248,48 +245,30 @@ def is_adapter_dict(tensors: Iterable[str]) -> bool:
 
 
 def lora_tensors(
-    layers: Mapping[str, tuple[Tensor, Tensor, tuple[int, ...]]], dtype: torch.dtype, pad: bool
+    layers: Mapping[str, Factors], dtype: torch.dtype, pad: bool
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The tensors of a plain LoRA file, and each layer's balancing exponent.
 
     One rank R and alpha = R in the whole file, since diffusers misreads files of mixed ranks or alphas; smaller layers
     get zero columns and rows, which every client reads right.
 
-    :param layers: name -> (up (m, r), down (r, n), shape of the base weight), float32
+    :param layers: by key name, float32
     :param pad: False leaves each layer its own rank
     """
-    file_rank = max(up.shape[1] for up, _, _ in layers.values())
+    file_rank = max(factors.rank for factors in layers.values())
     tensors: dict[str, Tensor] = {}
     exponents: dict[str, int] = {}
-    for name, (up, down, shape) in layers.items():
-        true_rank = up.shape[1]
-        exponent = deft_math.balancing_exponent(up, down) if dtype == torch.float16 else 0
-        up, down = up * 2.0**-exponent, down * 2.0**exponent
-        rank = file_rank if pad else true_rank
-        up = torch.nn.functional.pad(up, (0, rank - true_rank))
-        down = torch.nn.functional.pad(down, (0, 0, 0, rank - true_rank))
-        ones = (1,) * (len(shape) - 2)
+    for name, factors in layers.items():
+        rank = file_rank if pad else factors.rank
+        wide = deft_factors.padded(factors, rank)
+        exponent = deft_factors.balancing_exponent(wide.up, wide.down) if dtype == torch.float16 else 0
+        up, down = wide.up * 2.0**-exponent, wide.down * 2.0**exponent
+        ones = (1,) * (len(factors.kernel) - 1)
         tensors[f"{name}.lora_up.weight"] = _for_file(up.reshape(*up.shape, *ones), dtype)
-        tensors[f"{name}.lora_down.weight"] = _for_file(down.reshape(rank, *shape[1:]), dtype)
+        tensors[f"{name}.lora_down.weight"] = _for_file(down.reshape(rank, *factors.kernel), dtype)
         tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # float32 always: bfloat16 rounds ranks above 256
         exponents[name] = exponent
     return tensors, exponents
-
-
-def fuse(parts: Sequence[tuple[Tensor, Tensor, Target]]) -> tuple[Tensor, Tensor]:
-    """Parts of one weight as one LoRA, exactly: up block by block, down one below the other.
-
-    :param parts: up (m_k, r_k), down (r_k, n) and the part's place
-    :returns: up (m, sum of r_k) and down (sum of r_k, n)
-    """
-    if len(parts) == 1 and parts[0][2].file_rows is None:
-        return parts[0][:2]
-    total = max(target.file_rows[1] for _, _, target in parts if target.file_rows)
-    blocks = []
-    for up, _, target in parts:
-        first = target.file_rows[0] if target.file_rows else 0
-        blocks.append(torch.nn.functional.pad(up, (0, 0, first, total - first - up.shape[0])))
-    return torch.cat(blocks, 1), torch.cat([down for _, down, _ in parts])
 
 
 def _for_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -303,7 +282,7 @@ def deft_tensors(layers: Mapping[str, DeftLayer]) -> dict[str, Tensor]:
         P_name = "deft_P" if layer.basis == "qr" else f"deft_P_{layer.basis}"
         parts = {P_name: layer.P, "deft_R": layer.R, "deft_E0": layer.E0, "deft_g": layer.gate}
         tensors.update({f"{name}.{p}": _for_file(t, torch.float32) for p, t in parts.items() if t is not None})
-        tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.rank)
+        tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.trained_rank)
     return tensors
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from networks import deft_math
+from networks import deft_factors, deft_math
 from networks.deft_config import DeftConfig, DeftError
+from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer, LoraLayer
 from networks.deft_module import DeftModule
 from networks.deft_progress import progress
@@ -44,7 +45,7 @@ def layers_of_file(adapter: AdapterFile, architecture: Architecture, split_qkv: 
         if denoiser and architecture.outside:
             found += [target for _, target in outside_targets(model, part, architecture.outside[1])]
         layers = [(target, adapter.layer_of(target)) for target in found]
-        return [(target, (layer.rank, layer.scale)) for target, layer in layers if layer is not None]
+        return [(target, (layer.trained_rank, layer.scale)) for target, layer in layers if layer is not None]
 
     return chosen
 
@@ -143,24 +144,23 @@ def _load_layer(module: DeftModule, adapter: AdapterFile, config: DeftConfig) ->
     if up.shape[1] <= module.rank:
         module.load_lora(up, down)
         return None
+    cut, error = deft_factors.truncated(Factors(up.double(), down.double(), down.shape[1:]), module.rank)
     if module.rank == min(module.target.shape):  # the product's rank is no higher: nothing is lost
-        up, down, _ = deft_math.truncate(up.double(), down.double(), module.rank)
-        module.load_lora(up, down)
+        module.load_lora(cut.up, cut.down)
         return None
     if not config.truncate:
         raise DeftError(
             f"{adapter.source}: {module.lora_name} has rank {up.shape[1]}, the network {module.rank}; use "
             f"--dim_from_weights, a larger dim, or --network_args truncate=true (best approximation)"
         )
-    up, down, error = deft_math.truncate(up.double(), down.double(), module.rank)
-    module.load_lora(up, down)
+    module.load_lora(cut.up, cut.down)
     return error
 
 
 def _same_form(layer: DeftLayer, module: DeftModule, config: DeftConfig) -> bool:
     """Whether the module can take over a DEFT file's matrices as they are."""
     return (
-        layer.rank == module.rank
+        layer.trained_rank == module.rank
         and layer.basis == config.basis
         and (layer.R is None) == config.para
         and (layer.gate is None) == (module.g is None)

@@ -283,12 +283,6 @@ def minor_directions(W: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(W @ W.mT).eigenvectors[:, :rank]
 
 
-def strip_padding(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops the indices whose column of up (m, r) and row of down (r, n) are both zero."""
-    used = (up != 0).any(0) | (down != 0).any(1)
-    return up[:, used], down[used]
-
-
 def from_lora(up: Tensor, down: Tensor, rank: int, scale: float, basis: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A LoRA as a DEFT, exactly: P (m, rank) and R (rank, n) with L(P) s R = up @ down, so E0 = E(P).
 
@@ -326,29 +320,6 @@ def _well_conditioned(T: Tensor) -> bool:
     return bool(len(size) and (size > 1e-6 * T.norm(dim=0).clamp(min=torch.finfo(T.dtype).tiny)).all())
 
 
-def truncate(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of up (m, k) @ down (k, n) of lower rank, by SVD, and its relative Frobenius error."""
-    Q_up, T_up = torch.linalg.qr(up)
-    Q_down, T_down = torch.linalg.qr(down.mT)
-    U, S, Vh = torch.linalg.svd(T_up @ T_down.mT)
-    root = S[:rank].sqrt()
-    error = float(S[rank:].norm() / S.norm()) if S.any() else 0.0
-    return Q_up @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ Q_down.mT, error
-
-
-def delta_norm(up: Tensor, down: Tensor) -> Tensor:
-    """||up @ down||_F without forming the m x n product."""
-    return ((up.mT @ up @ down) * down).sum().clamp(min=0).sqrt()
-
-
 def scaled_start(E: Tensor, E0: Tensor, rho: float) -> Tensor:
     """The E0 from which E is rho times as far: with rho R, that of the adapter whose delta is rho times as large."""
     return E + rho * (E0 - E)
-
-
-def balancing_exponent(up: Tensor, down: Tensor) -> int:
-    """k such that up * 2^-k and down * 2^k are about equally large: half precision then loses least, and exactly."""
-    sizes = [float(t.abs().max()) for t in (up, down)]
-    if min(sizes) == 0 or not all(map(math.isfinite, sizes)):
-        return 0
-    return round((math.log2(sizes[0]) - math.log2(sizes[1])) / 2)

@@ -160,24 +160,6 @@ def test_reading_keeps_the_function_of_later_training():
     assert relative_error(two, one) < 1e-5
 
 
-def test_truncation_is_the_best_approximation():
-    up, down = torch.randn(M, 9), torch.randn(9, N)
-    cut_up, cut_down, error = deft_math.truncate(up, down, 5)
-    S = torch.linalg.svdvals((up @ down).double())
-    best = float(S[5:].norm() / S.norm())
-    assert cut_up.shape == (M, 5)
-    assert error == pytest.approx(best, rel=1e-4)
-    assert relative_error(cut_up @ cut_down, up @ down) == pytest.approx(best, rel=1e-4)
-
-
-def test_strip_padding_drops_only_indices_that_are_zero_on_both_sides():
-    up, down = torch.randn(M, 5), torch.randn(5, N)
-    up[:, [1, 3]], down[[1, 2]] = 0, 0
-    stripped = deft_math.strip_padding(up, down)
-    assert stripped[0].shape[1] == 4
-    assert torch.equal(stripped[0] @ stripped[1], up[:, [0, 2, 3, 4]] @ down[[0, 2, 3, 4]])
-
-
 @pytest.mark.parametrize("basis", ["qr", "relu"])
 def test_scaled_start_scales_the_delta(basis):
     P, R, W = random_case()
@@ -187,11 +169,6 @@ def test_scaled_start_scales_the_delta(basis):
     start = deft_math.scaled_start(E, E0, 0.3)
     after = torch.matmul(*deft_math.lora_factors(P, 0.3 * R, start, SCALE, basis, lambda: W))
     assert relative_error(after, 0.3 * before) < 1e-12
-
-
-def test_delta_norm():
-    up, down = torch.randn(M, RANK), torch.randn(RANK, N)
-    assert float(deft_math.delta_norm(up, down)) == pytest.approx(float((up @ down).norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
@@ -219,14 +196,6 @@ def test_leading_directions_of_a_large_weight(shape):
     found = deft_math.leading_directions((U * size) @ V.T, 5)
     assert (found.T @ found - torch.eye(5)).norm() < 1e-5
     assert torch.linalg.svdvals(found.T @ U[:, :5]).min() > 0.999
-
-
-def test_balancing_keeps_small_factors_in_half_precision():
-    up, down = torch.linalg.qr(torch.randn(300, 4))[0], torch.randn(4, 300) * 3e-6
-    k = deft_math.balancing_exponent(up, down)
-    balanced = (up * 2.0**-k).half().float() @ (down * 2.0**k).half().float()
-    assert relative_error(balanced, up @ down) < 1e-3
-    assert relative_error(up.half().float() @ down.half().float(), up @ down) > 5e-3  # why it is done
 
 
 @pytest.mark.parametrize("shape", [(320, 320), (320, 1280), (1280, 320), (320, 2880)])
