@@ -3,8 +3,8 @@
     python benchmarks/tools.py --sd_scripts DIR --python PYTHON --folder /tmp/tools merge_sdxl sum_sdxl
 
 Each way is a process of its own; the ways of a row run in turns, round by round in another order, after the files that
-they read have been made (`tools_inputs.py`: real shapes of the models, random values) and what they wrote before is gone.
-Processor time and peak are the process's own and its children's, imports included; the peak is resident memory, and
+they read have been made (`tools_inputs.py`: real shapes of the models, random values) and what they wrote before is
+gone. Processor time and peak are the process's own and its children's, imports included; the peak is resident memory, and
 pages of files that it has mapped count. Without names all rows run. `--folder` takes up to 40 GB. Writes
 benchmarks/results/tools_ROW.json.
 """
