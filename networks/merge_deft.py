@@ -221,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--models", nargs="+", required=True, metavar="FILE", help="adapters")
     add("--ratios", nargs="+", type=float, default=[], metavar="X", help="how much each counts, also below 0 (1)")
     add("--te_ratios", nargs="+", type=float, default=[], metavar="X", help="that of their text encoders (as --ratios)")
-    add("--lbws", nargs="+", default=[], metavar="WEIGHTS", 
-        help="block weights of each: 12, 17, 20 or 26 numbers, INALL, OUTD and the like, or IN*=0.5,OUT03=0")  # fmt: skip
+    add("--lbws", nargs="+", default=[], metavar="WEIGHTS",
+        help="block weights of each: 12, 17, 20 or 26 numbers, a preset such as INALL, or IN*=0.5,OUT03=0")  # fmt: skip
     add("--sd_model", "--flux_model", metavar="MODEL", help="the checkpoint to merge into; without it into one adapter")
     add("--save_to", required=True, metavar="FILE", help="what is written")
     add("--save_precision", choices=DTYPES, help="dtype of what is written (a checkpoint's own; the first adapter's)")
