@@ -257,8 +257,11 @@ def test_wrong_files_are_refused_in_one_line(tmp_path, capsys):
 
 def test_lists_for_another_architecture_are_refused(tmp_path, capsys):
     sd = {SD: (12, 12), "lora_te_text_model_encoder_layers_0_mlp_fc1": (8, 8)}
-    for shapes, weights, words in ((SHAPES, ",".join("1" * 17), "for SDXL give a list of 12 or 20 or 26"),
-                                   (SHAPES, "OUTD", "Stable Diffusion 1.x"), (sd, ",".join("1" * 12), "17 or 26")):  # fmt: skip
+    for shapes, weights, words in (
+        (SHAPES, ",".join("1" * 17), "for SDXL give a list of 12 or 20 or 26"),
+        (SHAPES, "OUTD", "Stable Diffusion 1.x"),
+        (sd, ",".join("1" * 12), "17 or 26"),
+    ):
         a = adapter(tmp_path / "a.safetensors", shapes=shapes)
         assert words in refused(capsys, "--models", a, "--lbws", weights, "--save_to", tmp_path / "sum.safetensors")
 
