@@ -30,6 +30,7 @@ from networks.deft_checkpoint import Checkpoint, open_checkpoint
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter
+from networks.deft_rewrite import rewrite
 from networks.deft_sum import Part, Rank
 
 TOOL = "merge_deft"
@@ -199,8 +200,6 @@ def save_merged(
         inputs = [(source, old), *((part.adapter.source, part.adapter.metadata) for part in parts)]
         done = {**_settings(parts), "layers": len(merged.names)}
         metadata = deft_tools.carried(old | merged_fields(inputs, save_to), TOOL, done)
-        from networks.deft_rewrite import rewrite
-
         rewrite(checkpoint, save_to, merged, dtype=dtype, seed=seed, metadata=metadata)
         print(f"{save_to}: {len(merged.names)} of {len(checkpoint.layers)} layers changed ({checkpoint.layout})")
     if merged.left:

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from networks import deft_blocks, merge_deft
+from networks import deft_blocks, deft_formats, merge_deft
+from networks.deft_formats import Adapter, Dense, OnBase
 from tests.conftest import relative_error
 
 ATTENTION, CONV = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "lora_unet_input_blocks_4_0_in_layers_2"
@@ -322,3 +323,205 @@ def test_a_clamped_truncation_is_not_the_best(tmp_path):
         best = float(S[4:].norm() / S.norm())
         assert relative_error(ours[name], exact) < best * 1.0001
         assert relative_error(clamped(exact, 4), exact) > best * 1.01
+
+
+UNET, TEXT_PART, TEXT_G_PART = (
+    "model.diffusion_model.",
+    "conditioner.embedders.0.transformer.text_model.",
+    "conditioner.embedders.1.model.",
+)
+# where SHAPES' layers stand in an SGM file, by its makers' names: key, first row
+SGM = {
+    ATTENTION: (f"{UNET}input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight", 0),
+    CONV: (f"{UNET}input_blocks.4.0.in_layers.2.weight", 0),
+    MIDDLE: (f"{UNET}middle_block.1.proj_in.weight", 0),
+    OUT: (f"{UNET}output_blocks.3.1.proj_out.weight", 0),
+    TEXT: (f"{TEXT_PART}encoder.layers.0.mlp.fc1.weight", 0),
+    TEXT_G: (f"{TEXT_G_PART}transformer.resblocks.0.attn.in_proj_weight", 16),
+}
+
+
+def sgm(path: Path, dtype: torch.dtype = torch.float32, text: bool = True, **metadata: str) -> Path:
+    """A checkpoint in SDXL's layout with few and small layers."""
+    tensors = {key: torch.randn(SHAPES[name]) for name, (key, _) in SGM.items() if name != TEXT_G}
+    tensors |= {
+        f"{TEXT_G_PART}transformer.resblocks.0.attn.in_proj_weight": torch.randn(48, 16),
+        f"{UNET}output_blocks.8.0.in_layers.2.weight": torch.randn(8, 8, 3, 3),
+        f"{UNET}label_emb.0.0.weight": torch.randn(16, 8),
+        f"{UNET}input_blocks.4.0.in_layers.2.bias": torch.randn(24),
+        "first_stage_model.decoder.conv_in.weight": torch.randn(8, 4, 3, 3),
+    }
+    kept = {key: tensor.to(dtype) for key, tensor in tensors.items() if text or not key.startswith("conditioner.")}
+    save_file(kept, path, metadata)
+    return path
+
+
+def expected(base: Path, parts: list[tuple[Path, float]], places: Mapping[str, tuple[str, int]]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with the sum of adapters' deltas added, float64."""
+    tensors = {key: tensor.double() for key, tensor in load_file(base).items()}
+    for path, ratio in parts:
+        for name, delta in deltas(path).items():
+            key, first = places[name]
+            tensors[key].flatten(1)[first : first + len(delta)] += ratio * delta
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_adapters_go_into_a_checkpoint(tmp_path, dtype):
+    """Several at once: their float64 sum, in the file's own dtype and order, the rest byte for byte."""
+    base = sgm(tmp_path / "base.safetensors", dtype, **{"modelspec.title": "Base", "modelspec.hash_sha256": "0x12"})
+    a, b = adapter(tmp_path / "a.safetensors", 3, 2.0), adapter(tmp_path / "b.safetensors", 5)
+    output = sum_of(tmp_path, "--sd_model", base, "--models", a, b, "--ratios", 0.8, -0.5)
+    exact, before, found = expected(base, [(a, 0.8), (b, -0.5)], SGM), load_file(base), load_file(output)
+    assert found.keys() == exact.keys()
+    changed = {key for key, _ in SGM.values()}
+    for key, tensor in found.items():
+        assert tensor.dtype == dtype
+        assert tensor.shape == before[key].shape
+        if key in changed:
+            assert relative_error(tensor, exact[key]) < {torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps / 2)
+            assert relative_error(tensor, exact[key]) <= relative_error(exact[key].to(dtype), exact[key]) + 3e-7
+        else:
+            assert torch.equal(tensor, before[key])
+    kept = metadata_of(output)
+    assert kept["modelspec.merged_from"] == "Base, a, b"
+    assert "modelspec.hash_sha256" not in kept
+    assert json.loads(kept["deft_history"])[-1]["ratios"] == [0.8, -0.5]
+
+
+def test_block_weights_and_text_encoders_in_a_checkpoint(tmp_path):
+    base, a = sgm(tmp_path / "base.safetensors"), adapter(tmp_path / "a.safetensors")
+    output = sum_of(tmp_path, "--sd_model", base, "--models", a, "--te_ratios", 0.25, "--lbws", "IN04=0.5,MID=0")
+    before, found = load_file(base), load_file(output)
+    for name, weight in {ATTENTION: 0.5, MIDDLE: 0, OUT: 1, TEXT: 0.25, TEXT_G: 0.25}.items():
+        key, first = SGM[name]
+        delta = deltas(a)[name]
+        rows = slice(first, first + len(delta))
+        assert relative_error(found[key][rows], before[key][rows].double() + weight * delta) < 1e-6
+
+
+def test_the_precision_of_a_checkpoint_can_be_chosen(tmp_path):
+    base, a = sgm(tmp_path / "base.safetensors"), adapter(tmp_path / "a.safetensors")
+    output = sum_of(tmp_path, "--sd_model", base, "--models", a, "--save_precision", "bf16")
+    exact = expected(base, [(a, 1)], SGM)
+    for key, tensor in load_file(output).items():
+        assert tensor.dtype == torch.bfloat16
+        assert relative_error(tensor, exact[key]) < 4e-3
+
+
+def test_a_diffusers_folder_stays_one(tmp_path, model_folder):
+    """The shipped model; a loader that knows nothing of this reads the result."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    before = UNet2DConditionModel.from_pretrained(model_folder / "unet").state_dict()
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    name = "lora_unet_" + path.replace(".", "_")
+    a = adapter(tmp_path / "a.safetensors", shapes={name: tuple(before[f"{path}.weight"].shape)})
+    output = tmp_path / "merged"
+    assert merge("--sd_model", model_folder, "--models", a, "--ratios", 0.5, "--save_to", output) == 0
+    after = StableDiffusionPipeline.from_pretrained(output, safety_checker=None).unet.state_dict()
+    for key, tensor in before.items():
+        if key == f"{path}.weight":
+            assert relative_error(after[key], tensor.double() + 0.5 * deltas(a)[name]) < 1e-6
+        else:
+            assert torch.equal(after[key], tensor)
+
+
+def test_changes_that_depend_on_the_base_are_merged_with_it(tmp_path, capsys, monkeypatch):
+    """Each of the weight as it was before, whatever else is added; without a base they are refused."""
+    base, a = sgm(tmp_path / "base.safetensors"), adapter(tmp_path / "a.safetensors")
+    D = torch.randn(24, 24)
+    changes = {
+        ATTENTION: OnBase("DoRA", (24, 16), lambda W: 0.1 * W.flip(0) + W.square()),
+        MIDDLE: Dense("a full difference", (24, 24), lambda: D),
+    }
+    other = Adapter("b.safetensors", "kohya", "SDXL", changes, {}, {}, torch.float32)
+    read = deft_formats.read
+    monkeypatch.setattr(deft_formats, "read", lambda path: other if str(path) == "b.safetensors" else read(path))
+    output = sum_of(tmp_path, "--sd_model", base, "--models", a, "b.safetensors", "--ratios", 1, 0.5)
+    exact, W = expected(base, [(a, 1)], SGM), load_file(base)[SGM[ATTENTION][0]].double()
+    exact[SGM[ATTENTION][0]] += 0.5 * (0.1 * W.flip(0) + W.square())
+    exact[SGM[MIDDLE][0]] += 0.5 * D.double()
+    assert all(relative_error(tensor, exact[key]) < 1e-6 for key, tensor in load_file(output).items())
+    line = refused(capsys, "--models", a, "b.safetensors", "--save_to", tmp_path / "no.safetensors")
+    assert "DoRA, which depends on the base model's weights" in line
+    del changes[ATTENTION]
+    line = refused(capsys, "--models", a, "b.safetensors", "--save_to", tmp_path / "no.safetensors")
+    assert "give --new_rank or --energy" in line
+    output = sum_of(tmp_path, "--models", a, "b.safetensors", "--new_rank", 24)
+    assert relative_error(deltas(output)[MIDDLE], deltas(a)[MIDDLE] + D.double()) < 1e-6
+
+
+def test_what_does_not_fit_a_checkpoint_is_refused(tmp_path, capsys):
+    base = sgm(tmp_path / "base.safetensors", text=False)
+    output = tmp_path / "merged.safetensors"
+    a = adapter(tmp_path / "a.safetensors")
+    line = refused(capsys, "--sd_model", base, "--models", a, "--save_to", output)
+    assert "2 of its 6 layers, such as lora_te1_" in line
+    assert "--te_ratios 0 leaves the text encoders out" in line
+    odd = adapter(tmp_path / "odd.safetensors", shapes={ATTENTION: (24, 16), f"{MIDDLE}_x": (24, 24)})
+    line = refused(capsys, "--sd_model", base, "--models", odd, "--save_to", output)
+    assert f"{MIDDLE}_x" in line
+    assert "--ignore_unmatched" in line
+    small = adapter(tmp_path / "small.safetensors", shapes={ATTENTION: (24, 12)})
+    assert ATTENTION in refused(capsys, "--sd_model", base, "--models", small, "--save_to", output)
+    sd = adapter(tmp_path / "sd.safetensors", shapes={"lora_unet_down_blocks_0_attentions_0_proj_in": (12, 12)})
+    line = refused(capsys, "--sd_model", base, "--models", sd, "--ignore_unmatched", "--save_to", output)
+    assert "looks made for SDXL" in line
+    assert "an adapter" in refused(capsys, "--sd_model", a, "--models", a, "--save_to", output)
+    assert "this is an input" in refused(capsys, "--sd_model", base, "--models", a, "--save_to", base)
+    assert "--new_rank" in refused(capsys, "--sd_model", base, "--models", a, "--new_rank", 4, "--save_to", output)
+    assert not output.exists()
+
+
+def test_layers_that_are_not_there_can_be_left_out(tmp_path, capsys):
+    base, a = sgm(tmp_path / "base.safetensors", text=False), adapter(tmp_path / "a.safetensors")
+    for options in (["--te_ratios", 0], ["--ignore_unmatched"]):
+        output = sum_of(tmp_path, "--sd_model", base, "--models", a, *options)
+        key = SGM[MIDDLE][0]
+        assert relative_error(load_file(output)[key], load_file(base)[key].double() + deltas(a)[MIDDLE]) < 1e-6
+    assert "left out: 2 layers" in capsys.readouterr().out
+
+
+FLUX_QKV, FLUX_LINEAR = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"
+FLUX_NAMES = {f"lora_unet_{path.replace('.', '_')}": (f"{path}.weight", 0) for path in (FLUX_QKV, FLUX_LINEAR)}
+
+
+def scaled_fp8(path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A FLUX.1 file as ComfyUI's scaled fp8 ones are, and its weights as ComfyUI reads them: codes times scale."""
+    tensors, read = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
+    for layer, shape in ((FLUX_QKV, (48, 16)), (FLUX_LINEAR, (112, 16))):
+        weight = torch.randn(shape) * 0.02
+        scale = weight.abs().max() / 448
+        tensors[f"{layer}.weight"] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{layer}.scale_weight"] = scale
+        read[f"{layer}.weight"] = tensors[f"{layer}.weight"].double() * scale.double()
+    save_file(tensors, path)
+    return path, read
+
+
+def test_scaled_fp8_is_merged_as_what_it_stands_for(tmp_path):
+    """sd-scripts' flux_merge_lora.py (commit 48d368fa, lines 143 to 181) adds a delta to the codes, scale or not."""
+    base, W = scaled_fp8(tmp_path / "base.safetensors")
+    shapes = {name: tuple(W[key].shape) for name, (key, _) in FLUX_NAMES.items()}
+    a = adapter(tmp_path / "a.safetensors", 4, alpha=0.02, shapes=shapes)
+    output = sum_of(tmp_path, "--flux_model", base, "--models", a)
+    found, codes = load_file(output), load_file(base)
+    for name, (key, _) in FLUX_NAMES.items():
+        delta, scale_key = deltas(a)[name], key.replace(".weight", ".scale_weight")
+        assert found[key].dtype == torch.float8_e4m3fn
+        ours = found[key].double() * found[scale_key].double() - W[key]
+        theirs = (codes[key].float() + delta.float()).to(torch.float8_e4m3fn).double() * codes[scale_key] - W[key]
+        assert delta.norm() > 0.3 * W[key].norm()  # so that rounding to three bits does not hide it
+        assert relative_error(ours, delta) < 0.1
+        assert relative_error(theirs, delta) > 0.9  # next to nothing of it is left
+
+
+def test_stochastic_rounding_is_the_seeds(tmp_path):
+    base, a = sgm(tmp_path / "base.safetensors", torch.bfloat16), adapter(tmp_path / "a.safetensors")
+    content = []
+    for seed in (1, 1, 2):
+        options = ["--sd_model", base, "--models", a, "--stochastic_rounding", seed]
+        content.append(load_file(sum_of(tmp_path, *options))[SGM[MIDDLE][0]].clone())
+    assert torch.equal(content[0], content[1])
+    assert not torch.equal(content[0], content[2])
