@@ -183,7 +183,7 @@ def _cored(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[in
     """up (m, r) and down (r, n) of a product with a core (r, r, kh, kw) between a (r, m) and b (r, in)."""
     _fits(core.dim() > 2 and core.shape[0] == a.shape[0] and core.shape[1] == b.shape[0], core, a, b)
     down = torch.einsum("ij...,jn->in...", core.float(), b.float())
-    return a.float().mT, down.flatten(1), tuple(down.shape[1:])
+    return a.float().mT.contiguous(), down.flatten(1), tuple(down.shape[1:])
 
 
 def _rank_limit(m: int, n: int) -> int:
