@@ -211,7 +211,8 @@ def inverted(renames: Renames) -> Renames:
     return tuple(back)
 
 
-_SDXL_RENAMES = _unet_renames(3, 0)
+SDXL_RENAMES = _unet_renames(3, 0)
+LDM_RENAMES = inverted(_unet_renames(4, 3))  # of Stable Diffusion 1.x and 2.x: the original's to Diffusers'
 _TRANSFORMER_WORDS = " proj_in proj_out transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj"
 _UNET_WORDS = (
     "conv_in conv_out time_embedding add_embedding linear_1 linear_2 down_blocks mid_block up_blocks resnets "
@@ -223,7 +224,7 @@ _ORIGINAL_UNET_WORDS = (
 )
 
 # Diffusers' paths of a FLUX.1 transformer to the original's.
-_FLUX_RENAMES = (
+FLUX_RENAMES = (
     (r"^transformer_blocks\.(\d+)\.attn\.to_q$", r"double_blocks.\1.img_attn.qkv#0"),
     (r"^transformer_blocks\.(\d+)\.attn\.to_k$", r"double_blocks.\1.img_attn.qkv#1"),
     (r"^transformer_blocks\.(\d+)\.attn\.to_v$", r"double_blocks.\1.img_attn.qkv#2"),
@@ -308,9 +309,7 @@ ARCHITECTURES = (
                 form="diffusers",
                 words=_UNET_WORDS,
             ),
-            Part(
-                "lora_unet", (), (), renames=inverted(_unet_renames(4, 3)), words=_ORIGINAL_UNET_WORDS
-            ),  # in files alone
+            Part("lora_unet", (), (), renames=LDM_RENAMES, words=_ORIGINAL_UNET_WORDS),  # in files alone
         ),
         (_clip("lora_te", "clip_l", "clip_h"),),
         blocks=Blocks(12, 1, 0, _sd_block),
@@ -331,7 +330,7 @@ ARCHITECTURES = (
                 ("UNet2DConditionModel with text_time",),  # see `recognise`
                 _UNET_CONTAINERS,
                 _UNET_CONV_CONTAINERS,
-                renames=_SDXL_RENAMES,
+                renames=SDXL_RENAMES,
                 base=_SDXL_BASE,
                 form="diffusers",
                 words=_UNET_WORDS,
@@ -349,7 +348,7 @@ ARCHITECTURES = (
                 "lora_unet",
                 ("FluxTransformer2DModel",),
                 ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
-                renames=_FLUX_RENAMES,
+                renames=FLUX_RENAMES,
                 base=_flux_base,
                 form="diffusers",
                 words=_FLUX_DIFFUSERS_WORDS,
