@@ -139,6 +139,9 @@ def balancing_exponent(up: Tensor, down: Tensor) -> int:
     return round((math.log2(sizes[0]) - math.log2(sizes[1])) / 2)
 
 
+DYNAMIC = ("sv_ratio", "sv_fro", "sv_cumulative")
+
+
 def dynamic_rank(values: Tensor, method: str, target: float) -> int:
     """A rank by the singular values, as `--dynamic_method` of sd-scripts' networks/resize_lora.py (commit 48d368fa)
     has it: one more than the rule needs, at least 2; 1 for a change that is zero.
@@ -157,7 +160,7 @@ def dynamic_rank(values: Tensor, method: str, target: float) -> int:
         needed = _share_reached(S, target)
     else:
         needed = _share_reached(S.square(), target**2)
-    return min(needed + 1, len(S))
+    return min(max(needed, 1) + 1, len(S))
 
 
 def rank_of_energy(values: Tensor, energy: float, whole: float | None = None) -> int:
@@ -216,7 +219,8 @@ def _leading(D: Tensor, width: int, whole: float) -> Decomposed:
     """The leading `width` singular values and vectors, or all that there are."""
     m, n = D.shape
     if 3 * (width + OVERSAMPLING) >= min(m, n):
-        return Decomposed(*torch.linalg.svd(D, full_matrices=False), (n,))
+        U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+        return Decomposed(U, S, Vh, (n,))
     sketch = torch.randn(n, width + OVERSAMPLING, generator=torch.Generator().manual_seed(0), dtype=D.dtype)
     Q = torch.linalg.qr(D @ sketch.to(D.device))[0]
     before = math.inf
