@@ -130,6 +130,10 @@ class Losses:
         """Of all layers together."""
         return (self._lost / self._whole) ** 0.5 if self._whole else 0.0
 
+    def each(self) -> dict[str, float]:
+        """Layer by layer, for the metadata."""
+        return {name: float(f"{error:.3g}") for name, error in self.errors.items()}
+
     def record(self) -> dict[str, float]:
         """For the metadata."""
         found = {"largest": max(self.errors.values()), "mean": self.mean, "whole": self.whole}
