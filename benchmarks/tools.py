@@ -4,8 +4,8 @@
 
 Each way is a process of its own; the ways of a row run in turns, round by round in another order, after the files that
 they read have been made (`tools_inputs.py`: real shapes of the models, random values) and what they wrote before is
-gone. Processor time and peak are the process's own and its children's, imports included; the peak is resident memory, and
-pages of files that it has mapped count. Without names all rows run. `--folder` takes up to 40 GB. Writes
+gone. Processor time and peak are the process's own and its children's, imports included; the peak is resident memory,
+and pages of files that it has mapped count. Without names all rows run. `--folder` takes up to 40 GB. Writes
 benchmarks/results/tools_ROW.json.
 """
 
@@ -63,7 +63,7 @@ class Setting(NamedTuple):
 class Row:
     """One comparison.
 
-    :param inputs: arguments of `tools_inputs.py` that make what it reads
+    :param inputs: arguments of `tools_inputs.py` that make what it reads; `shapes` is run by sd-scripts' Python
     :param ways: by name; `OURS` is compared with each of the others
     :param check: arguments of `tools_inputs.py` that print errors of what the ways have written, as JSON
     """
@@ -166,7 +166,10 @@ def machine(setting: Setting) -> dict[str, Any]:
 def run_row(name: str, row: Row, setting: Setting, rounds: int) -> dict[str, Any]:
     """Makes the inputs, measures, checks, and writes the result."""
     for arguments in row.inputs(setting):
-        subprocess.run([sys.executable, str(INPUTS), *map(str, arguments)], check=True)
+        python = setting.python if arguments[0] == "shapes" else sys.executable
+        subprocess.run(
+            [python, str(INPUTS), *map(str, arguments)], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        )
     facts = machine(setting)
     found = {"row": name, "rounds": rounds, **row.said, **facts, **summary(interleaved(row.ways(setting), rounds))}
     if row.check is not None:
@@ -200,7 +203,104 @@ def _threads(setting: Setting) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(setting.threads), "MKL_NUM_THREADS": str(setting.threads)}
 
 
-ROWS: dict[str, Row] = {}
+def copied(source: Path, output: Path) -> Mapping[str, Way]:
+    """The file copied, and copied and on the disk, as what ours writes is when it ends."""
+    durable = ["sh", "-c", 'cp "$0" "$1" && sync "$1"', source, output]
+    return {"cp": Way(["cp", source, output], [output]), "cp and sync": Way(durable, [output])}
+
+
+def _lora_inputs(setting: Setting, kind: str, dtype: str) -> list[list[str | Path]]:
+    folder = setting.folder
+    shapes = folder / f"{kind}.json"
+    made: list[list[str | Path]] = [["shapes", shapes, "--kind", kind, "--sd_scripts", setting.sd_scripts]]
+    for seed in (1, 2):
+        made.append(
+            [
+                "lora",
+                folder / f"{kind}_lora_{seed}.safetensors",
+                "--shapes",
+                shapes,
+                "--seed",
+                str(seed),
+                "--dtype",
+                dtype,
+            ]
+        )
+    return made
+
+
+def _merge_inputs(setting: Setting, kind: str, dtype: str) -> list[list[str | Path]]:
+    shapes, checkpoint = setting.folder / f"{kind}.json", setting.folder / f"{kind}.safetensors"
+    made = _lora_inputs(setting, kind, dtype)
+    return [*made, ["checkpoint", checkpoint, "--shapes", shapes, "--dtype", dtype]]
+
+
+RATIOS = ("0.8", "-0.5")
+
+
+def _sum_ways(setting: Setting) -> Mapping[str, Way]:
+    loras = [setting.folder / f"sdxl_lora_{seed}.safetensors" for seed in (1, 2)]
+    outputs = _outputs(setting, "sum", SUMS)
+    given = ["--models", *loras, "--ratios", *RATIOS, "--save_precision", "fp16", "--save_to"]
+    script = "sdxl_merge_lora.py"
+    return {
+        OURS: ours(setting, "merge_deft.py", *given, outputs[OURS], output=outputs[OURS]),
+        SUMS[1]: theirs(setting, script, *given, outputs[SUMS[1]], output=outputs[SUMS[1]]),
+        SUMS[2]: theirs(setting, script, "--concat", *given, outputs[SUMS[2]], output=outputs[SUMS[2]]),
+    }
+
+
+SUMS = (OURS, "merge_lora", "merge_lora --concat")
+MERGES = (OURS, "sdxl_merge_lora")
+FLUX_MERGES = (OURS, "flux_merge_lora", "flux_merge_lora --mem_eff_load_save")
+
+
+def _outputs(setting: Setting, name: str, ways: Sequence[str]) -> dict[str, Path]:
+    return {way: setting.folder / f"{name}_{k}.safetensors" for k, way in enumerate(ways)}
+
+
+def _sum_check(setting: Setting) -> Sequence[str | Path]:
+    loras = [setting.folder / f"sdxl_lora_{seed}.safetensors" for seed in (1, 2)]
+    written = [f"{way}={path}" for way, path in _outputs(setting, "sum", SUMS).items()]
+    return ["summed", *written, "--loras", *loras, "--ratios", *RATIOS]
+
+
+def _merge_ways(setting: Setting) -> Mapping[str, Way]:
+    """sd-scripts' in fp16, which it has least to convert for."""
+    checkpoint, lora = (setting.folder / f"{name}.safetensors" for name in ("sdxl", "sdxl_lora_1"))
+    outputs = _outputs(setting, "merged", MERGES)
+    given = ["--sd_model", checkpoint, "--models", lora, "--ratios", RATIOS[0], "--save_to"]
+    half = ["--precision", "fp16", "--save_precision", "fp16"]
+    return {
+        OURS: ours(setting, "merge_deft.py", *given, outputs[OURS], output=outputs[OURS]),
+        MERGES[1]: theirs(setting, "sdxl_merge_lora.py", *half, *given, outputs[MERGES[1]], output=outputs[MERGES[1]]),
+        **copied(checkpoint, setting.folder / "copied.safetensors"),
+    }
+
+
+def _merge_check(setting: Setting) -> Sequence[str | Path]:
+    checkpoint, lora = (setting.folder / f"{name}.safetensors" for name in ("sdxl", "sdxl_lora_1"))
+    written = [f"{way}={path}" for way, path in _outputs(setting, "merged", MERGES).items()]
+    return ["merged", *written, "--base", checkpoint, "--loras", lora, "--ratios", RATIOS[0]]
+
+
+def _flux_ways(setting: Setting) -> Mapping[str, Way]:
+    """All write one file in turn, which takes the room of one; sd-scripts' in float, its default."""
+    checkpoint, lora = (setting.folder / f"{name}.safetensors" for name in ("flux", "flux_lora_1"))
+    output = setting.folder / "merged_flux.safetensors"
+    given = ["--flux_model", checkpoint, "--models", lora, "--ratios", RATIOS[0], "--save_to", output]
+    found = {OURS: ours(setting, "merge_deft.py", *given, output=output)}
+    for name in FLUX_MERGES[1:]:
+        options = [*name.split()[1:], "--save_precision", "bf16"]
+        found[name] = theirs(setting, "flux_merge_lora.py", *options, *given, output=output)
+    return found | copied(checkpoint, output)
+
+
+ROWS: dict[str, Row] = {
+    "sum_sdxl": Row(lambda setting: _lora_inputs(setting, "sdxl", "float16"), _sum_ways, _sum_check),
+    "merge_sdxl": Row(lambda setting: _merge_inputs(setting, "sdxl", "float16"), _merge_ways, _merge_check),
+    "merge_flux": Row(lambda setting: _merge_inputs(setting, "flux", "bfloat16"), _flux_ways),
+}
 
 
 def setting_of(parsed: argparse.Namespace) -> Setting:
