@@ -38,6 +38,7 @@ from networks.deft_progress import progress
 from networks.deft_targets import Architecture
 
 TOOL = "extract_deft"
+CHUNK = 1 << 23  # numbers that are compared at once
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,24 @@ def _compare_rest(org: Checkpoint, tuned: Checkpoint, found: Unexpressed) -> Non
         if key in there and _comparable(tuned.entries[key], org.entries[key]):
             kind = "the VAE" if key.startswith(("first_stage_model.", "vae/")) else "norms, biases and embeddings"
             try:
-                found.add(kind, _square(tuned.tensor(key).float() - org.tensor(key).float()))
+                found.add(kind, _square_apart(tuned.entries[key], org.entries[key]))
             except ValueError:
                 raise DeftError(f"{key} has non-finite values in {tuned.source} or in {org.source}") from None
+
+
+def _square_apart(entry: Entry, other: Entry) -> float:
+    """||difference||^2, of some rows at a time: embeddings are large.
+
+    :raises ValueError: when it is not finite
+    """
+    if not entry.shape:
+        return _square(entry.read().float() - other.read().float())
+    rows = max(1, CHUNK // max(1, math.prod(entry.shape[1:])))
+    square = 0.0
+    for first in range(0, entry.shape[0], rows):
+        number = min(rows, entry.shape[0] - first)
+        square += _square(entry.read(first, number).float() - other.read(first, number).float())
+    return square
 
 
 def _comparable(entry: Entry, other: Entry) -> bool:
