@@ -284,9 +284,9 @@ def _merge_check(setting: Setting) -> Sequence[str | Path]:
     return ["merged", *written, "--base", checkpoint, "--loras", lora, "--ratios", RATIOS[0]]
 
 
-def _flux_ways(setting: Setting) -> Mapping[str, Way]:
+def _flux_ways(setting: Setting, kind: str) -> Mapping[str, Way]:
     """All write one file in turn, which takes the room of one; sd-scripts' in float, its default."""
-    checkpoint, lora = (setting.folder / f"{name}.safetensors" for name in ("flux", "flux_lora_1"))
+    checkpoint, lora = (setting.folder / f"{name}.safetensors" for name in (kind, f"{kind}_lora_1"))
     output = setting.folder / "merged_flux.safetensors"
     given = ["--flux_model", checkpoint, "--models", lora, "--ratios", RATIOS[0], "--save_to", output]
     found = {OURS: ours(setting, "merge_deft.py", *given, output=output)}
@@ -299,7 +299,13 @@ def _flux_ways(setting: Setting) -> Mapping[str, Way]:
 ROWS: dict[str, Row] = {
     "sum_sdxl": Row(lambda setting: _lora_inputs(setting, "sdxl", "float16"), _sum_ways, _sum_check),
     "merge_sdxl": Row(lambda setting: _merge_inputs(setting, "sdxl", "float16"), _merge_ways, _merge_check),
-    "merge_flux": Row(lambda setting: _merge_inputs(setting, "flux", "bfloat16"), _flux_ways),
+    **{
+        f"merge_{kind}": Row(
+            lambda setting, kind=kind: _merge_inputs(setting, kind, "bfloat16"),
+            lambda setting, kind=kind: _flux_ways(setting, kind),
+        )
+        for kind in ("flux", "flux_whole")
+    },
 }
 
 

@@ -67,8 +67,8 @@ def _adapted(text_encoders: list[torch.nn.Module], unet: torch.nn.Module) -> dic
     return {module.lora_name: list(module.org_module.weight.shape) for module in modules}
 
 
-def flux_shapes() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """FLUX.1-dev with 4 and 11 of its 19 and 38 blocks: 6 GB in bfloat16; and all matrices in the blocks."""
+def flux_shapes(double: int, single: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """FLUX.1-dev with so many of its 19 and 38 blocks; and all matrices in the blocks."""
     from dataclasses import replace
 
     from accelerate import init_empty_weights
@@ -76,7 +76,7 @@ def flux_shapes() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     from library import flux_models
 
     with init_empty_weights(include_buffers=True):
-        flux = flux_models.Flux(replace(flux_models.configs["dev"].params, depth=4, depth_single_blocks=11))
+        flux = flux_models.Flux(replace(flux_models.configs["dev"].params, depth=double, depth_single_blocks=single))
     shapes = {key: list(value.shape) for key, value in flux.state_dict().items()}
     return shapes, {
         "lora_unet_" + key.removesuffix(".weight").replace(".", "_"): shape
@@ -85,10 +85,17 @@ def flux_shapes() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     }
 
 
+KINDS = {
+    "sdxl": sdxl_shapes,
+    "flux": lambda: flux_shapes(4, 11),  # 6 GB in bfloat16
+    "flux_whole": lambda: flux_shapes(19, 38),  # 24 GB
+}
+
+
 def write_shapes(kind: str, file: Path, sd_scripts: Path) -> None:
     """Run by sd-scripts' Python."""
     sys.path[:0] = [str(sd_scripts)]
-    checkpoint, adapted = {"sdxl": sdxl_shapes, "flux": flux_shapes}[kind]()
+    checkpoint, adapted = KINDS[kind]()
     file.write_text(json.dumps({"checkpoint": checkpoint, "adapted": adapted}))
 
 
@@ -200,7 +207,7 @@ def main() -> None:
     made = {name: commands.add_parser(name) for name in ("shapes", "checkpoint", "lora")}
     for command in made.values():
         command.add_argument("file", type=Path)
-    made["shapes"].add_argument("--kind", choices=["sdxl", "flux"], required=True)
+    made["shapes"].add_argument("--kind", choices=[*KINDS], required=True)
     made["shapes"].add_argument("--sd_scripts", type=Path, required=True)
     for name in ("checkpoint", "lora"):
         made[name].add_argument("--shapes", type=Path, required=True)
