@@ -150,6 +150,9 @@ def balancing_exponent(up: Tensor, down: Tensor) -> int:
     return round((math.log2(sizes[0]) - math.log2(sizes[1])) / 2)
 
 
+DYNAMIC = ("sv_ratio", "sv_fro", "sv_cumulative")
+
+
 def dynamic_rank(values: Tensor, method: str, target: float) -> int:
     """A rank by the singular values, as `--dynamic_method` of sd-scripts' networks/resize_lora.py (commit 48d368fa)
     has it: one more than the rule needs, at least 2; 1 for a change that is zero.
@@ -168,7 +171,7 @@ def dynamic_rank(values: Tensor, method: str, target: float) -> int:
         needed = _share_reached(S, target)
     else:
         needed = _share_reached(S.square(), target**2)
-    return min(needed + 1, len(S))
+    return min(max(needed, 1) + 1, len(S))
 
 
 def rank_of_energy(values: Tensor, energy: float, whole: float | None = None) -> int:
