@@ -2,8 +2,8 @@
 
 Who reads what: Automatic1111 and Forge (`modules/ui_extra_networks.py`, `sd_forge_lora/ui_edit_user_metadata.py`)
 NAME.json, NAME.png and `ssmd_cover_images`; ComfyUI (`app/model_manager.py`) the same pictures; ComfyUI-Lora-Manager
-(`py/utils/models.py`) NAME.metadata.json; SwarmUI `modelspec.*`. Keys are ModelSpec's, as sd-scripts' library/sai_model_spec.py (commit
-48d368fa) writes them.
+(`py/utils/models.py`) NAME.metadata.json; SwarmUI `modelspec.*`. Keys are ModelSpec's, as sd-scripts'
+library/sai_model_spec.py (commit 48d368fa) writes them.
 """
 
 from __future__ import annotations
