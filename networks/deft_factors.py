@@ -137,3 +137,112 @@ def balancing_exponent(up: Tensor, down: Tensor) -> int:
     if min(sizes) == 0 or not all(map(math.isfinite, sizes)):
         return 0
     return round((math.log2(sizes[0]) - math.log2(sizes[1])) / 2)
+
+
+def dynamic_rank(values: Tensor, method: str, target: float) -> int:
+    """A rank by the singular values, as `--dynamic_method` of sd-scripts' networks/resize_lora.py (commit 48d368fa)
+    has it: one more than the rule needs, at least 2; 1 for a change that is zero.
+
+    :param values: falling, (k,)
+    :param method: sv_ratio: values above the largest / target; sv_cumulative: a share of their sum; sv_fro: a share of
+        the Frobenius norm
+    :returns: at most k
+    """
+    S = values.double()
+    if not float(S[0]) > 0:
+        return 1
+    if method == "sv_ratio":
+        needed = int((S > S[0] / target).sum())
+    elif method == "sv_cumulative":
+        needed = _share_reached(S, target)
+    else:
+        needed = _share_reached(S.square(), target**2)
+    return min(needed + 1, len(S))
+
+
+def rank_of_energy(values: Tensor, energy: float, whole: float | None = None) -> int:
+    """The lowest rank that keeps a share of the squared Frobenius norm; one more than there are if none does.
+
+    :param values: singular values, falling, (k,)
+    :param whole: the squared norm, where the values are not all there are
+    """
+    squares = values.double().square()
+    return _share_reached(squares, energy, whole)
+
+
+def _share_reached(sizes: Tensor, share: float, whole: float | None = None) -> int:
+    """How many of them make up a share of their sum, or of `whole`."""
+    whole = float(sizes.sum()) if whole is None else whole
+    reached = sizes.cumsum(0) >= share * whole * (1 - 1e-12)  # a share of 1 in spite of rounding
+    return int((~reached).sum()) + 1
+
+
+OVERSAMPLING = 16  # directions of a sketch beyond the rank asked for
+TOLERANCE = 1e-3  # of the error, relative: an improvement that is not worth another power iteration
+ROUNDING = 1e-6  # an error that no iteration improves
+MOST_ITERATIONS = 32  # never seen to be needed: where singular values hardly fall, the error hardly does either
+
+
+def approximated(
+    D: Tensor, kernel: tuple[int, ...], rank: int | None, energy: float | None = None
+) -> tuple[Factors, float]:
+    """Two factors near a dense change, and the relative Frobenius error of their product, as measured.
+
+    By a randomised range finder (Halko, Martinsson and Tropp, arXiv 0909.4061) with power iterations until the error
+    does not improve by more than `TOLERANCE`; where that saves nothing, by an exact decomposition.
+
+    :param D: (m, n), float32 or float64, on any device
+    :param kernel: the weight's shape behind its m outputs
+    :param rank: wanted, or with `energy` the most; None without a limit
+    :param energy: the share of ||D||^2 to keep, in as few directions as that takes
+    :raises ValueError: when D is not finite
+    """
+    whole = float(torch.linalg.vector_norm(D, dtype=torch.float64))
+    if not math.isfinite(whole):
+        raise ValueError("non-finite values")
+    most = min(D.shape) if rank is None else min(rank, *D.shape)
+    width = most if energy is None else min(most, OVERSAMPLING)
+    while True:
+        found = _leading(D, width, whole)
+        needed = width if energy is None else rank_of_energy(found.values, energy, whole**2)
+        if needed <= width or len(found.values) >= most:
+            break
+        width = min(most, 2 * width)
+    rank = min(needed, most)
+    return replace(found.truncated(rank)[0], kernel=kernel), _error(D, _first(found, rank), whole)
+
+
+def _leading(D: Tensor, width: int, whole: float) -> Decomposed:
+    """The leading `width` singular values and vectors, or all that there are."""
+    m, n = D.shape
+    if 3 * (width + OVERSAMPLING) >= min(m, n):
+        return Decomposed(*torch.linalg.svd(D, full_matrices=False), (n,))
+    sketch = torch.randn(n, width + OVERSAMPLING, generator=torch.Generator().manual_seed(0), dtype=D.dtype)
+    Q = torch.linalg.qr(D @ sketch.to(D.device))[0]
+    before = math.inf
+    for _ in range(MOST_ITERATIONS):
+        Q_in, T = torch.linalg.qr(D.mT @ Q)  # Q^T D = T^T Q_in^T: of it the decomposition, and the next iteration
+        U, S, Vh = torch.linalg.svd(T.mT)
+        found = _first(Decomposed(Q @ U, S, Vh @ Q_in.mT, (n,)), width)
+        error = _error(D, found, whole)
+        if error < ROUNDING or before - error <= TOLERANCE * error:
+            break
+        before = error
+        Q = torch.linalg.qr(D @ Q_in)[0]
+    return found
+
+
+def _first(found: Decomposed, rank: int) -> Decomposed:
+    return replace(found, left=found.left[:, :rank], values=found.values[:rank], right=found.right[:rank])
+
+
+def _error(D: Tensor, found: Decomposed, whole: float) -> float:
+    """||D - left values right|| / ||D||, which is known without the product, since left is orthonormal and values right
+    is left^T D: ||D||^2 - ||values||^2. Where that would be rounding alone, by the product."""
+    if whole == 0:
+        return 0.0
+    share = float(found.values.double().square().sum()) / whole**2
+    if share < 0.9999:
+        return math.sqrt(1 - share)
+    left_out = torch.addmm(D, found.left * found.values, found.right, alpha=-1)
+    return float(torch.linalg.vector_norm(left_out, dtype=torch.float64)) / whole
