@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         file = Path(args.file)
         output = _output(args.save_to, file, args.to)
-        making = bool(args.to or args.repair or args.base or args.save_precision)
+        edits = bool(args.set or args.unset or args.sidecars)
+        making = bool(args.to or args.repair or args.base or args.save_precision or (args.save_to and not edits))
         _check(making, output, vars(args))
         dtype = PRECISIONS.get(args.save_precision)
         if args.repair:
@@ -112,7 +113,9 @@ def _check(making: bool, output: Path | None, given: Mapping[str, object]) -> No
     if output is None and (making or edits):
         raise DeftError("--save_to: give the file to write; FILE itself is never changed")
     if not (making or edits or given["sidecars"]):
-        raise DeftError("nothing to do: give --to, --repair, --base, --save_precision, --set, --unset or --sidecars")
+        raise DeftError(
+            "--save_to: give the file to write, with --to, --repair, --base, --set or --unset; or --sidecars"
+        )
     if given["repair"] and (given["to"] not in (None, "kohya") or given["base"]):
         raise DeftError("--repair: writes kohya's form of what is there; leave --to and --base away, or convert first")
     if given["to"] == "peft" and given["sidecars"]:
@@ -199,6 +202,7 @@ def converted(file: Path, to: str, dtype: torch.dtype | None, limit: _Limit, ver
     done = {"from": read.format, "to": to} | ({"errors": read.errors} if read.errors else {})
     metadata = deft_tools.carried(read.metadata, "convert", done)
     tensors, metadata = _tensors(to, read, dtype, metadata)
+    read.told.append(_read_back(read.changes, tensors, metadata, dtype if to != "deft" else torch.float32))
     ranks = sorted({change.rank for change in read.changes.values()})
     rank = f"rank {ranks[-1]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     what = f"{read.format}, {read.architecture or 'of an unknown model'}, {len(read.changes)} layers, {rank}"
@@ -207,10 +211,11 @@ def converted(file: Path, to: str, dtype: torch.dtype | None, limit: _Limit, ver
 
 def _read_any(file: Path, base: Checkpoint | None, limit: _Limit) -> _Read:
     adapter = deft_formats.read(file)
+    _refuse_removal(limit, f"{file} is")
     told = [f"left out: {len(adapter.left)} tensors, {key}: {why}" for key, why in [*adapter.left.items()][:1]]
     read = _Read({}, adapter.metadata, adapter.format, adapter.architecture, adapter.dtype, told)
     _fill(read, adapter, limit, base)
-    _scale_injected(read, limit, "it is")
+    _scale(read, limit)
     return read
 
 
@@ -261,16 +266,19 @@ def _weight_of(base: Checkpoint, name: str) -> Callable[[], Tensor]:
     return weight
 
 
-def _scale_injected(read: _Read, limit: _Limit, what: str) -> None:
-    """:raises DeftError: when a file from which nothing is removed should be so at another strength"""
+def _refuse_removal(limit: _Limit, what: str) -> None:
+    """:raises DeftError: when a file that removes nothing should do so at another strength"""
     if limit.removal is not None:
         raise DeftError(
-            f"--removal {limit.removal}: {what} no DEFT of removal=1, and takes nothing out that could be weaker or "
+            f"--removal {limit.removal:g}: {what} no DEFT of removal=1, and takes nothing out that could be weaker or "
             f"stronger; leave it away (--injection scales the whole)"
         )
+
+
+def _scale(read: _Read, limit: _Limit) -> None:
     if limit.injection is not None:
         read.changes = {name: change.scaled(limit.injection) for name, change in read.changes.items()}
-        read.told.append(f"--injection {limit.injection:g}: every change times that")
+        read.told.append(f"injection {limit.injection:g}: every change times that")
 
 
 def _read_deft(file: Path, base: Checkpoint | None, limit: _Limit) -> _Read | None:
@@ -283,11 +291,12 @@ def _read_deft(file: Path, base: Checkpoint | None, limit: _Limit) -> _Read | No
     adapter = deft_io.parse_adapter(tensors, metadata, str(file))
     read = _Read({}, metadata, "deft", "", torch.float32, [])
     if not deft_rebase.depends_on_base(adapter):
+        _refuse_removal(limit, f"{file} is")
         whole = deft_formats.parse(tensors, metadata, str(file))
         read.architecture = whole.architecture
         _fill(read, whole, limit, None)
         read.told.append(f"{file}: removal=0, it changes every base in the same way, so no base is needed")
-        _scale_injected(read, limit, "this is")
+        _scale(read, limit)
         return read
     if base is None:
         raise DeftError(
@@ -335,9 +344,11 @@ def repaired(file: Path, dtype: torch.dtype | None) -> _Made:
     found = deft_repair.repaired(adapter, tensors)
     metadata = deft_tools.carried(found.metadata, "convert", {"repaired": list(found.done)})
     read = _Read(found.changes, metadata, adapter.format, adapter.architecture, adapter.dtype, [])
-    made, metadata = _tensors("kohya", read, dtype or _writable(adapter.dtype), metadata)
+    dtype = dtype or _writable(adapter.dtype)
+    made, metadata = _tensors("kohya", read, dtype, metadata)
     told = [f"  {line}" for line in found.done] or ["  nothing to mend"]
-    return _Made(made, metadata, [f"{file}: {adapter.format}, {len(found.changes)} layers", *told])
+    back = _read_back(read.changes, made, metadata, dtype)
+    return _Made(made, metadata, [f"{file}: {adapter.format}, {len(found.changes)} layers", *told, back])
 
 
 def _tensors(
@@ -371,6 +382,31 @@ def _tensors(
 def _writable(dtype: torch.dtype) -> torch.dtype:
     """A file's own dtype, or float32 where clients do not read it."""
     return dtype if dtype in PRECISIONS.values() else torch.float32
+
+
+def _read_back(
+    changes: Mapping[str, Factors], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype
+) -> str:
+    """What the new tensors are when they are read again, compared by their answers to eight random inputs a layer.
+
+    :returns: the largest relative difference, in words
+    :raises DeftError: when they are something else
+    """
+    again = deft_formats.parse(tensors, metadata, "what would be written").changes
+    generator = torch.Generator().manual_seed(0)
+    errors = dict.fromkeys(changes.keys() ^ again.keys(), 1.0)
+    for name, change in progress(list(changes.items()), "comparing"):
+        found = again.get(name)
+        if isinstance(found, Factors) and change.up.any():
+            x = torch.randn(change.down.shape[1], 8, generator=generator, dtype=torch.float64)
+            before, after = (f.up.double() @ (f.down.double() @ x) for f in (change, found))
+            errors[name] = float((after - before).norm() / before.norm().clamp(min=1e-300))
+    worst = max(errors, key=errors.__getitem__, default="")
+    if errors.get(worst, 0.0) > (1e-3 if dtype == torch.float32 else 0.5):
+        raise DeftError(f"not written: {worst} would be another change than in the input; please report this file")
+    kind, error = str(dtype).removeprefix("torch."), errors.get(worst, 0.0)
+    what = f"the same up to {error:.1e} of it" if error else "exactly the same"
+    return f"read back: every layer's change is {what}, in {kind}"
 
 
 def _recorded(text: str) -> dict[str, list[float]]:
