@@ -67,6 +67,17 @@ def stacked(parts: Sequence[tuple[Factors, int]], total: int) -> Factors:
     return Factors(torch.cat(blocks, 1), torch.cat([part.down for part, _ in parts]), parts[0][0].kernel)
 
 
+def shared(factors: Factors) -> Factors:
+    """The same product with each row of down only once: pieces of one weight, stacked, have its rank again."""
+    first: dict[bytes, int] = {}
+    at = [first.setdefault(row.numpy().tobytes(), len(first)) for row in factors.down.cpu()]
+    if len(first) == len(at):
+        return factors
+    up = factors.up.new_zeros(factors.up.shape[0], len(first))
+    up.index_add_(1, torch.tensor(at, device=up.device), factors.up)
+    return replace(factors, up=up, down=factors.down[[at.index(k) for k in range(len(first))]])
+
+
 def rows_of(whole: Factors, first: int, number: int) -> Factors:
     """The change of some outputs, exactly: those rows of up, and of the rank what they use (all of it if nothing)."""
     up = whole.up[first : first + number]
@@ -216,7 +227,8 @@ def _leading(D: Tensor, width: int, whole: float) -> Decomposed:
     """The leading `width` singular values and vectors, or all that there are."""
     m, n = D.shape
     if 3 * (width + OVERSAMPLING) >= min(m, n):
-        return Decomposed(*torch.linalg.svd(D, full_matrices=False), (n,))
+        U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+        return Decomposed(U, S, Vh, (n,))
     sketch = torch.randn(n, width + OVERSAMPLING, generator=torch.Generator().manual_seed(0), dtype=D.dtype)
     Q = torch.linalg.qr(D @ sketch.to(D.device))[0]
     before = math.inf

@@ -1,48 +1,125 @@
-"""Adapter files of other programs: their key names and kinds of adapter, to and from changes by layer."""
+"""Adapter files of other programs: their key names and kinds of adapter, to and from changes by layer.
+
+`FORMATS` has how programs name layers, `deft_kinds.KINDS` what a layer's tensors are; every name goes with every kind.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from networks import deft_io
+from networks import deft_factors, deft_io, deft_names
+from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
+from networks.deft_kinds import Change, Dense, Facts, OnBase, change_of
+from networks.deft_names import DENOISER
+
+__all__ = [
+    "FORMATS",
+    "Adapter",
+    "Change",
+    "Dense",
+    "Format",
+    "OnBase",
+    "parse",
+    "peft_config",
+    "read",
+    "tensors_as",
+    "to_factors",
+]
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_KEY = "lora_adapter_metadata"  # of diffusers: JSON of peft's configurations, "unet.r" and the like
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A change of one weight that is no product of two small matrices, or not exactly.
+class Format:
+    """How programs name the layers of an adapter.
 
-    :param kind: in words, for what is said of it
-    :param shape: the weight's (m, in[, kh, kw])
-    :param delta: makes it (m, n), float32, anew each time
+    :param layers: (what a layer's key begins with, its model: `DENOISER`, a text encoder in Diffusers' words,
+        or one of kohya's prefixes, to be kept); what stands behind it is the layer's path
+    :param flat: whether paths have underscores for dots
     """
 
-    kind: str
-    shape: tuple[int, ...]
-    delta: Callable[[], Tensor]
+    name: str
+    writers: str
+    layers: tuple[tuple[str, str], ...]
+    flat: bool = False
 
 
-@dataclass(frozen=True)
-class OnBase:
-    """A change that depends on the base model's weight.
+_KOHYA_MODELS = (
+    (r"^(?:lora_unet|lycoris|lora_transformer|oft_unet)_", DENOISER),
+    (r"^(?=lora_prior_)", "kept"),
+    (r"^lora_te1?_(?=text_model)", "text_encoder"),
+    (r"^lora_te2_(?=text_model|encoder_block)", "text_encoder_2"),
+    (r"^lora_te3_(?=encoder_block)", "text_encoder_3"),
+    (r"^(?=lora_te)", "kept"),
+)
+FORMATS = (
+    Format("kohya", "sd-scripts, musubi-tuner, LyCORIS, OneTrainer, A1111", _KOHYA_MODELS, flat=True),
+    Format(
+        "diffusers",
+        "diffusers, ai-toolkit, SimpleTuner, OneTrainer",
+        (
+            (r"^(?:unet|transformer)\.", DENOISER),
+            (r"^text_encoder\.", "text_encoder"),
+            (r"^text_encoder_2\.", "text_encoder_2"),
+            (r"^text_encoder_3\.", "text_encoder_3"),
+        ),
+    ),
+    Format(
+        "comfy",
+        "ComfyUI, ai-toolkit, OneTrainer, musubi-tuner's converter",
+        (
+            (r"^(?:model\.)?diffusion_model\.", DENOISER),
+            (r"^text_encoders\.clip_[lh]\.transformer\.", "text_encoder"),
+            (r"^text_encoders\.clip_g\.transformer\.", "text_encoder_2"),
+            (r"^text_encoders\.t5xxl\.transformer\.", "text_encoder_3"),
+        ),
+    ),
+    Format("peft", "peft, one model a folder", ((r"^base_model\.model\.(?:model\.)?", "peft"),)),
+    Format("bare", "Black Forest Labs, XLabs, OneTrainer, diffusers before 0.22", ((r"^", "bare"),)),
+)
 
-    :param kind: in words, for what is said of it
-    :param shape: the weight's (m, in[, kh, kw])
-    :param delta: of the weight W (m, n), float32, makes the change (m, n)
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    delta: Callable[[Tensor], Tensor]
-
-
-Change: TypeAlias = Factors | Dense | OnBase
+# The end of a key -> the tensor's name in `deft_kinds`; adapters of peft have a name of their own in states.
+_TENSORS = (
+    (r"\.lora_(?:up|B)(?:\.default)?\.weight$", "lora_up.weight"),
+    (r"\.lora_(?:down|A)(?:\.default)?\.weight$", "lora_down.weight"),
+    (r"\.lora_mid\.weight$", "lora_mid.weight"),
+    (r"(?:\.|_)lora(?:_linear_layer)?\.(up|down)\.weight$", r"lora_\1.weight"),
+    (r"(?<=lora[12])\.(up|down)\.weight$", r"lora_\1.weight"),  # XLabs
+    (r"\.(?:alpha|lora_alpha|network_alpha)$", "alpha"),
+    (r"\.dora_scale$", "dora_scale"),
+    (r"\.(?:lora_magnitude_vector(?:\.default)?(?:\.weight)?|magnitude)$", "magnitude"),
+    (r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.default)?$", r"\1"),
+    (r"\.(oft_blocks|rescale|on_input|ia3_l|diff|set_weight)(?:\.default)?$", r"\1"),
+    (r"\.oft_diag$", "oft_blocks"),
+    (r"\.oft_R(?:\.default)?(?:\.weight)?$", "oft_R"),
+    (r"\.oft_R\.scaled_oft$", "scaled_oft"),
+    (r"\.((?:a1|a2|b1|b2|bm)\.weight)$", r"\1"),
+    (r"\.(deft_(?:P(?:_\w+)?|R|E0|g))(?:\.default)?$", r"\1"),
+    (r"\.(diff_b|w_norm|b_norm)$", r"\1"),
+    (r"\.(lora_[AB]|lora_up|lora_down)(?:\.default)?\.bias$", "lora_bias"),
+    (r"\.(weight|bias)$", r"\1"),
+)
+_LEFT = {
+    "diff_b": "a bias: no change of a weight",
+    "lora_bias": "a bias: no change of a weight",
+    "bias": "a bias: no change of a weight",
+    "w_norm": "a norm's weight: no layer that LoRAs adapt",
+    "b_norm": "a norm's bias: no layer that LoRAs adapt",
+}
+_EMBEDDING = "an embedding (textual inversion): no change of a weight"
+_K3 = re.compile(r"_(conv[12]?|conv_in|conv_out|in_layers_2|out_layers_3|op)$")  # convolutions of 3 x 3, in U-Nets
 
 
 @dataclass(frozen=True)
@@ -51,7 +128,7 @@ class Adapter:
 
     :param format: of `FORMATS`
     :param architecture: name of a row of `deft_targets.ARCHITECTURES`, "" if it cannot be seen
-    :param changes: by kohya's key name of the whole weight, as sd-scripts' LoRA has it
+    :param changes: by kohya's key name of the whole weight, as sd-scripts' LoRA has it; made when they are asked for
     :param left: key -> why it is no change of a weight (embeddings, biases, norms)
     :param dtype: that of most of its tensors
     """
@@ -65,13 +142,79 @@ class Adapter:
     dtype: torch.dtype
 
 
+class _Made(Mapping[str, Change]):
+    """Changes that are made anew each time, from what the file holds: no second copy of it stays in memory."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Change]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Change:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
 def read(path: str | os.PathLike) -> Adapter:
-    """An adapter file of any known format.
+    """An adapter file of any known format, or a folder of peft's (of one model, or with a folder for each).
 
     :raises DeftError: when it cannot be read, is damaged, or is of no known format
     """
-    tensors, metadata = deft_io.read_tensors(path)
-    return parse(tensors, metadata, str(path))
+    path = Path(path)
+    folders = _peft_folders(path)
+    if not folders:
+        return parse(*deft_io.read_tensors(path), str(path))
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    configs: dict[str, object] = {}
+    for model, folder in folders:
+        found, metadata = deft_io.read_tensors(folder / PEFT_FILE if folder.is_dir() else folder)
+        config = _read_config((folder if folder.is_dir() else folder.parent) / PEFT_CONFIG)
+        model = model or _peft_model(found, str(path))
+        tensors |= {re.sub(r"^base_model\.model\.", f"{model}.", key): value for key, value in found.items()}
+        configs |= {f"{model}.{key}": value for key, value in config.items()}
+    adapter = parse(tensors, {**metadata, PEFT_KEY: json.dumps(configs)}, str(path))
+    return replace(adapter, format="peft", metadata=metadata)
+
+
+def _peft_folders(path: Path) -> list[tuple[str, Path]]:
+    """(Diffusers' name of the model, "" if it is not in the folder's; folder or file) of each model's adapter."""
+    if not path.is_dir():
+        beside = (path.parent / PEFT_CONFIG).is_file() and path.name.startswith("adapter_model")
+        return [(_model_in(path.parent.name), path)] if beside else []
+    if (path / PEFT_CONFIG).is_file():
+        return [(_model_in(path.name), path)]
+    found = [(_model_in(folder.name), folder) for folder in sorted(path.iterdir()) if (folder / PEFT_CONFIG).is_file()]
+    if not found:
+        raise DeftError(f"{path}: a folder without {PEFT_CONFIG}; give a file, or a folder that peft has written")
+    return found
+
+
+def _model_in(folder: str) -> str:
+    return folder if re.match(r"(unet|transformer|text_encoder(_[23])?)$", folder) else ""
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {key: value for key, value in dict(config).items() if value is not None}
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise DeftError(f"{path}: cannot be read ({reason_of(error)})") from None
+
+
+def _peft_model(tensors: Mapping[str, Tensor], source: str) -> str:
+    """The model of a peft folder, by its layers."""
+    path = next(iter(tensors), "").removeprefix("base_model.model.")
+    if re.match(r"(text_model\.)?encoder\.layers\.|text_projection", path):
+        second = any(w in t.shape for w in (1280,) for t in tensors.values()) or "text_encoder_2" in source
+        return "text_encoder_2" if second else "text_encoder"
+    return "text_encoder_2" if re.match(r"encoder\.block\.", path) else "unet"
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Adapter:
@@ -79,6 +222,377 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
 
     :raises DeftError: when it is damaged or of no known format
     """
-    found = deft_io.parse_adapter(tensors, metadata, source)
-    changes: dict[str, Change] = {k: layer for k, layer in found.layers.items() if isinstance(layer, Factors)}
-    return Adapter(source, "kohya", "", changes, metadata, {}, torch.float32)
+    layers, left = _by_layer(tensors, source)
+    if not layers:
+        raise DeftError(f"{source}: holds no adapter layers")
+    models = {layer: _model_of(layer) for layer in layers}
+    widths = {
+        parts["lora_down.weight"].shape[1]
+        for layer, parts in layers.items()
+        if "lora_down.weight" in parts and re.search(r"attn2[._]to_k$", layer) and parts["lora_down.weight"].dim() > 1
+    }
+    seen = [(model, path) for _, model, path in models.values()]
+    architecture = deft_names.recognised(seen, widths, metadata)
+    makers = _makers(layers, models, architecture, metadata, source)
+    formats = Counter(format.name for format, _, _ in models.values())
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.numel()
+    format, dtype = formats.most_common(1)[0][0], sizes.most_common(1)[0][0]
+    return Adapter(source, format, architecture, _Made(makers), metadata, left, dtype)
+
+
+def _by_layer(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """A layer's key -> its tensors by their names in `deft_kinds`, and the keys that are left with the reason."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    left: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(deft_io.EMBEDDINGS) or key in ("clip_l", "clip_g", "t5xxl"):
+            left[key] = _EMBEDDING
+            continue
+        layer, name = _split(key)
+        if name in _LEFT or (name == "diff" and tensor.dim() < 2):
+            left[key] = _LEFT.get(name, "a norm's or bias's: no layer that LoRAs adapt")
+            continue
+        if not name or not layer:
+            raise DeftError(f"{source}: {key} is of no kind of adapter that is known here")
+        if name == "magnitude":  # one length an output, whatever its shape
+            name, tensor = "dora_scale", tensor.reshape(-1, 1)
+        parts = layers.setdefault(layer, {})
+        if name in parts:
+            raise DeftError(f"{source}: {layer} has two tensors for {name}, {key} for one")
+        parts[name] = tensor
+    for layer in [layer for layer, parts in layers.items() if parts.keys() == {"weight"}]:
+        raise DeftError(f"{source}: {layer}.weight is of no kind of adapter that is known here")
+    return layers, left
+
+
+def _split(key: str) -> tuple[str, str]:
+    for pattern, name in _TENSORS:
+        found = re.search(pattern, key)
+        if found:
+            return key[: found.start()], found.expand(name)
+    return key, ""
+
+
+def _model_of(layer: str) -> tuple[Format, str, str]:
+    """A layer's format, its model, and its path there."""
+    for format in FORMATS:
+        for pattern, model in format.layers:
+            found = re.match(pattern, layer)
+            if found:
+                path = layer[found.end() :]
+                if model == "peft":
+                    model = _bare_model(path)
+                if model == "bare":
+                    model, path = _bare_model(path), _without_processor(path)
+                elif format.name in ("diffusers", "comfy"):
+                    path = _without_processor(path)
+                return format, model, path
+    raise AssertionError(layer)  # the last row fits all
+
+
+def _bare_model(path: str) -> str:
+    if re.match(r"(text_model\.)?encoder\.layers\.", path):
+        return "text_encoder"
+    return "text_encoder_3" if re.match(r"encoder\.block\.", path) else DENOISER
+
+
+def _without_processor(path: str) -> str:
+    """The layer that an attention processor of diffusers before 0.22, or of XLabs, has its matrices for."""
+    found = re.match(r"^((?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)$", path)
+    if found:
+        block, what, number = found.groups()
+        if block.startswith("single"):
+            return f"{block}.linear1#012" if what == "qkv" else f"{block}.linear2"
+        return f"{block}.{'txt' if number == '2' else 'img'}_attn.{what}"
+    return re.sub(r"\.processor\.(to_[qkv]|to_out)$", r".\1", path).replace(".to_out#", ".to_out.0")
+
+
+def _makers(
+    layers: Mapping[str, Mapping[str, Tensor]],
+    models: Mapping[str, tuple[Format, str, str]],
+    architecture: str,
+    metadata: Mapping[str, str],
+    source: str,
+) -> dict[str, Callable[[], Change]]:
+    """Kohya's key name -> what makes the change of the whole weight.
+
+    :raises DeftError: for a layer that is damaged, of no known kind, or that the architecture does not have
+    """
+    row = deft_names.named(architecture)
+    configs = _configs(metadata, source)
+    recorded = deft_io.parse_metadata(metadata, source)[1]
+    pieces: dict[str, dict[str, Callable[[], Change]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, parts in layers.items():
+        format, model, path = models[layer]
+        path, _, given = path.partition("#")
+        try:
+            name, piece = (layer, "") if model == "kept" else deft_names.key_name(row, model, path)
+        except KeyError:
+            raise DeftError(f"{source}: {layer} is no layer of {architecture}, whose names the others are") from None
+        if row is None and format.name in ("diffusers", "bare"):
+            raise DeftError(f"{source}: {layer} is of a model whose names are not known here")
+        config = configs.get(model, {})
+        kernel = (3, 3) if _K3.search(name) and "_te" not in name[:8] else None
+        rank = _pattern_value(config, "rank_pattern", "r", path)
+        facts = Facts(config, rank, str(metadata.get("ss_network_module", "")), recorded.get(layer), kernel)
+        make = _maker(layer, _with_alpha(parts, config, rank, path), facts, source)
+        shapes[layer] = make().shape  # which finds what is wrong with it
+        piece = given or piece
+        if piece in pieces.setdefault(name, {}) or (pieces[name] and "" in (piece, *pieces[name])):
+            raise DeftError(f"{source}: {layer} is there twice, under another name also")
+        pieces[name][piece] = make
+    return {name: _assembling(found, source) if "" not in found else found[""] for name, found in pieces.items()}
+
+
+def _maker(layer: str, parts: Mapping[str, Tensor], facts: Facts, source: str) -> Callable[[], Change]:
+    def make() -> Change:
+        try:
+            return change_of(parts, facts)
+        except KeyError as missing:
+            raise DeftError(f"{source}: {layer} is of no kind of adapter that is known here ({missing})") from None
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise DeftError(f"{source}: {layer} is damaged ({reason_of(error)})") from None
+
+    return make
+
+
+def _configs(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, object]]:
+    """Model -> peft's configuration of its adapter."""
+    try:
+        found = dict(json.loads(metadata.get(PEFT_KEY, "{}")))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DeftError(f"{source}: its {PEFT_KEY} cannot be read ({reason_of(error)})") from None
+    configs: dict[str, dict[str, object]] = {}
+    for key, value in found.items():
+        model, _, name = str(key).partition(".")
+        configs.setdefault(DENOISER if model in ("unet", "transformer") else model, {})[name] = value
+    return configs
+
+
+def _pattern_value(config: Mapping[str, object], patterns: str, default: str, path: str) -> int | None:
+    """peft's value for a layer: that of the first pattern that fits the end of its path, or the one for all."""
+    found = config.get(patterns)
+    value = config.get(default)
+    for pattern, number in found.items() if isinstance(found, dict) else ():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                value = number
+                break
+        except re.error:
+            continue
+    return int(value) if isinstance(value, int | float) and 0 < value < 1e6 else None
+
+
+def _with_alpha(
+    parts: Mapping[str, Tensor], config: Mapping[str, object], rank: int | None, path: str
+) -> Mapping[str, Tensor]:
+    """A layer's tensors with the alpha that peft has in its configuration."""
+    default = next((key for key in ("lora_alpha", "alpha") if key in config), "")
+    if not default or "alpha" in parts:
+        return parts
+    alpha: float | None = _pattern_value(config, "alpha_pattern", default, path)
+    if alpha is None:
+        return parts
+    if config.get("use_rslora") and "lora_down.weight" in parts:
+        alpha *= math.sqrt(parts["lora_down.weight"].shape[0])
+    return {**parts, "alpha": torch.tensor(float(alpha))}
+
+
+# --- weights that some programs have in pieces ------------------------------------------------------------------------
+
+
+def _assembling(pieces: Mapping[str, Callable[[], Change]], source: str) -> Callable[[], Change]:
+    def assemble() -> Change:
+        return assembled({piece: make() for piece, make in pieces.items()})
+
+    return assemble
+
+
+def assembled(pieces: Mapping[str, Change]) -> Change:
+    """The change of a fused weight by those of its pieces: "0", "1", "2" are queries, keys and values of equal size,
+    "012" all three, "3" the fully connected layer behind them, four times as large where it is not there.
+
+    :raises ValueError: when their shapes do not fit
+    """
+    hidden = next((c.shape[0] // len(piece) for piece, c in pieces.items() if piece != "3"), 0)
+    some = next(iter(pieces.values()))
+    hidden = hidden or some.shape[1]
+    first = {"0": 0, "1": hidden, "2": 2 * hidden, "012": 0, "3": 3 * hidden}
+    total = 3 * hidden + (pieces["3"].shape[0] if "3" in pieces else 0)
+    return _stacked([(pieces[piece], first[piece]) for piece in sorted(pieces)], total)
+
+
+def _stacked(parts: Sequence[tuple[Change, int]], total: int) -> Change:
+    """Changes of some rows of a weight each, from the given row on, as one change of it."""
+    factors = [(change, first) for change, first in parts if isinstance(change, Factors)]
+    if len(factors) == len(parts):
+        return deft_factors.shared(deft_factors.stacked(factors, total))
+    some = next(change for change, _ in parts if not isinstance(change, Factors))
+    shape = (total, *some.shape[1:])
+    if not any(isinstance(change, OnBase) for change, _ in parts):
+        return Dense(some.kind, shape, lambda: _rows(parts, None, total))
+    return OnBase(some.kind, shape, lambda W: _rows(parts, W, total))
+
+
+def _rows(parts: Sequence[tuple[Change, int]], W: Tensor | None, total: int) -> Tensor:
+    whole: Tensor | None = None
+    for change, first in parts:
+        rows = slice(first, first + change.shape[0])
+        found = change.delta(W[rows]) if isinstance(change, OnBase) and W is not None else change.delta()  # type: ignore
+        whole = found.new_zeros(total, found.shape[1]) if whole is None else whole
+        whole[rows] = found
+    assert whole is not None
+    return whole
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def tensors_as(
+    format: str, changes: Mapping[str, Factors], dtype: torch.dtype, pad: bool, architecture: str
+) -> dict[str, Tensor]:
+    """A plain LoRA's tensors under a format's names.
+
+    :param format: "kohya", "diffusers", "comfy", or "peft", which is of one model
+    :param changes: by kohya's key names, float32
+    :param pad: one rank in the whole file, as `deft_io.lora_tensors`
+    :param architecture: name of a row of `deft_targets.ARCHITECTURES`
+    :raises DeftError: when the format has no names for them
+    """
+    if not changes:
+        raise DeftError("nothing to write: no layer is changed")
+    if format == "kohya":
+        return deft_io.lora_tensors(changes, dtype, pad)[0]
+    if format not in ("diffusers", "comfy", "peft"):
+        raise DeftError(f"format {format}: only kohya, diffusers, comfy and peft are written")
+    placed = _placed(format, changes, architecture)
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in deft_io.lora_tensors(placed, dtype, pad)[0].items():
+        if not key.endswith(".alpha"):  # alpha is the rank, which is what all take where none is there
+            tensors[re.sub(r"\.lora_(up|down)\.weight$", lambda m: _AB[m[1]], key)] = tensor
+    return tensors
+
+
+_AB = {"up": ".lora_B.weight", "down": ".lora_A.weight"}
+
+
+def _placed(format: str, changes: Mapping[str, Factors], architecture: str) -> dict[str, Factors]:
+    """By a format's keys of layers, fused weights in pieces where it has them so."""
+    row = deft_names.named(architecture)
+    if row is None:
+        raise DeftError(
+            f"format {format}: the names of {architecture or 'this model'}'s layers in it are not known here"
+        )
+    placed: dict[str, Factors] = {}
+    models = set()
+    for name, factors in changes.items():
+        try:
+            places = deft_names.places(row, name, "original" if format == "comfy" else "diffusers")
+        except KeyError:
+            raise DeftError(f"format {format}: {name} has no name in it that is known here") from None
+        models.add(places[0][0])
+        if format == "peft" and len(models) > 1:
+            raise DeftError("format peft: one file is of one model; write the text encoders' layers apart")
+        prefix = _prefix(format, row, places[0][0], factors)
+        for (_, path), part in zip(places, _split_rows(factors, len(places)), strict=True):
+            placed[f"{prefix}{path}"] = part
+    return placed
+
+
+def _prefix(format: str, row: deft_names.Architecture, model: str, factors: Factors) -> str:
+    if format == "peft":
+        return "base_model.model."
+    if format == "diffusers":
+        transformer = not any(part.prefix and "UNet" in "".join(part.model_classes) for part in row.denoisers)
+        return {DENOISER: "transformer." if transformer else "unet."}.get(model, f"{model}.")
+    if model == DENOISER:
+        return "diffusion_model."
+    encoder = deft_names.encoder_of(row, model)
+    if encoder is None or not encoder.comfy:
+        raise DeftError(f"format {format}: the names of {row.name}'s text encoder in it are not known here")
+    wide = len(encoder.comfy) > 1 and min(factors.up.shape[0], factors.kernel[0]) >= 1024
+    return f"text_encoders.{encoder.comfy[wide]}.transformer."
+
+
+def _split_rows(factors: Factors, number: int) -> list[Factors]:
+    """Queries, keys and values of a fused weight, and what stands behind them if they are four."""
+    if number == 1:
+        return [factors]
+    m = factors.up.shape[0]
+    hidden = m // 3 if number == 3 else factors.kernel[0]
+    if 3 * hidden > m or (number == 3 and m % 3):
+        raise DeftError(f"a weight of {m} x {factors.kernel[0]} is no {number} layers in one")
+    sizes = [hidden] * 3 + ([m - 3 * hidden] if number == 4 else [])
+    return [deft_factors.rows_of(factors, sum(sizes[:k]), size) for k, size in enumerate(sizes)]
+
+
+def peft_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """The content of adapter_config.json for what `tensors_as("peft", ...)` has made."""
+    ranks = {
+        key.removesuffix(".lora_A.weight"): t.shape[0] for key, t in tensors.items() if key.endswith("lora_A.weight")
+    }
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    paths = {key.removeprefix("base_model.model."): value for key, value in ranks.items()}
+    others = {f"^{re.escape(path)}": value for path, value in paths.items() if value != rank}
+    return {
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(paths),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "task_type": None,
+    }
+
+
+# --- any change as two factors ----------------------------------------------------------------------------------------
+
+
+def to_factors(
+    change: Change, rank: int | None, energy: float | None, base: Callable[[], Tensor] | None
+) -> tuple[Factors, float]:
+    """A change as two factors, and its relative Frobenius error: 0 where nothing had to be cut.
+
+    :param rank: the highest rank; None for what is exact
+    :param energy: the part of the squared norm to be kept, 0 to 1; None for all
+    :param base: the weight (m, n) that an `OnBase` depends on
+    :raises ValueError: when the base is needed and not there, or has another shape
+    """
+    if not isinstance(change, Factors):
+        found, error = deft_factors.approximated(_matrix_of(change, base), _kernel(change, base), rank, energy)
+        sizes = found.up.square().sum(0)  # the singular values: two factors of equal size
+        used = sizes > 1e-7 * sizes.max()  # no rank for what is rounding
+        return replace(found, up=found.up[:, used], down=found.down[used]), error
+    if energy is None and (rank is None or change.rank <= rank):
+        return change, 0.0
+    whole = deft_factors.decomposed(change)
+    needed = len(whole.values) if energy is None else deft_factors.rank_of_energy(whole.values, energy)
+    return whole.truncated(max(1, min(needed, len(whole.values), rank or needed)))
+
+
+def _kernel(change: Dense | OnBase, base: Callable[[], Tensor] | None) -> tuple[int, ...]:
+    if isinstance(change, OnBase) and 0 in change.shape and base is not None:
+        return tuple(base().shape[1:])
+    return change.shape[1:]
+
+
+def _matrix_of(change: Dense | OnBase, base: Callable[[], Tensor] | None) -> Tensor:
+    if isinstance(change, Dense):
+        return change.delta()
+    if base is None:
+        raise ValueError(f"{change.kind} depends on the base model's weights")
+    W = base().float()
+    if change.shape[0] not in (0, W.shape[0]) or math.prod(change.shape[1:]) not in (0, W[0].numel()):
+        raise ValueError(f"made for a weight of {change.shape}, the base model's is {tuple(W.shape)}")
+    return change.delta(W.flatten(1))

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,11 +170,11 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], so
         layer, _, part = key.partition(".")
         if key not in embeddings:
             grouped.setdefault(layer, {})[part] = value
-    options, recorded = _parse_metadata(metadata, source)
+    options, recorded = parse_metadata(metadata, source)
     layers: dict[str, LoraLayer | DeftLayer] = {}
     for name, parts in grouped.items():
         try:
-            layers[name] = _parse_layer(parts, recorded.get(name))
+            layers[name] = parse_layer(parts, recorded.get(name))
         except KeyError as missing:
             raise DeftError(
                 f"{source}: neither a plain LoRA nor a DEFT file (unexpected or missing {missing}); "
@@ -187,7 +187,7 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], so
     return AdapterFile(source, layers, options, tensors)
 
 
-def _parse_metadata(metadata: Mapping[str, str], source: str) -> tuple[dict[str, object], dict[str, tuple]]:
+def parse_metadata(metadata: Mapping[str, str], source: str) -> tuple[dict[str, object], dict[str, tuple]]:
     """The options and the layers' records of our own files; empty for others'."""
     try:
         options = dict(json.loads(metadata.get(OPTIONS_KEY, "{}")))
@@ -206,7 +206,7 @@ def _parse_metadata(metadata: Mapping[str, str], source: str) -> tuple[dict[str,
     return options, recorded
 
 
-def _parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | None) -> LoraLayer | DeftLayer:
+def parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | None) -> LoraLayer | DeftLayer:
     """One layer by the names of its parts.
 
     :raises KeyError: with the name of a part that is missing or that no plain LoRA or DEFT layer has
@@ -245,6 +245,17 @@ def _parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | No
     elif rank == 0:
         rank = padded
     return LoraLayer(factors.up * 2.0**exponent, factors.down * file_scale * 2.0**-exponent, kernel, rank, scale)
+
+
+def factors_of(layer: LoraLayer | DeftLayer, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """up (m, k) and down (k, n) of a file's layer; those of a DEFT file's depend on the model's weight (m, n)."""
+    if isinstance(layer, LoraLayer):
+        return layer.up, layer.down
+    W = base_weight().float()
+    scale = layer.scale * (1.0 if layer.gate is None else float(torch.sigmoid(layer.gate)))
+    P, E0 = layer.P.to(W), layer.E0.to(W)
+    R = None if layer.R is None else layer.R.to(W)
+    return deft_math.lora_factors(P, R, E0, scale, layer.basis, lambda: W)
 
 
 def _refuse_rest(parts: Mapping[str, Tensor]) -> None:

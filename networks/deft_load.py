@@ -6,13 +6,12 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from networks import deft_factors, deft_math
+from networks import deft_factors
 from networks.deft_config import DeftConfig, DeftError
 from networks.deft_factors import Factors
-from networks.deft_io import AdapterFile, DeftLayer, LoraLayer
+from networks.deft_io import AdapterFile, DeftLayer, factors_of
 from networks.deft_module import DeftModule
 from networks.deft_progress import progress
 from networks.deft_ranks import Chosen
@@ -116,17 +115,6 @@ def check_shape(adapter: AdapterFile, target: Target) -> None:
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A weight's shape without a kernel of 1 x 1."""
     return shape[:2] if shape[2:] == (1, 1) else shape
-
-
-def factors_of(layer: LoraLayer | DeftLayer, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """up (m, k) and down (k, n) of a file's layer; those of a DEFT file's depend on the model's weight (m, n)."""
-    if isinstance(layer, LoraLayer):
-        return layer.up, layer.down
-    W = base_weight().float()
-    scale = layer.scale * (1.0 if layer.gate is None else float(torch.sigmoid(layer.gate)))
-    P, E0 = layer.P.to(W), layer.E0.to(W)
-    R = None if layer.R is None else layer.R.to(W)
-    return deft_math.lora_factors(P, R, E0, scale, layer.basis, lambda: W)
 
 
 def _load_layer(module: DeftModule, adapter: AdapterFile, config: DeftConfig) -> float | None:

@@ -18,6 +18,7 @@ from networks.deft_config import DeftError
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 # a denoiser -> `ss_base_model_version`, and `modelspec.architecture` without "/lora", "" where it cannot be seen
 Base: TypeAlias = Callable[[nn.Module], tuple[str, str]]
+Renames: TypeAlias = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Part:
     :param option: option without which the part is left alone
     :param optional_containers: option -> further containers
     :param base: of a denoiser, what sd-scripts calls the model in a file's metadata
+    :param form: whose paths these are: "diffusers" or "original"
+    :param words: what paths are made of, apart from numbers: by them a path is found in a key name, whose dots are
+        underscores
+    :param comfy: ComfyUI's names of a text encoder: where the second is there, it is that of widths from 1024
     """
 
     prefix: str
@@ -41,10 +46,13 @@ class Part:
     containers: tuple[str, ...]
     conv_containers: tuple[str, ...] = ()
     path_root: str = ""
-    renames: tuple[tuple[str, str], ...] = ()
+    renames: Renames = ()
     option: str | None = None
     optional_containers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     base: Base | None = None
+    form: str = "original"
+    words: str = ""
+    comfy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,12 +126,26 @@ BLOCK_OPTIONS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_al
                  "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")  # fmt: skip
 
 
-def _clip(prefix: str) -> Part:
-    containers = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
-    return Part(prefix, ("CLIPTextModel", "CLIPTextModelWithProjection"), containers, path_root="text_model.")
+_CLIP_WORDS = "text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection"
+_T5_WORDS = "encoder block layer SelfAttention q k v o DenseReluDense wi wi_0 wi_1 wo"
 
 
-_T5 = Part("lora_te3", ("T5EncoderModel",), ("T5Attention", "T5DenseGatedActDense"), option="train_t5xxl")
+def _clip(prefix: str, *comfy: str) -> Part:
+    classes, containers = (
+        ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"),
+    )
+    return Part(prefix, classes, containers, path_root="text_model.", words=_CLIP_WORDS, comfy=comfy)
+
+
+_T5 = Part(
+    "lora_te3",
+    ("T5EncoderModel",),
+    ("T5Attention", "T5DenseGatedActDense"),
+    option="train_t5xxl",
+    words=_T5_WORDS,
+    comfy=("t5xxl",),
+)
 
 _UNET_CONTAINERS = ("Transformer2DModel",)
 _UNET_CONV_CONTAINERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
@@ -149,21 +171,63 @@ def _sdxl_block(name: str) -> int | None:
     return 0 if re.search("_(time_embed|label_emb)_", name) else 22 if "_unet_out_" in name else None
 
 
-def sdxl_renames() -> tuple[tuple[str, str], ...]:
-    """Diffusers' paths of an SDXL U-Net to the original's."""
+def _unet_renames(levels: int, plain: int) -> Renames:
+    """Diffusers' paths of a U-Net to the original's.
+
+    :param plain: the level without attention
+    """
     kinds = (("resnets", 0), ("attentions", 1))
     down = [(rf"^down_blocks\.{i}\.{kind}\.{j}\b", f"input_blocks.{3 * i + j + 1}.{k}")
-            for i in range(3) for j in range(2) for kind, k in kinds]  # fmt: skip
-    down += [(rf"^down_blocks\.{i}\.downsamplers\.0\.conv", f"input_blocks.{3 * i + 3}.0.op") for i in range(2)]
+            for i in range(levels) for j in range(2) for kind, k in kinds if not (k and i == plain)]  # fmt: skip
+    down += [
+        (rf"^down_blocks\.{i}\.downsamplers\.0\.conv$", f"input_blocks.{3 * i + 3}.0.op") for i in range(levels - 1)
+    ]
+    without = levels - 1 - plain  # on the way up
     up = [(rf"^up_blocks\.{i}\.{kind}\.{j}\b", f"output_blocks.{3 * i + j}.{k}")
-          for i in range(3) for j in range(3) for kind, k in kinds]  # fmt: skip
-    up += [(rf"^up_blocks\.{i}\.upsamplers\.0\b", f"output_blocks.{3 * i + 2}.2") for i in range(2)]
+          for i in range(levels) for j in range(3) for kind, k in kinds if not (k and i == without)]  # fmt: skip
+    up += [(rf"^up_blocks\.{i}\.upsamplers\.0\b", f"output_blocks.{3 * i + 2}.{1 if i == without else 2}")
+           for i in range(levels - 1)]  # fmt: skip
     middle = [(r"^mid_block\.resnets\.0\b", "middle_block.0"), (r"^mid_block\.attentions\.0\b", "middle_block.1"),
               (r"^mid_block\.resnets\.1\b", "middle_block.2")]  # fmt: skip
     inside = [(r"\.conv1$", ".in_layers.2"), (r"\.conv2$", ".out_layers.3"), (r"\.time_emb_proj$", ".emb_layers.1"),
               (r"\.conv_shortcut$", ".skip_connection")]  # fmt: skip
-    return (*down, *up, *middle, *inside)
+    ends = [(r"^conv_in$", "input_blocks.0.0"), (r"^conv_out$", "out.2")]
+    for number, place in (("1", "0"), ("2", "2")):
+        ends += [(rf"^time_embedding\.linear_{number}$", f"time_embed.{place}"),
+                 (rf"^add_embedding\.linear_{number}$", f"label_emb.0.{place}")]  # fmt: skip
+    return (*down, *up, *middle, *inside, *ends)
 
+
+def inverted(renames: Renames) -> Renames:
+    """The way back: each replacement, as a pattern, to the literal text that its pattern stands for."""
+    back = []
+    for pattern, replacement in renames:
+        start, end = "^" * pattern.startswith("^"), next(end for end in ("$", r"\b", "") if pattern.endswith(end))
+        text = pattern.removeprefix("^").removesuffix(end).replace(r"\.", ".")
+        for number in range(1, text.count(r"(\d+)") + 1):
+            text = text.replace(r"(\d+)", rf"\{number}", 1)
+        found = re.sub(r"\\(\d)", r"(\\d+)", replacement.replace(".", r"\."))
+        back.append((start + found + end, text))
+    return tuple(back)
+
+
+_SDXL_RENAMES = _unet_renames(3, 0)
+
+
+def sdxl_renames() -> Renames:
+    """Diffusers' paths of an SDXL U-Net to the original's."""
+    return _SDXL_RENAMES
+
+
+_TRANSFORMER_WORDS = " proj_in proj_out transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj"
+_UNET_WORDS = (
+    "conv_in conv_out time_embedding add_embedding linear_1 linear_2 down_blocks mid_block up_blocks resnets "
+    "attentions downsamplers upsamplers conv conv1 conv2 time_emb_proj conv_shortcut" + _TRANSFORMER_WORDS
+)
+_ORIGINAL_UNET_WORDS = (
+    "input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op conv time_embed "
+    "label_emb out" + _TRANSFORMER_WORDS
+)
 
 # Diffusers' paths of a FLUX.1 transformer to the original's.
 FLUX_RENAMES = (
@@ -195,6 +259,17 @@ FLUX_RENAMES = (
     (r"^time_text_embed\.guidance_embedder\.linear_2$", "guidance_in.out_layer"),
     (r"^time_text_embed\.text_embedder\.linear_1$", "vector_in.in_layer"),
     (r"^time_text_embed\.text_embedder\.linear_2$", "vector_in.out_layer"),
+    (r"^proj_out$", "final_layer.linear"),
+)
+_FLUX_WORDS = (
+    "double_blocks single_blocks img_attn txt_attn qkv proj img_mlp txt_mlp img_mod txt_mod lin linear1 linear2 "
+    "modulation img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer linear adaLN_modulation "
+    "distilled_guidance_layer layers in_proj out_proj"
+)
+_FLUX_DIFFUSERS_WORDS = (
+    "transformer_blocks single_transformer_blocks attn to_q to_k to_v add_q_proj add_k_proj add_v_proj to_out "
+    "to_add_out ff ff_context net proj norm norm1 norm1_context linear proj_mlp proj_out x_embedder context_embedder "
+    "time_text_embed timestep_embedder guidance_embedder text_embedder linear_1 linear_2 norm_out"
 )
 
 _CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
@@ -237,9 +312,14 @@ ARCHITECTURES = (
                 _UNET_CONTAINERS,
                 _UNET_CONV_CONTAINERS,
                 base=_sd_base,
+                form="diffusers",
+                words=_UNET_WORDS,
             ),
+            Part(
+                "lora_unet", (), (), renames=inverted(_unet_renames(4, 3)), words=_ORIGINAL_UNET_WORDS
+            ),  # in files alone
         ),
-        (_clip("lora_te"),),
+        (_clip("lora_te", "clip_l", "clip_h"),),
         blocks=Blocks(12, 1, 0, _sd_block),
     ),
     Architecture(
@@ -251,33 +331,38 @@ ARCHITECTURES = (
                 _UNET_CONTAINERS,
                 _UNET_CONV_CONTAINERS,
                 base=_SDXL_BASE,
+                words=_ORIGINAL_UNET_WORDS,
             ),
             Part(
                 "lora_unet",
                 ("UNet2DConditionModel with text_time",),  # see `recognise`
                 _UNET_CONTAINERS,
                 _UNET_CONV_CONTAINERS,
-                renames=sdxl_renames(),
+                renames=_SDXL_RENAMES,
                 base=_SDXL_BASE,
+                form="diffusers",
+                words=_UNET_WORDS,
             ),
         ),
-        (_clip("lora_te1"), _clip("lora_te2")),
+        (_clip("lora_te1", "clip_l"), _clip("lora_te2", "clip_g")),
         blocks=Blocks(9, 3, 1, _sdxl_block),
     ),
     Architecture(
         "FLUX.1 or Chroma",
         (
-            Part("lora_unet", ("Flux",), _FLUX_CONTAINERS, base=_flux_base),
-            Part("lora_unet", ("Chroma",), _FLUX_CONTAINERS, base=_base("chroma", "chroma")),
+            Part("lora_unet", ("Flux",), _FLUX_CONTAINERS, base=_flux_base, words=_FLUX_WORDS),
+            Part("lora_unet", ("Chroma",), _FLUX_CONTAINERS, base=_base("chroma", "chroma"), words=_FLUX_WORDS),
             Part(
                 "lora_unet",
                 ("FluxTransformer2DModel",),
                 ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
                 renames=FLUX_RENAMES,
                 base=_flux_base,
+                form="diffusers",
+                words=_FLUX_DIFFUSERS_WORDS,
             ),
         ),
-        (_clip("lora_te1"), _T5),
+        (_clip("lora_te1", "clip_l"), _T5),
         kinds={
             "img_attn_dim": ("img_attn",),
             "txt_attn_dim": ("txt_attn",),
@@ -305,7 +390,7 @@ ARCHITECTURES = (
     Architecture(
         "Stable Diffusion 3",
         (Part("lora_unet", ("MMDiT",), ("SingleDiTBlock",), base=_sd3_base),),
-        (_clip("lora_te1"), _clip("lora_te2"), _T5),
+        (_clip("lora_te1", "clip_l"), _clip("lora_te2", "clip_g"), _T5),
         kinds={
             "context_attn_dim": ("context_block", "attn"),
             "context_mlp_dim": ("context_block", "mlp"),

@@ -1,0 +1,174 @@
+"""Names of layers: a module's path in a model, as each program writes it, and the key name of kohya's files.
+
+Paths have dots; a key name is a prefix and the path with underscores instead, in which a path is found again by the
+words that the model's modules are called by (`deft_targets.Part.words`). Diffusers' FLUX.1 has in pieces what its files
+have as one weight: such a piece is named by its numbers, "0" to "3", or "012" for the first three together.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from networks.deft_targets import ARCHITECTURES, Architecture, Part, inverted
+
+DENOISER = "denoiser"  # the other models are text encoders: "text_encoder", "text_encoder_2", ... in Diffusers' order
+
+# What can be seen in the names of layers, with underscores and behind their model's: the first row that fits any. Where
+# none does, files' metadata is asked, and then the rows of `_LIKELY`.
+_CERTAIN = (
+    ("Stable Diffusion 3", r"^denoiser_joint_blocks_"),
+    ("HunyuanImage 2.1", r"_(img|txt)_mlp_fc\d$|_(img|txt)_mod_linear$|_single_blocks_\d+_modulation_linear$"),
+    ("SDXL", r"transformer_blocks_[1-9]_attn[12]_|(^denoiser_up|_output)_blocks_0_(attentions|1_transformer)|label_emb_"
+             r"|add_embedding_|^text_encoder_2_text_model_"),
+    ("Stable Diffusion 1.x or 2.x", r"^denoiser_(down_blocks_(0_attentions|3_)|up_blocks_3_)"
+                                    r"|^denoiser_(input_blocks_[12]_1|(input|output)_blocks_(9|1\d))_"),
+    ("FLUX.1 or Chroma", r"^denoiser_(double|single)_blocks_|^text_encoder_[23]_encoder_block_"
+                         r"|^denoiser_(single_)?transformer_blocks_\d+_(attn|ff|norm|norm1|proj)_"),
+    ("Lumina 2", r"^denoiser_(layers|noise_refiner|context_refiner)_\d+_attention_qkv$"),
+    ("Anima", r"^denoiser_(llm_adapter_)?blocks_\d+_.*(q|k|v|output)_proj$"),
+)  # fmt: skip
+_LIKELY = (
+    ("SDXL", r"^denoiser_(input|middle|output)_block"),
+    ("Stable Diffusion 1.x or 2.x", r"^denoiser_(down_blocks|mid_block|up_blocks)_|^text_encoder_text_model_"),
+)
+_IN_METADATA = (
+    ("SDXL", r"^sdxl|^stable-diffusion-xl"),
+    ("Stable Diffusion 1.x or 2.x", r"^sd_v[12]|^stable-diffusion-v[12]"),
+    ("FLUX.1 or Chroma", r"^flux-?1|^chroma"),
+    ("Stable Diffusion 3", r"^sd3|^stable-diffusion-3"),
+    ("Lumina 2", r"^lumina-?2"),
+    ("HunyuanImage 2.1", r"^hunyuan-image-2.1"),
+    ("Anima", r"^anima"),
+)
+
+
+def named(name: str) -> Architecture | None:
+    """The row of `deft_targets.ARCHITECTURES` of that name."""
+    return next((row for row in ARCHITECTURES if row.name == name), None)
+
+
+def recognised(layers: Iterable[tuple[str, str]], text_widths: Collection[int], metadata: Mapping[str, str]) -> str:
+    """The name of the architecture that layers belong to, "" if it cannot be seen.
+
+    :param layers: each one's model and path, with dots or underscores
+    :param text_widths: the widths of text that cross-attention takes in
+    """
+    names = [f"{model}_{path.replace('.', '_')}" for model, path in layers]
+    width = {768: 1, 1024: 1, 2048: 2}.get(next(iter(text_widths), 0), 0)
+    facts = [str(metadata.get(key, "")).lower() for key in ("ss_base_model_version", "modelspec.architecture")]
+    for rows, texts in ((_CERTAIN, names), (_IN_METADATA, facts), (_LIKELY, names)):
+        for architecture, pattern in rows:
+            if any(re.search(pattern, text) for text in texts):
+                return architecture
+        if width and rows is _CERTAIN:
+            return ("", "Stable Diffusion 1.x or 2.x", "SDXL")[width]
+    return ""
+
+
+def dotted(name: str, words: Collection[str]) -> str | None:
+    """The path of a key name without its prefix: numbers and words, the longest that fit; None if none do."""
+    return _dotted(tuple(name.split("_")), frozenset(words))
+
+
+@functools.lru_cache(100_000)
+def _dotted(tokens: tuple[str, ...], words: frozenset[str]) -> str | None:
+    if not tokens:
+        return ""
+    for length in range(min(len(tokens), 4), 0, -1):
+        word = "_".join(tokens[:length])
+        if word in words or (length == 1 and word.isdecimal()):
+            rest = _dotted(tokens[length:], words)
+            if rest is not None:
+                return f"{word}.{rest}" if rest else word
+    return None
+
+
+def _is_path(path: str, words: Collection[str]) -> bool:
+    return all(part.isdecimal() or part in words for part in path.split("."))
+
+
+def renamed(path: str, renames: Iterable[tuple[str, str]]) -> str:
+    """A path after all of these renames, in their order."""
+    for pattern, replacement in renames:
+        path = re.sub(pattern, replacement, path)
+    return path
+
+
+def encoder_of(architecture: Architecture | None, model: str) -> Part | None:
+    """A text encoder's row, by Diffusers' name of it; where T5 is the second there, by its last number."""
+    encoders = architecture.text_encoders if architecture else ()
+    number = int(model.rpartition("_")[2]) if model[-1].isdecimal() else 1
+    return encoders[min(number, len(encoders)) - 1] if encoders else None
+
+
+def key_name(architecture: Architecture | None, model: str, path: str) -> tuple[str, str]:
+    """Kohya's key name of a layer's weight, and which piece of it the layer is, "" for all.
+
+    :param model: `DENOISER` or a text encoder in Diffusers' words
+    :param path: in any form that the architecture has, with dots, or with underscores alone
+    :raises KeyError: when an architecture that is known has no such layer
+    """
+    if model != DENOISER:
+        part = encoder_of(architecture, model)
+        if part is None:
+            return f"{_prefix(model)}_{path.replace('.', '_')}", ""
+        root = part.path_root.replace(".", "_" if "." not in path else ".")
+        path = path if path.startswith(root) else root + path
+        if "." in path and not _is_path(path, part.words.split()):
+            raise KeyError(path)
+        return f"{part.prefix}_{path.replace('.', '_')}", ""
+    if architecture is None:
+        return f"lora_unet_{path.replace('.', '_')}", ""
+    for part in sorted(architecture.denoisers, key=lambda part: not part.renames):
+        words = part.words.split()
+        found = path if "." in path or not part.renames else dotted(path, words)
+        if found is None or not words or ("." in path and not _is_path(path, words)):
+            continue
+        new, _, piece = renamed(found, part.renames).partition("#")
+        if part.renames and new == found and not piece:
+            continue  # not that form's
+        return f"{part.prefix}_{new.replace('.', '_')}", piece
+    if "." in path and any(part.words for part in architecture.denoisers):
+        raise KeyError(path)
+    return f"lora_unet_{path.replace('.', '_')}", ""
+
+
+def _prefix(model: str) -> str:
+    number = model.rpartition("_")[2]
+    return f"lora_te{number if number.isdecimal() else ''}"
+
+
+def places(architecture: Architecture, name: str, form: str) -> list[tuple[str, str]]:
+    """Where a weight is in another form of its model: the model and its path, of each of its pieces in order.
+
+    :param name: kohya's key name
+    :param form: "diffusers" or "original"; those of text encoders are the same
+    :raises KeyError: when the path cannot be had from the name, or the form is not known
+    """
+    for number, encoder in enumerate(architecture.text_encoders, 1):
+        if name.startswith(f"{encoder.prefix}_"):
+            path = dotted(name.removeprefix(f"{encoder.prefix}_"), encoder.words.split())
+            if not path:
+                raise KeyError(name)
+            return [("text_encoder" if number == 1 else f"text_encoder_{number}", path)]
+    own = next(part for part in architecture.denoisers if not part.renames)
+    path = dotted(name.removeprefix(f"{own.prefix}_"), own.words.split()) if name.startswith(own.prefix) else None
+    other = next((part for part in architecture.denoisers if part.form == form), None)
+    if not path or other is None:
+        raise KeyError(name)
+    return [(DENOISER, found) for found in _pieces(path, other)]
+
+
+def _pieces(path: str, part: Part) -> list[str]:
+    back = _inverted(part.renames)
+    if not back:
+        return [path]
+    found: list[str] = []
+    while (piece := renamed(f"{path}#{len(found)}", back)) != f"{path}#{len(found)}" and "#" not in piece:
+        found.append(piece)
+    return found or [renamed(path, back)]
+
+
+_inverted = functools.lru_cache(None)(inverted)

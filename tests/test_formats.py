@@ -1,0 +1,161 @@
+"""Adapter files of other programs, in and out: names, kinds, weights that some have in pieces."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import (
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from library.models.reading import CONFIGS
+from networks import deft_formats, deft_names
+from networks.deft_factors import Factors
+from networks.deft_formats import tensors_as
+from networks.deft_targets import ARCHITECTURES, targets
+from tests import small_flux, small_models
+
+SD, SDXL, FLUX = (a.name for a in ARCHITECTURES[:3])
+MODELS = {
+    "sd15": (SD, {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}),
+    "sd2": (SD, {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}),
+    "sdxl": (
+        SDXL,
+        {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection},
+    ),
+    "flux": (
+        FLUX,
+        {"transformer": FluxTransformer2DModel, "text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
+    ),
+}
+
+
+def meta_model(kind: str, name: str) -> nn.Module:
+    """A published model without its weights."""
+    config = json.loads((CONFIGS / kind / name / "config.json").read_text(encoding="utf-8"))
+    made_by = MODELS[kind][1][name]
+    with torch.device("meta"):
+        if hasattr(made_by, "from_config"):
+            return made_by.from_config(config)
+        return made_by((T5Config if made_by is T5EncoderModel else CLIPTextConfig)(**config))
+
+
+def diffusers_path(model: nn.Module, path: str) -> str:
+    return f"text_model.{path}" if "CLIP" in type(model).__name__ and not path.startswith("text_") else path
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_name_to_path_to_name_is_the_identity_for_every_layer_of_the_published_models(kind):
+    architecture, models = MODELS[kind]
+    row = deft_names.named(architecture)
+    seen = 0
+    for number, name in enumerate(models):
+        model = meta_model(kind, name)
+        part = next(p for p in row.denoisers if p.form == "diffusers") if not number else row.text_encoders[number - 1]
+        of = deft_names.DENOISER if not number else name
+        paths = {layer: diffusers_path(model, path) for path, layer in model.named_modules()}
+        for target in targets(model, part, True):
+            path = paths[target.layer]
+            key, piece = deft_names.key_name(row, of, path)
+            assert (key, piece) == (target.file_name, target.name.partition("-")[2]), path
+            assert deft_names.places(row, key, "diffusers")[int(piece or 0)] == (of, path)
+            for other in deft_names.places(row, key, "original"):
+                assert deft_names.key_name(row, of, other[1]) == (key, ""), other
+            assert deft_names.key_name(row, of, key.removeprefix(f"{part.prefix}_")) == (key, "")
+            seen += 1
+    assert seen > 250
+
+
+# --- what diffusers and peft read of what we write --------------------------------------------------------------------
+
+PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def pipeline(request, tmp_path_factory):
+    """(kind, a small pipeline of diffusers)"""
+    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+    path = small_flux.build(folder).folder if kind == "flux" else small_models.build(kind, folder)
+    return kind, PIPELINES[kind].from_pretrained(str(path))
+
+
+def models_of(kind, pipeline):
+    """(the model's name in Diffusers, its row, the model) of each model."""
+    row = deft_names.named(MODELS[kind][0])
+    for number, name in enumerate(MODELS[kind][1]):
+        part = next(p for p in row.denoisers if p.form == "diffusers") if not number else row.text_encoders[number - 1]
+        yield name, part, getattr(pipeline, name)
+
+
+def random_changes(kind, pipeline, rank=3, convolutions=True, skipped=()):
+    """A change of every layer that sd-scripts adapts, of different ranks, by kohya's key name."""
+    wholes: dict[str, tuple[int, torch.Size]] = {}
+    for name, part, model in models_of(kind, pipeline):
+        for target in targets(model, part, convolutions) if name not in skipped else ():
+            rows = wholes.get(target.file_name, (0,))[0]
+            wholes[target.file_name] = (rows + target.shape[0], target.layer.weight.shape[1:])
+    return {
+        name: Factors(torch.randn(rows, r), torch.randn(r, kernel.numel()), tuple(kernel))
+        for k, (name, (rows, kernel)) in enumerate(wholes.items())
+        for r in [1 + (k + rank) % rank]
+    }
+
+
+def deltas(changes, kind, pipeline, skipped=()):
+    """(model, Diffusers' path) -> what the layer's weight is to change by."""
+    found = {}
+    for name, part, model in models_of(kind, pipeline):
+        paths = {layer: path for path, layer in model.named_modules()}
+        for target in targets(model, part, True) if name not in skipped else ():
+            if target.file_name in changes:
+                first = (target.file_rows or (0, 0))[0]
+                rows = changes[target.file_name].delta()[first : first + target.shape[0]]
+                found[name, paths[target.layer]] = rows.reshape(target.layer.weight.shape)
+    return found
+
+
+def test_diffusers_loads_every_layer_of_what_we_write_and_makes_the_same_delta_of_it(pipeline, caplog):
+    kind, pipe = pipeline
+    skipped = ("text_encoder_2",) if kind == "flux" else ()  # diffusers has no LoRA for T5
+    changes = random_changes(kind, pipe, skipped=skipped)
+    expected = deltas(changes, kind, pipe, skipped)
+    pipe.load_lora_weights(tensors_as("diffusers", changes, torch.float32, True, MODELS[kind][0]), adapter_name="a")
+    try:
+        seen = {}
+        for name, _, model in models_of(kind, pipe):
+            for path, layer in model.named_modules():
+                if hasattr(layer, "lora_A") and "a" in layer.lora_A:
+                    seen[name, path] = layer.get_delta_weight("a")
+    finally:
+        pipe.unload_lora_weights()
+    assert seen.keys() == expected.keys()
+    assert "unexpected" not in caplog.text
+    for at, delta in seen.items():
+        assert (delta - expected[at]).norm() <= 1e-6 * expected[at].norm(), at
+
+
+@pytest.mark.parametrize("other", ["diffusers", "comfy"])
+def test_a_file_goes_to_other_names_and_back_without_a_change(pipeline, other):
+    kind, pipe = pipeline
+    architecture = MODELS[kind][0]
+    changes = random_changes(kind, pipe)
+    kohya = deft_formats.parse(tensors_as("kohya", changes, torch.float32, False, architecture), {}, "k")
+    there = tensors_as(other, dict(kohya.changes), torch.float32, False, architecture)
+    back = deft_formats.parse(there, {}, "there")
+    assert (back.format, back.architecture, kohya.format) == (other, architecture, "kohya")
+    assert set(back.changes) == set(changes)
+    for name, whole in changes.items():
+        found = back.changes[name]
+        assert (found.kernel, found.rank) == (whole.kernel, whole.rank), name
+        assert torch.equal(found.delta(), whole.delta()), name
+    again = tensors_as(other, dict(back.changes), torch.float32, False, architecture)
+    assert again.keys() == there.keys()
+    assert all(torch.equal(again[key], there[key]) for key in there)
