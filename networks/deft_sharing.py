@@ -13,6 +13,7 @@ import binascii
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,11 +116,8 @@ def _setting(given: str) -> tuple[str, str]:
         raise DeftError(f"--set {given}: write key=value, the whole in quotes where it has spaces")
     if not value.strip():
         raise DeftError(f"--set {given}: no value; --unset {name} takes one out")
-    if name == "weight":
-        try:
-            float(value)
-        except ValueError:
-            raise DeftError(f"--set {given}: give a number, 0.8 for one") from None
+    if name == "weight" and _weight({FRIENDLY["weight"]: value}) is None:
+        raise DeftError(f"--set {given}: give a number, 0.8 for one")
     return name.strip(), value
 
 
@@ -290,7 +288,7 @@ def _webui_fields(path: Path, metadata: Mapping[str, str], picture: str) -> dict
         "description": metadata.get(FRIENDLY["description"], ""),
         "sd version": base_of(metadata).webui,
         "activation text": metadata.get(FRIENDLY["trigger"], ""),
-        "preferred weight": float(metadata.get(FRIENDLY["weight"], 0)),
+        "preferred weight": _weight(metadata) or 0.0,
         "negative text": "",
         "notes": metadata.get(FRIENDLY["usage_hint"], ""),
     }
@@ -298,7 +296,7 @@ def _webui_fields(path: Path, metadata: Mapping[str, str], picture: str) -> dict
 
 def _manager_fields(path: Path, metadata: Mapping[str, str], picture: str) -> dict[str, Any]:
     """Paths without folders: the manager completes them, and a shared file tells nothing of its author's disk."""
-    weight = metadata.get(FRIENDLY["weight"])
+    weight = _weight(metadata)
     trigger = metadata.get(FRIENDLY["trigger"])
     return {
         "file_name": path.stem,
@@ -315,8 +313,17 @@ def _manager_fields(path: Path, metadata: Mapping[str, str], picture: str) -> di
         "civitai": {"trainedWords": _words(trigger)} if trigger else {},
         "tags": _words(metadata.get(FRIENDLY["tags"], "")),
         "modelDescription": metadata.get(FRIENDLY["description"], ""),
-        "usage_tips": json.dumps({"strength": float(weight)}) if weight else "{}",
+        "usage_tips": json.dumps({"strength": weight}) if weight else "{}",
     }
+
+
+def _weight(metadata: Mapping[str, str]) -> float | None:
+    """The strength to use it at, where the file says it."""
+    try:
+        found = float(metadata[FRIENDLY["weight"]])
+    except (KeyError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _says_nothing(value: object) -> bool:
