@@ -13,16 +13,17 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from networks import deft_layouts
+from networks import deft_layouts, deft_scaled
 from networks.deft_config import DeftError, read_text, reason_of
 from networks.deft_layouts import Place
+from networks.deft_scaled import FLOATS, KNOWN_FORMATS, Scale
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -35,8 +36,9 @@ _NAMES = {
     "C64": "complex64",
 }  # fmt: skip
 DTYPES: dict[str, torch.dtype] = {k: getattr(torch, name) for k, name in _NAMES.items() if hasattr(torch, name)}
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8)
+_QUANTISED = "take the model in bf16, fp16, fp32 or fp8, and quantise what comes out"
+_MARK = ".comfy_quant"  # JSON in bytes, behind a layer's path
+_MARKS = "_quantization_metadata"  # the same of all layers, in a file's metadata
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class TensorFile:
         try:
             with safe_open(str(path), "pt") as checked:
                 self.metadata: dict[str, str] = checked.metadata() or {}
-            self._handle: BinaryIO = open(path, "rb")  # noqa: SIM115  closed by `close`
+            self._handle: BufferedReader = open(path, "rb")  # noqa: SIM115  closed by `close`
         except (SafetensorError, OSError) as error:
             raise DeftError(f"{path}: not a whole safetensors file ({reason_of(error)})") from None
         self._lock = threading.Lock()
@@ -112,15 +114,26 @@ class TensorFile:
 
     def read(self, start: int, size: int, dtype: torch.dtype) -> Tensor:
         """Elements of the file, in a row."""
-        if not size:
-            return torch.empty(0, dtype=dtype)
-        data = bytearray(size)
-        with self._lock:
-            self._handle.seek(start)
-            found = self._handle.readinto(data)  # type: ignore[attr-defined]
-        if found != size:
-            raise DeftError(f"{self.path}: became shorter while it was read")
-        return torch.frombuffer(data, dtype=dtype)
+        return torch.frombuffer(self.read_bytes(start, size), dtype=dtype) if size else torch.empty(0, dtype=dtype)
+
+    def read_bytes(self, start: int, size: int) -> bytearray:
+        """:raises DeftError: when the file has become shorter"""
+        data, done = bytearray(size), 0
+        while done < size:
+            rest = memoryview(data)[done:]
+            if hasattr(os, "preadv"):
+                found = os.preadv(self._handle.fileno(), [rest], start + done)
+            else:
+                with self._lock:
+                    self._handle.seek(start + done)
+                    found = self._handle.readinto(rest)
+            if not found:
+                raise DeftError(f"{self.path}: became shorter while it was read")
+            done += found
+        return data
+
+    def fileno(self) -> int:
+        return self._handle.fileno()
 
     def close(self) -> None:
         self._handle.close()
@@ -170,14 +183,46 @@ class Checkpoint:
                     raise DeftError(f"{source}: {before + key} stands in two of its files")
                 self.entries[before + key] = entry
         shapes = {key: entry.shape for key, entry in self.entries.items()}
+        self._refuse_unknown_forms()
         layout = deft_layouts.recognise(shapes, pipeline, str(source))
         self.layout, self.architecture = layout.name, layout.architecture
         self.layers, self.further = deft_layouts.places(layout, shapes, str(source))
-        held = {piece.key for place in self._all().values() for piece in place.pieces}
+        places = (*self.layers.values(), *self.further.values())
+        held = {piece.key for place in places for piece in place.pieces}
+        for key in held:
+            if self.entries[key].dtype not in FLOATS:
+                raise DeftError(f"{source}: {key} is stored as {self.entries[key].dtype}: {_QUANTISED}")
         self.rest = tuple(key for key in self.entries if key not in held)
+        try:
+            found = deft_scaled.find(shapes)
+        except ValueError as error:
+            raise DeftError(f"{source}: {error}") from None
+        self.scales: dict[str, Scale] = {
+            key: scale for key, scale in found.items() if self.entries[key].dtype in deft_scaled.FP8
+        }
+        for scale in self.scales.values():
+            if self.entries[scale.key].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise DeftError(f"{source}: {scale.key} is stored as {self.entries[scale.key].dtype}: {_QUANTISED}")
 
-    def _all(self) -> dict[str, Place]:
-        return {**self.further, **self.layers}
+    def _refuse_unknown_forms(self) -> None:
+        """:raises DeftError: for weights that are quantised in another way than `deft_scaled` knows"""
+        key = deft_scaled.unknown_form(self.entries)
+        if key is not None:
+            raise DeftError(f"{self.source}: {key} is part of a quantised form that is not read here: {_QUANTISED}")
+        try:
+            marks = {key: entry for key, entry in self.entries.items() if key.endswith(_MARK)}
+            formats = {
+                key: json.loads(bytes(entry.read(0, min(entry.size, 65536)).tolist())) for key, entry in marks.items()
+            }
+            for _, file in self.files:
+                formats |= json.loads(file.metadata.get(_MARKS, "{}")).get("layers", {})
+            odd = {key: about["format"] for key, about in formats.items() if about["format"] not in KNOWN_FORMATS}
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise DeftError(
+                f"{self.source}: its marks of quantised layers cannot be read ({reason_of(error)})"
+            ) from None
+        for key, name in odd.items():
+            raise DeftError(f"{self.source}: {key} says {name}, which is not read here: {_QUANTISED}")
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -211,7 +256,11 @@ class Checkpoint:
 
     def rows(self, key: str, first: int, rows: int) -> Tensor:
         """Some rows of a tensor, float32, with its scales applied."""
-        return self.entries[key].read(first, rows).float()
+        stored, scale = self.entries[key].read(first, rows), self.scales.get(key)
+        if scale is None:
+            return stored.float()
+        scales = self.entries[scale.key]
+        return deft_scaled.applied(stored, scales.read(first, rows) if scale.blocks else scales.read(), scale.blocks)
 
     def close(self) -> None:
         for _, file in self.files:

@@ -85,28 +85,6 @@ _FLUX_LAYERS = r"(double|single)_blocks\.|(img_in|txt_in|(time|vector|guidance)_
 _FLUX_FURTHER = r"final_layer\.(linear|adaLN_modulation\.1)$|distilled_guidance_layer\."
 
 
-def _ldm_renames() -> tuple[tuple[str, str], ...]:
-    """The original's paths of a Stable Diffusion 1.x or 2.x U-Net to Diffusers', which are kohya's there.
-
-    As `convert_ldm_unet_checkpoint` of diffusers 0.32: three blocks a level, on the way up the sampler in the last.
-    """
-    kinds = (("resnets", 0), ("attentions", 1))
-    down = [(rf"^input_blocks\.{3 * i + j + 1}\.{k}\b", f"down_blocks.{i}.{kind}.{j}")
-            for i in range(4) for j in range(2) for kind, k in kinds]  # fmt: skip
-    down += [(rf"^input_blocks\.{3 * i + 3}\.0\.op$", f"down_blocks.{i}.downsamplers.0.conv") for i in range(3)]
-    up = [(rf"^output_blocks\.{3 * i + 2}\.[12]\.conv$", f"up_blocks.{i}.upsamplers.0.conv") for i in range(3)]
-    up += [(rf"^output_blocks\.{3 * i + j}\.{k}\b", f"up_blocks.{i}.{kind}.{j}")
-           for i in range(4) for j in range(3) for kind, k in kinds]  # fmt: skip
-    middle = [(r"^middle_block\.0\b", "mid_block.resnets.0"), (r"^middle_block\.1\b", "mid_block.attentions.0"),
-              (r"^middle_block\.2\b", "mid_block.resnets.1")]  # fmt: skip
-    inside = [(r"\.in_layers\.2$", ".conv1"), (r"\.out_layers\.3$", ".conv2"), (r"\.emb_layers\.1$", ".time_emb_proj"),
-              (r"\.skip_connection$", ".conv_shortcut")]  # fmt: skip
-    outside = [(r"^input_blocks\.0\.0$", "conv_in"), (r"^out\.2$", "conv_out"),
-               (r"^time_embed\.0$", "time_embedding.linear_1"),
-               (r"^time_embed\.2$", "time_embedding.linear_2")]  # fmt: skip
-    return (*down, *up, *middle, *inside, *outside)
-
-
 # open_clip's names of a text encoder to transformers'
 _OPEN_CLIP_RENAMES = (
     (r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_weight$",
@@ -114,12 +92,6 @@ _OPEN_CLIP_RENAMES = (
     (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj$", r"text_model.encoder.layers.\1.self_attn.out_proj"),
     (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc$", r"text_model.encoder.layers.\1.mlp.fc1"),
     (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj$", r"text_model.encoder.layers.\1.mlp.fc2"),
-)  # fmt: skip
-
-_SDXL_OUTSIDE_RENAMES = (
-    (r"^conv_in$", "input_blocks.0.0"), (r"^conv_out$", "out.2"),
-    (r"^time_embedding\.linear_1$", "time_embed.0"), (r"^time_embedding\.linear_2$", "time_embed.2"),
-    (r"^add_embedding\.linear_1$", "label_emb.0.0"), (r"^add_embedding\.linear_2$", "label_emb.0.2"),
 )  # fmt: skip
 
 
@@ -136,7 +108,6 @@ def _t5(start: str) -> Model:
 
 
 _SINGLE = r"(?:model\.diffusion_model\.|diffusion_model\.|)"  # before a denoiser's keys, or nothing
-_SDXL_RENAMES = (*deft_targets.sdxl_renames(), *_SDXL_OUTSIDE_RENAMES)
 _FLUX = Model(_SINGLE, "lora_unet", _FLUX_LAYERS, _FLUX_FURTHER)
 _CLIP_KEY = r"(?:text_model\.)?encoder\.layers\.{}\.mlp\.fc1\.weight"
 
@@ -156,7 +127,7 @@ LAYOUTS = (
         "LDM single file",
         "Stable Diffusion 1.x or 2.x",
         (
-            Model(_SINGLE, "lora_unet", _SD_LAYERS, _SD_FURTHER, _ldm_renames()),
+            Model(_SINGLE, "lora_unet", _SD_LAYERS, _SD_FURTHER, deft_targets.LDM_RENAMES),
             _clip(r"cond_stage_model\.transformer\.", "lora_te"),
             _open_clip(r"cond_stage_model\.model\.", "lora_te"),
         ),
@@ -178,7 +149,7 @@ LAYOUTS = (
         "Diffusers",
         "SDXL",
         (
-            Model(r"(?:unet/|)", "lora_unet", _SDXL_LAYERS, _SDXL_FURTHER, _SDXL_RENAMES),
+            Model(r"(?:unet/|)", "lora_unet", _SDXL_LAYERS, _SDXL_FURTHER, deft_targets.SDXL_RENAMES),
             _clip("text_encoder/", "lora_te1"),
             _clip("text_encoder_2/", "lora_te2"),
         ),

@@ -211,14 +211,8 @@ def inverted(renames: Renames) -> Renames:
     return tuple(back)
 
 
-_SDXL_RENAMES = _unet_renames(3, 0)
-
-
-def sdxl_renames() -> Renames:
-    """Diffusers' paths of an SDXL U-Net to the original's."""
-    return _SDXL_RENAMES
-
-
+SDXL_RENAMES = _unet_renames(3, 0)
+LDM_RENAMES = inverted(_unet_renames(4, 3))  # of Stable Diffusion 1.x and 2.x: the original's to Diffusers'
 _TRANSFORMER_WORDS = " proj_in proj_out transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj"
 _UNET_WORDS = (
     "conv_in conv_out time_embedding add_embedding linear_1 linear_2 down_blocks mid_block up_blocks resnets "
@@ -315,9 +309,7 @@ ARCHITECTURES = (
                 form="diffusers",
                 words=_UNET_WORDS,
             ),
-            Part(
-                "lora_unet", (), (), renames=inverted(_unet_renames(4, 3)), words=_ORIGINAL_UNET_WORDS
-            ),  # in files alone
+            Part("lora_unet", (), (), renames=LDM_RENAMES, words=_ORIGINAL_UNET_WORDS),  # in files alone
         ),
         (_clip("lora_te", "clip_l", "clip_h"),),
         blocks=Blocks(12, 1, 0, _sd_block),
@@ -338,7 +330,7 @@ ARCHITECTURES = (
                 ("UNet2DConditionModel with text_time",),  # see `recognise`
                 _UNET_CONTAINERS,
                 _UNET_CONV_CONTAINERS,
-                renames=_SDXL_RENAMES,
+                renames=SDXL_RENAMES,
                 base=_SDXL_BASE,
                 form="diffusers",
                 words=_UNET_WORDS,

@@ -1,0 +1,80 @@
+"""Every tool of networks/: in each of the ways in which it can be started, with the example that its help shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+TOOLS = sorted(path.stem for path in (ROOT / "networks").glob("*_deft.py"))
+
+
+def example(help_text: str, tool: str) -> list[str]:
+    """The arguments of the first command that a help text shows."""
+    joined = re.sub(r"\\\n\s*", " ", help_text)
+    found = re.search(rf"^\s+python networks/{tool}\.py (.+)$", joined, re.MULTILINE)
+    assert found, f"the help of {tool} shows no command"
+    return shlex.split(found[1])
+
+
+def docstring(tool: str) -> str:
+    return (ROOT / "networks" / f"{tool}.py").read_text(encoding="utf-8").split('"""')[1]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, text=True, capture_output=True)
+
+
+def says_what_is_missing(code: object, printed: str, errors: str) -> None:
+    """The example's files are not there: one line that names one of them."""
+    assert code == 2, errors
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in printed
+
+
+def test_there_are_tools():
+    assert "merge_deft" in TOOLS
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_help_shows_an_example(tool, tmp_path):
+    """And the tool runs as a file, from any folder."""
+    done = run([str(ROOT / "networks" / f"{tool}.py"), "--help"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert example(done.stdout, tool) == example(docstring(tool), tool)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_it_runs_as_a_module(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [tool, *example(docstring(tool), tool)])
+    monkeypatch.delitem(sys.modules, f"networks.{tool}", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"networks.{tool}", run_name="__main__", alter_sys=True)
+    said = capsys.readouterr()
+    says_what_is_missing(ended.value.code, said.out, said.err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_it_runs_among_a_trainers_own_networks(tool, tmp_path):
+    """Copied there, as README.md has it: the folder is no package, and ours is on no path."""
+    (tmp_path / "networks").mkdir()
+    for file in (ROOT / "networks").glob("*deft*.py"):
+        shutil.copy(file, tmp_path / "networks")
+    (tmp_path / "networks" / "lora.py").write_text("raise ImportError('the trainer\\'s own')\n")
+    done = run([f"networks/{tool}.py", *example(docstring(tool), tool)], tmp_path)
+    says_what_is_missing(done.returncode, done.stdout, done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["networks"]
