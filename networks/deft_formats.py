@@ -337,7 +337,7 @@ def _makers(
         config = configs.get(model, {})
         kernel = (3, 3) if _K3.search(name) and "_te" not in name[:8] else None
         rank = _pattern_value(config, "rank_pattern", "r", path)
-        facts = Facts(config, rank, str(metadata.get("ss_network_module", "")), recorded.get(layer), kernel)
+        facts = Facts(config, path, rank, str(metadata.get("ss_network_module", "")), recorded.get(layer), kernel)
         make = _maker(layer, _with_alpha(parts, config, rank, path), facts, source)
         shapes[layer] = make().shape  # which finds what is wrong with it
         piece = given or piece
@@ -497,7 +497,9 @@ def _placed(format: str, changes: Mapping[str, Factors], architecture: str) -> d
         if format == "peft" and len(models) > 1:
             raise DeftError("format peft: one file is of one model; write the text encoders' layers apart")
         prefix = _prefix(format, row, places[0][0], factors)
-        for (_, path), part in zip(places, _split_rows(factors, len(places)), strict=True):
+        for (model, path), part in zip(places, _split_rows(factors, len(places)), strict=True):
+            if format == "peft" and model == "text_encoder":  # transformers 5; CLIPTextModelWithProjection has it still
+                path = path.removeprefix("text_model.")
             placed[f"{prefix}{path}"] = part
     return placed
 
@@ -530,7 +532,10 @@ def _split_rows(factors: Factors, number: int) -> list[Factors]:
 
 
 def peft_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """The content of adapter_config.json for what `tensors_as("peft", ...)` has made."""
+    """The content of adapter_config.json for what `tensors_as("peft", ...)` has made.
+
+    Layers are named whole, so that peft refuses a model whose own are named in another way.
+    """
     ranks = {
         key.removesuffix(".lora_A.weight"): t.shape[0] for key, t in tensors.items() if key.endswith("lora_A.weight")
     }
@@ -545,7 +550,7 @@ def peft_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted(paths),
+        "target_modules": f"(?:{'|'.join(map(re.escape, sorted(paths)))})",
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -20,6 +20,7 @@ twice), ComfyUI's comfy/weight_adapter, peft 0.21 and OneTrainer's LoRAModule.py
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -27,7 +28,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from networks import deft_io
+from networks import deft_io, deft_math
 from networks.deft_factors import Factors
 from networks.deft_io import DeftLayer
 
@@ -71,6 +72,7 @@ class Facts:
     """What stands beside a layer's tensors.
 
     :param config: of peft, for the layer's model
+    :param path: of the layer in its model, with the dots that its file has
     :param rank: that peft's configuration has for the layer
     :param module: `ss_network_module`
     :param recorded: deft_io's record of the layer
@@ -78,6 +80,7 @@ class Facts:
     """
 
     config: Mapping[str, object] = field(default_factory=dict)
+    path: str = ""
     rank: int | None = None
     module: str = ""
     recorded: tuple[int, float, int] | None = None
@@ -183,7 +186,7 @@ def _cored(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[in
     """up (m, r) and down (r, n) of a product with a core (r, r, kh, kw) between a (r, m) and b (r, in)."""
     _fits(core.dim() > 2 and core.shape[0] == a.shape[0] and core.shape[1] == b.shape[0], core, a, b)
     down = torch.einsum("ij...,jn->in...", core.float(), b.float())
-    return a.float().mT, down.flatten(1), tuple(down.shape[1:])
+    return a.float().mT.contiguous(), down.flatten(1), tuple(down.shape[1:])
 
 
 def _rank_limit(m: int, n: int) -> int:
@@ -268,9 +271,13 @@ def _ia3(parts: Parts, facts: Facts) -> Change:
 
 
 def _peft_ia3(parts: Parts, facts: Facts) -> Change:
-    """peft's vector is the factor itself; it is of the inputs in layers for feed-forward."""
+    """peft's vector is the factor itself, (1, in) or (out, 1), of a convolution (1, in or out, 1, 1)."""
     vector = parts.pop("ia3_l")
-    on_input = vector.dim() >= 2 and vector.shape[0] == 1
+    on_input = vector.shape[0] == 1
+    if vector.dim() > 2:
+        patterns = facts.config.get("feedforward_modules") or []
+        ends = isinstance(patterns, list | tuple) and any(facts.path.endswith(str(end)) for end in patterns)
+        on_input = ends or (isinstance(patterns, str) and re.fullmatch(patterns, facts.path) is not None)
     return _stretched(vector.float().flatten() - 1, on_input)
 
 
@@ -433,7 +440,16 @@ def _deft(parts: Parts, facts: Facts) -> Change:
         raise ValueError(f"decomposition_method {basis} is not known")
     R = None if facts.config.get("para") or R is None else R.float()
     _fits(P.dim() == 2 and (R is None or R.shape[:1] == P.shape[1:]), P)
+    if R is not None and basis != "relu":
+        R = R * _signs(P, basis)[:, None]
     return of_deft_layer(DeftLayer(basis, P, R, torch.zeros_like(P), scale, gate))
+
+
+def _signs(P: Tensor, basis: str) -> Tensor:
+    """Of peft's and the authors' Q (or U), as LAPACK gives it, to ours: the sign of each column is part of Q R."""
+    theirs = torch.linalg.qr(P)[0] if basis == "qr" else torch.linalg.svd(P, full_matrices=False)[0]
+    ours = deft_math.left_and_eraser(P, basis)[0]
+    return torch.where((theirs * ours).sum(0) < 0, -1.0, 1.0)
 
 
 def of_deft_layer(layer: DeftLayer) -> Change:

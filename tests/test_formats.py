@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from diffusers import (
@@ -13,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -159,3 +163,104 @@ def test_a_file_goes_to_other_names_and_back_without_a_change(pipeline, other):
     again = tensors_as(other, dict(back.changes), torch.float32, False, architecture)
     assert again.keys() == there.keys()
     assert all(torch.equal(again[key], there[key]) for key in there)
+
+
+# --- kinds of adapter, by the code that trains them -------------------------------------------------------------------
+
+FOREIGN = Path(__file__).parent / "foreign"
+
+
+def delta_of(change, W):
+    """(m, n) of any change, by the weight's tensor."""
+    return change.delta(W.flatten(1)) if isinstance(change, deft_formats.OnBase) else change.delta()
+
+
+def test_every_algorithm_of_lycoris_does_what_lycoris_does():
+    found = deft_formats.read(FOREIGN / "lycoris.safetensors")
+    expected = load_file(FOREIGN / "lycoris.expected.safetensors")
+    assert (found.format, found.architecture, len(found.changes), found.left) == ("kohya", SD, 71, {})
+    kinds = {getattr(change, "kind", "factors") for change in found.changes.values()}
+    assert kinds == {"factors", "DoRA", "LoHa", "LoKr", "full difference", "GLoRA", "(IA)^3", "OFT", "BOFT"}
+    for name, change in found.changes.items():
+        delta = expected[f"{name}.delta"]
+        error = delta_of(change, expected.get(f"base.{delta.shape[1]}")) - delta
+        assert error.norm() <= 1e-5 * delta.norm(), name  # theirs is a difference of float32 weights
+
+
+PEFT = {
+    "lora": (peft.LoraConfig, {"r": 3, "lora_alpha": 5, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 7}}),
+    "rslora": (peft.LoraConfig, {"r": 4, "lora_alpha": 3, "use_rslora": True}),
+    "dora": (peft.LoraConfig, {"r": 3, "lora_alpha": 5, "use_dora": True}),
+    "loha": (peft.LoHaConfig, {"r": 2, "alpha": 3}),
+    "loha of higher rank": (peft.LoHaConfig, {"r": 6, "alpha": 3}),
+    "loha with cores": (peft.LoHaConfig, {"r": 2, "alpha": 3, "use_effective_conv2d": True}),
+    "lokr": (peft.LoKrConfig, {"r": 2, "alpha": 3, "decompose_factor": 4}),
+    "lokr of whole matrices": (peft.LoKrConfig, {"r": 16, "alpha": 3, "decompose_factor": 4}),
+    "lokr of four": (peft.LoKrConfig, {"r": 1, "alpha": 3, "decompose_both": True, "use_effective_conv2d": True}),
+    "oft": (peft.OFTConfig, {"r": 0, "oft_block_size": 4}),
+    "oft by solving": (peft.OFTConfig, {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}),
+    "oft shared": (peft.OFTConfig, {"r": 0, "oft_block_size": 4, "block_share": True}),
+    "oft near the identity": (peft.OFTConfig, {"r": 0, "oft_block_size": 4, "coft": True, "eps": 0.1}),
+    "ia3": (peft.IA3Config, {"feedforward_modules": ["to_k"]}),
+    "deft": (peft.DeftConfig, {"r": 3, "alpha": 2}),
+    "deft by qr": (peft.DeftConfig, {"r": 3, "decomposition_method": "qr"}),
+    "para": (peft.DeftConfig, {"r": 3, "decomposition_method": "qr", "para": True}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel.from_config(small_models.config_of("sd15", "unet"))
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_a_folder_of_peft_does_what_peft_merges(kind, unet, tmp_path):
+    made_by, options = PEFT[kind]
+    layers = ["to_q", "to_k"] if "deft" in kind or kind == "para" else ["to_q", "to_k", "proj_in", "conv1"]
+    model = peft.get_peft_model(copy.deepcopy(unet), made_by(target_modules=layers, **options))
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_(std=0.2).abs_()
+    model.save_pretrained(str(tmp_path / "unet"))
+    found = deft_formats.read(tmp_path / "unet")
+    assert (found.format, found.architecture) == ("peft", SD)
+    merged = model.merge_and_unload()
+    base = dict(unet.named_modules())
+    changed = 0
+    for path, layer in merged.named_modules():
+        if path.endswith(tuple(f".{name}" for name in layers)) and hasattr(layer, "weight"):
+            W = base[path].weight.detach()
+            delta = (layer.weight.detach() - W).flatten(1)
+            change = found.changes[f"lora_unet_{path}".replace(".", "_")]
+            assert (delta_of(change, W) - delta).norm() <= 1e-5 * delta.norm(), (path, change)
+            changed += 1
+    assert changed == len(found.changes) > 20
+    assert deft_formats.read(tmp_path / "unet" / "adapter_model.safetensors").changes.keys() == found.changes.keys()
+
+
+def test_what_we_write_for_peft_is_loaded_by_peft_with_the_same_delta(pipeline, tmp_path):
+    kind, pipe = pipeline
+    changes = random_changes(kind, pipe)
+    for name, part, model in models_of(kind, pipe):
+        of_model = {key: change for key, change in changes.items() if key.startswith(f"{part.prefix}_")}
+        tensors = tensors_as("peft", of_model, torch.float32, False, MODELS[kind][0])
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(deft_formats.peft_config(tensors)))
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+        expected = deltas(of_model, kind, pipe)
+        seen = {
+            p.removeprefix("base_model.model."): layer
+            for p, layer in loaded.named_modules()
+            if hasattr(layer, "lora_A")
+        }
+        assert seen.keys() == {path for of, path in expected if of == name}
+        for path, layer in seen.items():
+            delta = layer.get_delta_weight("default")
+            assert (delta - expected[name, path]).norm() <= 1e-6 * delta.norm(), path
+    back = deft_formats.read(tmp_path)
+    assert (back.format, back.architecture, set(back.changes)) == ("peft", MODELS[kind][0], set(changes))
+    for name, whole in changes.items():
+        assert torch.equal(back.changes[name].delta(), whole.delta()), name
