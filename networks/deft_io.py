@@ -14,9 +14,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -118,11 +119,8 @@ def _part(fused: LoraLayer, target: Target) -> LoraLayer:
     return replace(fused, up=part.up, down=part.down, trained_rank=part.rank or fused.trained_rank)
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a `.safetensors` file.
-
-    :raises DeftError: when it is missing, cut off, or of a kind that would have to be unpickled
-    """
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
     path = Path(path)
     if not path.is_file():
         raise DeftError(f"no such adapter file: {path}")
@@ -130,9 +128,24 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         raise DeftError(f"{path}: only .safetensors is read, since other formats can run code; convert the file first")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
         raise DeftError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a `.safetensors` file.
+
+    :raises DeftError: when it is missing, cut off, or of a kind that would have to be unpickled
+    """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """`read_tensors` without the tensors."""
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def read_adapter(path: str | os.PathLike) -> AdapterFile:
@@ -390,16 +403,18 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     write_whole(Path(path), save(dict(tensors), dict(metadata)))
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
     """A file, or what was there.
 
+    :param content: the whole, or its parts in order
     :raises DeftError: for a full disk, or a folder that cannot be written to
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            file.write(content)
+            for part in [content] if isinstance(content, bytes) else content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
