@@ -13,6 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from networks import deft_math
+
+ROUNDING = 1e-6  # of the largest singular value: what is below may be rounding of the factors
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -38,6 +42,10 @@ class Factors:
     def scaled(self, strength: float) -> Factors:
         """The change times a number."""
         return Factors(self.up, self.down * strength, self.kernel)
+
+    def double(self) -> Factors:
+        """In float64."""
+        return replace(self, up=self.up.double(), down=self.down.double())
 
     def delta(self) -> Tensor:
         """The product (m, n)."""
@@ -114,6 +122,16 @@ class Decomposed:
     right: Tensor
     kernel: tuple[int, ...]
 
+    def rank_of(self, energy: float) -> int:
+        """How many leading directions have this share of the product's squared norm; 0 of a product that is 0.
+
+        :param energy: at 1, all whose values are not rounding
+        """
+        squares = self.values.double().square()
+        real = int((self.values > ROUNDING * self.values.amax()).sum()) if self.values.numel() else 0
+        enough = int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1
+        return min(real, enough)
+
     def truncated(self, rank: int) -> tuple[Factors, float]:
         """The best approximation of a lower rank, in two factors of equal size, and its relative Frobenius error."""
         root = self.values[:rank].sqrt()
@@ -140,6 +158,16 @@ def spectrum(factors: Factors) -> Tensor:
     T_up = torch.linalg.qr(factors.up, mode="r")[1]
     T_down = torch.linalg.qr(factors.down.mT, mode="r")[1]
     return torch.linalg.svdvals(T_up @ T_down.mT)
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Of the principal angles between the column spaces of orthonormal (n, j) and (n, k): (min(j, k),), falling."""
+    return torch.linalg.svdvals(first.mT @ second).clamp(max=1.0)
+
+
+def outside(factors: Factors, U: Tensor) -> Factors:
+    """The change of those inputs that are orthogonal to U (n, k), U^T U = I: up @ down (I - U U^T)."""
+    return replace(factors, down=deft_math.outside(factors.down, U))
 
 
 def balancing_exponent(up: Tensor, down: Tensor) -> int:
