@@ -15,8 +15,6 @@ from torch import Tensor
 
 from networks import deft_math
 
-ROUNDING = 1e-6  # of the largest singular value: what is below may be rounding of the factors
-
 
 @dataclass(frozen=True)
 class Factors:
@@ -122,15 +120,15 @@ class Decomposed:
     right: Tensor
     kernel: tuple[int, ...]
 
-    def rank_of(self, energy: float) -> int:
-        """How many leading directions have this share of the product's squared norm; 0 of a product that is 0.
+    def leading_inputs(self, energy: float, most: int | None = None) -> Tensor:
+        """Orthonormal input directions (n, k), those of the largest singular values, with a share of the squared norm;
+        none where the product is zero.
 
-        :param energy: at 1, all whose values are not rounding
+        :param energy: the share; at 1, of all values that are not rounding
+        :param most: k at most
         """
-        squares = self.values.double().square()
-        real = int((self.values > ROUNDING * self.values.amax()).sum()) if self.values.numel() else 0
-        enough = int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1
-        return min(real, enough)
+        k = rank_of_energy(self.values, energy) if self.values.any() else 0
+        return self.right[: k if most is None else min(k, most)].mT
 
     def truncated(self, rank: int) -> tuple[Factors, float]:
         """The best approximation of a lower rank, in two factors of equal size, and its relative Frobenius error."""

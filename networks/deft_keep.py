@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks import deft_factors, deft_formats, deft_io, deft_math
+from networks import deft_factors, deft_formats, deft_io
 from networks.deft_config import DeftError, read_text, reason_of
-from networks.deft_factors import Factors
+from networks.deft_factors import Decomposed
 from networks.deft_formats import Adapter, Change
 from networks.deft_progress import progress
 from networks.deft_targets import Target
@@ -239,10 +239,12 @@ def directions_of_adapter(adapter: Adapter) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     kept = whole = 0.0
     for name, change in progress(list(adapter.changes.items()), "finding directions"):
-        directions, covered, size = _leading_inputs(change, f"keep={adapter.source}: {name}")
-        kept, whole = kept + covered, whole + size
+        exact = _decomposed(change, f"keep={adapter.source}: {name}")
+        directions = exact.leading_inputs(1.0, most_directions(exact.right.shape[1], DIRECTIONS))
+        squares = exact.values.square()
+        kept, whole = kept + float(squares[: directions.shape[1]].sum()), whole + float(squares.sum())
         if directions.shape[1]:
-            found[name] = directions
+            found[name] = directions.float()
     if not found:
         raise DeftError(f"keep={adapter.source}: an adapter that changes nothing; nothing is to be kept")
     if kept < 0.999 * whole:
@@ -250,17 +252,10 @@ def directions_of_adapter(adapter: Adapter) -> dict[str, Tensor]:
     return found
 
 
-def _leading_inputs(change: Change, source: str) -> tuple[Tensor, float, float]:
-    """Directions (n, k), and the squared norm of the change in them and in all."""
+def _decomposed(change: Change, source: str) -> Decomposed:
+    """:raises DeftError: when it depends on the base model"""
     if isinstance(change, deft_formats.OnBase):
         raise DeftError(f"{source}: depends on the base model ({change.kind}); save it as a LoRA, and give that")
-    if isinstance(change, Factors):
-        exact = deft_factors.decomposed(change.double())
-        some = min(most_directions(exact.right.shape[1], DIRECTIONS), exact.rank_of(1.0))
-        squares = exact.values.square()
-        return exact.right[:some].mT.float(), float(squares[:some].sum()), float(squares.sum())
-    delta = change.delta()
-    size = float(delta.square().sum())
-    some = min(most_directions(delta.shape[1], DIRECTIONS), *delta.shape) if size else 0
-    directions = deft_math.leading_directions(delta.mT, some) if some else delta.new_zeros(delta.shape[1], 0)
-    return directions, float((delta @ directions).square().sum()), size
+    if isinstance(change, deft_formats.Dense):
+        change, _ = deft_factors.approximated(change.delta(), change.shape[1:], 2 * DIRECTIONS)
+    return deft_factors.decomposed(change.double())
