@@ -91,9 +91,11 @@ class Options:
 
 def union(directions: Sequence[Tensor], n: int) -> Tensor:
     """Orthonormal (n, k), the span of several orthonormal (n, k_i), which may overlap."""
-    together = torch.cat([torch.zeros(n, 0, dtype=torch.float64), *directions], 1)
-    U, S, _ = torch.linalg.svd(together, full_matrices=False)
-    return U[:, S > 1e-6]
+    if len(directions) == 1:
+        return directions[0]
+    Q, T = torch.linalg.qr(torch.cat([torch.zeros(n, 0, dtype=torch.float64), *directions], 1))
+    U, S, _ = torch.linalg.svd(T, full_matrices=False)
+    return Q @ U[:, S > 1e-6]
 
 
 def projected(parts: Sequence[Factors], directions: Sequence[Tensor], symmetric: bool = False) -> list[Factors]:
@@ -188,7 +190,7 @@ def composed(
 
 
 def read_concepts(models: Sequence[str], ratios: Sequence[float] | None) -> list[Concept]:
-    """:raises DeftError: for files that cannot be read, are made for different models, or whose ratios are not as many"""
+    """:raises DeftError: for files that cannot be read or are made for different models, and ratios that are not as many"""
     if len(models) < 2:
         raise DeftError(f"--models {' '.join(models)}: give two or more")
     if ratios is not None and len(ratios) != len(models):
@@ -322,9 +324,10 @@ def opened(base: str | None) -> Iterator[Weight | None]:
     with deft_checkpoint.open_checkpoint(base) as checkpoint:
 
         def weight(name: str) -> Tensor:
-            if name not in checkpoint.layers:
-                raise DeftError(f"--base {base}: has no {name}; it is another model than the adapters are made for")
-            return checkpoint.weight(name)
+            try:
+                return checkpoint.weight(name)
+            except KeyError:
+                raise DeftError(f"--base {base}: has no {name}; the adapters are made for another model") from None
 
         yield weight
 
