@@ -28,7 +28,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ from personalization_train import DataSet, Lane  # noqa: E402
 
 from library.world import measure, scenes  # noqa: E402
 from library.world.scenes import BACKGROUNDS  # noqa: E402
-from networks import compose_deft, deft, deft_factors, deft_io, deft_keep, deft_load  # noqa: E402
+from networks import compose_deft, deft, deft_io, deft_keep, deft_load  # noqa: E402
+from networks.deft_factors import Factors  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "compose.json"
 WORDS = ("sks", "vtq", "ojm", "ruz")  # of a group's concepts; the tokenizer spells them out
@@ -130,13 +131,10 @@ def write(lane: Lane, file: Path) -> None:
         adapter.extra.eval()
         adapter.extra.save_weights(str(file), torch.float32, {})
         return
-    names = {f"{name}.weight": key for key, name in names_of(adapter.unet).items()}
-    layers = {}
-    for name, delta in adapter.deltas().items():
-        key = names[name.replace(".base_layer", "")]
-        D = delta.flatten(1).cpu().double()
-        exact = deft_factors.approximated(D, tuple(delta.shape[1:]), RANK)[0]
-        layers[key] = replace(exact, up=exact.up.float(), down=exact.down.float())
+    layers, peft_layers = {}, dict(adapter.unet.named_modules())
+    for key, name in names_of(adapter.unet).items():  # alpha is the rank: scale 1
+        up, down = (peft_layers[f"{name}.{side}.default"].weight.detach().cpu() for side in ("lora_B", "lora_A"))
+        layers[key] = Factors(up.flatten(1), down.flatten(1), tuple(down.shape[1:]))
     deft_io.write_safetensors(deft_io.lora_tensors(layers, torch.float32, True)[0], file, {})
 
 

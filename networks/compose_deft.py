@@ -190,7 +190,7 @@ def composed(
 
 
 def read_concepts(models: Sequence[str], ratios: Sequence[float] | None) -> list[Concept]:
-    """:raises DeftError: for files that cannot be read or are made for different models, and ratios that are not as many"""
+    """:raises DeftError: for files that cannot be read or are of different models, and ratios that are not as many"""
     if len(models) < 2:
         raise DeftError(f"--models {' '.join(models)}: give two or more")
     if ratios is not None and len(ratios) != len(models):
