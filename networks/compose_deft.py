@@ -24,37 +24,24 @@ if __name__ == "__main__" and not __package__:  # run as a file: its folder is o
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from networks import deft_checkpoint, deft_factors, deft_formats, deft_io, deft_tools
-from networks.deft_config import DeftError
+from networks import deft_checkpoint, deft_factors, deft_io, deft_tools, merge_deft
+from networks.deft_blocks import block_of
+from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Decomposed, Factors
-from networks.deft_formats import Adapter, Change, OnBase
+from networks.deft_formats import Change, Dense, OnBase
 from networks.deft_progress import progress
+from networks.deft_sum import Part
 
 MODES = ("sum", "sequence", "projected")
-PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MOST_ROWS = 24  # of the table: where blocks are more, they are put together by kind
 
 Weight = Callable[[str], Tensor]  # a layer's key name -> the base model's weight (m, in[, kh, kw]), float32
-
-
-@dataclass(frozen=True)
-class Concept:
-    """An adapter, and how strong it is."""
-
-    adapter: Adapter
-    ratio: float
-
-    @property
-    def name(self) -> str:
-        """For tables: the file's."""
-        return Path(self.adapter.source).stem
 
 
 @dataclass(frozen=True)
@@ -110,7 +97,7 @@ def projected(parts: Sequence[Factors], directions: Sequence[Tensor], symmetric:
     return freed
 
 
-def in_common(parts: Sequence[Factors | None], decomposed: Sequence[Decomposed | None], options: Options) -> Common:
+def in_common(decomposed: Sequence[Decomposed | None], options: Options) -> Common:
     """Of the parts of one layer; None where a concept has none."""
     pairs, chance = [], []
     found = [d for d in decomposed if d is not None and d.values.any()]
@@ -143,42 +130,50 @@ def _square(cosines: Tensor) -> float:
     return float(cosines.square().mean())
 
 
-def factors_of(change: Change, source: str, name: str, weight: Callable[[], Tensor] | None) -> Factors:
+def factors_of(change: Change, source: str, weight: Tensor | None) -> Factors:
     """A change in two factors, float64, exactly.
 
+    :param source: how errors begin
     :param weight: W (m, n), float32; None where no base model is given
-    :raises DeftError: when it depends on the base model and there is none
+    :raises DeftError: when it depends on the base model and there is none, or one of another shape
     """
     if isinstance(change, Factors):
         return change.double()
-    if isinstance(change, OnBase):
-        if weight is None:
-            raise DeftError(f"{source}: {name} depends on the weight below it ({change.kind}); give --base MODEL")
-        delta = change.delta(weight())
-    else:
-        delta = change.delta()
-    return deft_factors.approximated(delta.double(), tuple(change.shape[1:]), None, 1.0)[0].double()
+    if isinstance(change, Dense):
+        return deft_factors.approximated(change.delta().double(), change.shape[1:], None, 1.0)[0]
+    if weight is None:
+        raise DeftError(f"{source} is {change.kind}, which depends on the weight below it; give --base MODEL")
+    try:
+        delta = change.delta(weight)
+    except (RuntimeError, ValueError) as error:
+        raise DeftError(f"{source} does not fit the weight of --base ({reason_of(error)})") from None
+    return deft_factors.approximated(delta.double(), change.shape[1:], None, 1.0)[0]
 
 
 def composed(
-    changes: Sequence[tuple[Concept, Change | None]], name: str, weight: Callable[[], Tensor] | None, options: Options
+    changes: Sequence[tuple[str, Change, float] | None], weight: Tensor | None, options: Options
 ) -> tuple[Factors, Common]:
     """One layer of the file, float64, and what its concepts have in common.
 
-    :param changes: of each concept; None where it has none
-    :param weight: the base model's W (m, n), float32, if there is one
+    :param changes: of each concept: how errors begin, the change, its strength; None where it has none
+    :param weight: the base model's, where some change depends on it
     """
+    kernel = _kernel([change for _, change, _ in filter(None, changes)], weight)
+    W = None if weight is None else weight.flatten(1)
     parts: list[Factors | None] = []
-    for concept, change in changes:
-        below = weight
+    for found in changes:
+        if found is None:
+            parts.append(None)
+            continue
+        source, change, strength = found
         before = [part for part in parts if part is not None]
-        if options.mode == "sequence" and weight is not None and before:
-            changed = weight() + deft_factors.concatenated(before).delta().float()
-            below = lambda W=changed: W  # noqa: E731
-        part = None if change is None else factors_of(change, concept.adapter.source, name, below)
-        parts.append(None if part is None else part.scaled(concept.ratio))
+        below = W
+        if W is not None and before and options.mode == "sequence":
+            below = W + deft_factors.concatenated(before).delta().float()
+        part = factors_of(change, source, below)
+        parts.append(replace(part.scaled(strength), kernel=kernel))
     decomposed = [None if part is None else deft_factors.decomposed(part) for part in parts]
-    common = in_common(parts, decomposed, options)
+    common = in_common(decomposed, options)
     there = [part for part in parts if part is not None]
     if options.mode == "projected":
         directions = [d.leading_inputs(options.energy) for d in decomposed if d is not None]
@@ -186,76 +181,44 @@ def composed(
     return deft_factors.concatenated(there), common
 
 
+def _kernel(changes: Sequence[Change], weight: Tensor | None) -> tuple[int, ...]:
+    """Of a weight: some files have a convolution's as a matrix."""
+    if weight is not None:
+        return tuple(weight.shape[1:])
+    return max((tuple(change.shape[1:]) for change in changes), key=len)
+
+
 # --- whole files -----------------------------------------------------------------------------------------------------
 
 
-def read_concepts(models: Sequence[str], ratios: Sequence[float] | None) -> list[Concept]:
-    """:raises DeftError: for files that cannot be read or are of different models, and ratios that are not as many"""
-    if len(models) < 2:
-        raise DeftError(f"--models {' '.join(models)}: give two or more")
-    if ratios is not None and len(ratios) != len(models):
-        raise DeftError(f"--ratios: {len(ratios)} numbers for {len(models)} files of --models; give as many")
-    if not all(map(math.isfinite, ratios or ())):
-        raise DeftError("--ratios: give finite numbers")
-    concepts = [Concept(deft_formats.read(m), r) for m, r in zip(models, ratios or [1.0] * len(models), strict=True)]
-    first = concepts[0].adapter
-    for other in (concept.adapter for concept in concepts[1:]):
-        if first.architecture and other.architecture and first.architecture != other.architecture:
-            raise DeftError(
-                f"--models: {first.source} is made for {first.architecture}, {other.source} for {other.architecture}"
-            )
-        for name in first.changes.keys() & other.changes.keys():
-            one, two = (_without_ones(tuple(a.changes[name].shape)) for a in (first, other))
-            if one != two:
-                raise DeftError(f"--models: {name} is a change of {one} in {first.source}, of {two} in {other.source}")
-    for concept in concepts:
-        for key, reason in concept.adapter.left.items():
-            print(f"{concept.adapter.source}: {key} is left out ({reason})")
-    return concepts
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if shape[2:] == (1, 1) else shape
-
-
 def compose(
-    concepts: Sequence[Concept], options: Options, weight: Weight | None = None
+    parts: Sequence[Part], options: Options, weight: Weight | None = None
 ) -> tuple[dict[str, Factors], dict[str, Common]]:
     """The layers of one file, float32, and what the concepts have in common in each.
 
     :param weight: of the base model, where some change depends on it
     :raises DeftError: when a change depends on the base model and there is none
     """
-    names = list({name: None for concept in concepts for name in concept.adapter.changes})
+    changes = [part.changes() for part in parts]
+    names = list(dict.fromkeys(name for many in changes for name in many))
+    if not names:
+        raise DeftError("--ratios leave no layer of the adapters with a strength but 0")
     layers, common = {}, {}
-    for name in progress(names, "composing"):
-        changes = [(concept, concept.adapter.changes.get(name)) for concept in concepts]
-        kernel = next(tuple(c.shape[1:]) for _, c in changes if c is not None)
-        below = None if weight is None else _read_once(weight, name, changes)
-        whole, common[name] = composed([(c, _of_kernel(f, kernel)) for c, f in changes], name, below, options)
+    for name in progress(names, "composing", "layers"):
+        found = [
+            (f"{part.adapter.source}: {name}", *many[name]) if name in many else None
+            for part, many in zip(parts, changes, strict=True)
+        ]
+        needed = weight is not None and any(f is not None and isinstance(f[1], OnBase) for f in found)
+        whole, common[name] = composed(found, weight(name) if needed and weight else None, options)
         layers[name] = replace(whole, up=whole.up.float(), down=whole.down.float())
     return layers, common
-
-
-def _of_kernel(change: Change | None, kernel: tuple[int, ...]) -> Change | None:
-    """A change of a 1x1 convolution as of a matrix, or the other way round, as the first concept has it."""
-    return replace(change, kernel=kernel) if isinstance(change, Factors) else change
-
-
-def _read_once(
-    weight: Weight, name: str, changes: Sequence[tuple[Concept, Change | None]]
-) -> Callable[[], Tensor] | None:
-    """W (m, n), where some change needs it."""
-    if not any(isinstance(change, OnBase) for _, change in changes):
-        return None
-    W = weight(name).flatten(1)
-    return lambda: W
 
 
 def truncated(layers: Mapping[str, Factors], rank: int) -> tuple[dict[str, Factors], float, float]:
     """Each layer's best approximation of a rank; the relative error of all together, and the largest."""
     cut, lost, whole, largest = {}, 0.0, 0.0, 0.0
-    for name, factors in progress(list(layers.items()), "to the new rank"):
+    for name, factors in progress(list(layers.items()), "to the new rank", "layers"):
         exact = deft_factors.decomposed(factors.double())
         small, error = exact.truncated(rank)
         cut[name] = replace(small, up=small.up.float(), down=small.down.float())
@@ -267,37 +230,33 @@ def truncated(layers: Mapping[str, Factors], rank: int) -> tuple[dict[str, Facto
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def block_of(name: str) -> str:
-    """The part of the model that a layer belongs to: "down_blocks_0", "mid_block", "double_blocks_3", "te1"."""
-    half = re.match(r"lora_(te\d?|unet)_", name)
-    if half is None or half[1] != "unet":
-        return half[1] if half else "other"
-    found = re.match(r"(?:[a-z]+_)*?[a-z]+_blocks?(?:_\d+)?(?=_)|[a-z]+(?:_[a-z]+)*_\d+", name[half.end() :])
-    return found[0] if found else "other"
+def name_of(part: Part) -> str:
+    """A concept's, for tables: the file's."""
+    return Path(part.adapter.source).stem
 
 
-def table(concepts: Sequence[Concept], common: Mapping[str, Common], options: Options) -> Iterator[str]:
+def table(parts: Sequence[Part], common: Mapping[str, Common], options: Options) -> Iterator[str]:
     """The lines of the report: a row a block, and all of them."""
     blocks: dict[str, list[Common]] = {}
     for name, layer in common.items():
-        blocks.setdefault(block_of(name), []).append(layer)
+        blocks.setdefault(block_of(name) or "other", []).append(layer)
     if len(blocks) > MOST_ROWS:
         kinds: dict[str, list[Common]] = {}
         for block, rows in blocks.items():
-            kinds.setdefault(re.sub(r"_\d+$", "", block), []).extend(rows)
+            kinds.setdefault(block.rstrip("0123456789"), []).extend(rows)
         blocks = kinds
     width = max(map(len, [*blocks, "by chance"]))
-    names = [concept.name[:12] for concept in concepts]
+    names = [name_of(part)[:12] for part in parts]
     cut = "cut" if options.mode == "projected" else "in inputs of others"
     yield f"{'':{width}}   smallest angle        overlap       {cut}"
     columns = "  ".join(f"{name:>{max(7, len(name))}}" for name in names)
     yield f"{'':{width}}  outputs  inputs  outputs  inputs   {columns}"
-    for block, rows in [*blocks.items(), ("all", list(common.values()))]:
+    for block, rows in [*sorted(blocks.items()), ("all", list(common.values()))]:
         pairs = [pair for row in rows for pair in row.pairs]
         angles = [sum(values) / len(pairs) for values in zip(*pairs, strict=True)] if pairs else [math.nan] * 4
         shares = [
             sum(row.shared[i] for row in rows) / max(sum(row.square[i] for row in rows), 1e-300)
-            for i in range(len(concepts))
+            for i in range(len(parts))
         ]
         told = "  ".join(f"{share:>{max(7, len(name))}.1%}" for share, name in zip(shares, names, strict=True))
         degrees = f"{angles[0]:6.0f}°  {angles[2]:5.0f}°" if pairs else f"{'-':>7}  {'-':>6}"
@@ -335,84 +294,87 @@ def opened(base: str | None) -> Iterator[Weight | None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = deft_tools.parser(__doc__)
-    parser.add_argument("--models", nargs="+", required=True, metavar="FILE", help="adapters, the most important first")
-    parser.add_argument("--ratios", nargs="+", type=float, metavar="NUMBER", help="strength of each; default 1")
-    parser.add_argument("--save_to", required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--mode", choices=MODES, default="sum")
-    parser.add_argument(
-        "--energy", type=float, default=1.0, metavar="SHARE",
-        help="of a concept's squared norm, whose leading input directions count as its own; default 1: all",
-    )  # fmt: skip
-    parser.add_argument("--symmetric", action="store_true", help="projected: free of all others', not of earlier ones'")
-    parser.add_argument("--new_rank", type=int, metavar="RANK", help="cut the result to this rank, at least error")
-    parser.add_argument("--save_precision", choices=list(PRECISIONS), help="default: the most precise of the files'")
-    parser.add_argument("--base", metavar="MODEL", help="the base model, for files whose change depends on it")
-    args = parser.parse_args(argv)
-
-    def work() -> None:
-        output = deft_tools.output_path("--save_to", args.save_to, [*args.models, *filter(None, [args.base])])
-        if not 0 < args.energy <= 1:
-            raise DeftError(f"--energy {args.energy:g}: give a share above 0 and up to 1")
-        if args.new_rank is not None and args.new_rank < 1:
-            raise DeftError(f"--new_rank {args.new_rank}: give at least 1")
-        options = Options(args.mode, args.energy, args.symmetric)
-        concepts = read_concepts(args.models, args.ratios)
-        with opened(args.base) as weight:
-            layers, common = compose(concepts, options, weight)
-        save(output, concepts, layers, common, options, args.new_rank, args.save_precision)
-
-    return deft_tools.run(work)
+    add = parser.add_argument
+    add("--models", nargs="+", required=True, metavar="FILE", help="adapters; in projected, the first stay as they are")
+    add("--ratios", nargs="+", type=float, default=[], metavar="X", help="how much each counts, also below 0 (1)")
+    add("--save_to", required=True, metavar="FILE", help="what is written")
+    add("--mode", choices=MODES, default="sum", help="how they are put together (sum)")
+    add("--energy", type=float, default=1.0, metavar="X",
+        help="share of a concept's squared norm whose leading input directions are its own (1: all)")  # fmt: skip
+    add("--symmetric", action="store_true", help="projected: each free of all others', not of those before it alone")
+    add("--new_rank", type=int, metavar="N", help="cut what is written to this rank, with the least error")
+    add("--save_precision", choices=merge_deft.DTYPES, help="dtype of what is written (the first adapter's)")
+    add("--base", metavar="MODEL", help="the base model, where changes depend on the weight below them")
+    given = parser.parse_args(argv)
+    options = Options(given.mode, given.energy, given.symmetric)
+    dtype = merge_deft.DTYPES.get(given.save_precision)
+    return deft_tools.run(
+        lambda: work(given.models, given.ratios, given.save_to, options, given.new_rank, dtype, given.base)
+    )
 
 
-def save(
-    output: Path,
-    concepts: Sequence[Concept],
-    layers: Mapping[str, Factors],
-    common: Mapping[str, Common],
+def work(
+    models: Sequence[str],
+    ratios: Sequence[float],
+    save_to: str,
     options: Options,
     new_rank: int | None,
-    precision: str | None,
+    dtype: torch.dtype | None,
+    base: str | None,
 ) -> None:
-    """Writes the file and prints the report.
+    """The tool's work.
 
-    :raises DeftError: when it cannot be written
+    :raises DeftError: for what does not go together, files that cannot be read, and a base model that is missing
     """
-    for line in table(concepts, common, options):
+    output = deft_tools.output_path("--save_to", save_to, [*models, *filter(None, [base])])
+    if len(models) < 2:
+        raise DeftError(f"--models {models[0]}: give two or more")
+    if not 0 < options.energy <= 1:
+        raise DeftError(f"--energy {options.energy:g}: give a share above 0 and up to 1")
+    if options.mode != "projected" and (options.symmetric or options.energy != 1):
+        raise DeftError("--symmetric and --energy are for --mode projected")
+    if new_rank is not None and new_rank < 1:
+        raise DeftError(f"--new_rank {new_rank}: give at least 1")
+    parts = merge_deft.read_parts(models, ratios, [], [])
+    merge_deft.say_what_is_left(parts)
+    with opened(base) as weight:
+        layers, common = compose(parts, options, weight)
+    for line in table(parts, common, options):
         print(line)
-    dependent = any(isinstance(change, OnBase) for c in concepts for change in c.adapter.changes.values())
-    if options.mode == "sequence" and not dependent:
+    if options.mode == "sequence" and base is None:  # without which a change that needs it is refused
         print("no change depends on the weight below it: in sequence is the same as the sum")
     done: dict[str, object] = {
         "mode": options.mode,
-        "models": [Path(concept.adapter.source).name for concept in concepts],
-        "ratios": [concept.ratio for concept in concepts],
+        "models": [Path(model).name for model in models],
+        "ratios": [part.strength.denoiser for part in parts],
     }
     if options.mode == "projected":
         done |= {"energy": options.energy, "symmetric": options.symmetric}
     if new_rank is not None:
         layers, error, largest = truncated(layers, new_rank)
-        print(f"to rank {new_rank}: relative error {error:.2e}, largest of a layer {largest:.2e}")
-        done |= {"new_rank": new_rank, "error": error}
-    dtype = PRECISIONS[precision] if precision else _widest([concept.adapter.dtype for concept in concepts])
+        print(f"to rank {new_rank}: relative error {error:.2g}, of a layer {largest:.2g} at most")
+        done |= {"new_rank": new_rank, "error": float(f"{error:.3g}")}
+    save(output, parts, layers, done, dtype or merge_deft.saved_dtype(parts[0].adapter))
+
+
+def save(
+    output: Path,
+    parts: Sequence[Part],
+    layers: Mapping[str, Factors],
+    done: Mapping[str, object],
+    dtype: torch.dtype,
+) -> None:
+    """Writes a plain LoRA.
+
+    :param done: what the metadata says of how it was made
+    :raises DeftError: when it cannot be written
+    """
     tensors, _ = deft_io.lora_tensors(layers, dtype, pad=True)
     rank = max(factors.rank for factors in layers.values())
-    own = {deft_io.OPTIONS_KEY, deft_io.LAYERS_KEY, deft_io.BASE_HASH_KEY, deft_io.BASE_DTYPE_KEY}
-    metadata = {key: value for key, value in concepts[0].adapter.metadata.items() if key not in own}
-    metadata |= {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(float(rank)),
-    }
-    deft_tools.write_adapter(output, tensors, deft_tools.carried(metadata, "compose_deft", done))
+    metadata = merge_deft.sum_metadata(parts, output, rank, done, "compose_deft")
+    deft_tools.write_adapter(output, tensors, metadata)
     size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
-    print(f"{output}: {len(layers)} layers of rank {rank}, {str(dtype).removeprefix('torch.')}, {size:.1f} MiB")
-
-
-def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest if widest in PRECISIONS.values() else torch.float32
+    print(f"{output}: {len(layers)} layers, rank {rank}, {str(dtype).removeprefix('torch.')}, {size:.1f} MiB")
 
 
 if __name__ == "__main__":
