@@ -326,35 +326,6 @@ def kept_tensors(directions: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     return tensors, {VERSION_KEY: VERSION, KEPT_KEY: json.dumps(layers)}
 
 
-def are_prompts(keep: str | os.PathLike) -> bool:
-    """Whether the option `keep` names prompts, and no directions yet."""
-    return Path(keep).suffix.lower() in (".txt", ".json", ".toml")
-
-
-def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Key name -> orthonormal directions (n, k), float32, of a file for the option `keep`.
-
-    :raises DeftError: when it cannot be read or is no such file
-    """
-    if are_prompts(path):
-        raise DeftError(
-            f"keep={path}: only train_network_deft.py takes prompts; make a file with `python -m library.keep "
-            f"--prompts {path}` of the DEFT project, and give that"
-        )
-    if not Path(path).exists():
-        raise DeftError(
-            f"keep={path}: no such file; `python -m library.keep` of the DEFT project makes one, or the samples of a "
-            f"training on pictures in sd-scripts"
-        )
-    tensors, metadata = read_tensors(path)
-    if KEPT_KEY not in metadata:
-        raise DeftError(f"keep={path}: no file of directions to keep; `python -m library.keep` makes one")
-    try:
-        return kept_directions(tensors, metadata)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, RecursionError) as error:
-        raise DeftError(f"keep={path}: damaged, make it anew ({reason_of(error)})") from None
-
-
 def kept_directions(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Key name -> orthonormal directions (n, k), float32, of what `kept_tensors` has made."""
     whole = {key: torch.linalg.qr(tensor.float())[0] for key, tensor in tensors.items()}

@@ -70,7 +70,9 @@ def read_parts(
     return parts
 
 
-def sum_metadata(parts: Sequence[Part], save_to: Path, rank: int, done: Mapping[str, object]) -> dict[str, str]:
+def sum_metadata(
+    parts: Sequence[Part], save_to: Path, rank: int, done: Mapping[str, object], tool: str = TOOL
+) -> dict[str, str]:
     """Of the first adapter, with the tags of all; what is not true of a sum is left out."""
     first = dict(parts[0].adapter.metadata)
     for key in (*UNTRUE, *OF_ONE):
@@ -83,7 +85,7 @@ def sum_metadata(parts: Sequence[Part], save_to: Path, rank: int, done: Mapping[
     if any(phrases):
         first["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(filter(None, phrases)))
     first |= merged_fields([(part.adapter.source, part.adapter.metadata) for part in parts], save_to)
-    return deft_tools.carried(first, TOOL, done)
+    return deft_tools.carried(first, tool, done)
 
 
 def merged_fields(inputs: Sequence[tuple[str, Mapping[str, str]]], save_to: Path) -> dict[str, str]:
