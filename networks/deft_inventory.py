@@ -186,8 +186,8 @@ def _flux(double: int, single: int, d: int) -> Iterator[Layer]:
     embedders = {"time_in": ("timestep_embedder", 256), "vector_in": ("text_embedder", 768),
                  "guidance_in": ("guidance_embedder", 256)}  # fmt: skip
     for path, (other, size) in embedders.items():
-        for n, (layer, inputs) in enumerate((("in_layer", size), ("out_layer", d)), 1):
-            yield _outside(f"{path}.{layer}", f"time_text_embed.{other}.linear_{n}", (d, inputs))
+        for n, (end, inputs) in enumerate((("in_layer", size), ("out_layer", d)), 1):
+            yield _outside(f"{path}.{end}", f"time_text_embed.{other}.linear_{n}", (d, inputs))
     yield _outside("img_in", "x_embedder", (d, 64))
     yield _outside("txt_in", "context_embedder", (d, 4096))
     yield _outside("final_layer.linear", "proj_out", (64, d))
@@ -198,7 +198,7 @@ _SD = "Stable Diffusion 1.x or 2.x"
 NAMES = ("sd1", "sd2", "sdxl", "flux")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def inventory(name: str) -> Inventory:
     """Every layer of one of `NAMES`."""
     if name == "sd1":

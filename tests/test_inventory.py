@@ -39,7 +39,9 @@ def built(name: str, part: str) -> nn.Module:
 def weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Path -> shape of what an adapter can change. transformers 5 dropped CLIP's `text_model.`."""
     kinds = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
-    found = {p: tuple(m.weight.shape) for p, m in model.named_modules() if isinstance(m, kinds) and m.weight is not None}
+    found = {
+        p: tuple(m.weight.shape) for p, m in model.named_modules() if isinstance(m, kinds) and m.weight is not None
+    }
     if "CLIP" in type(model).__name__:
         found = {p: s for p, s in found.items() if "layer_norm" not in p}
         found = {p if p.startswith("text_") else f"text_model.{p}": s for p, s in found.items()}
