@@ -469,7 +469,7 @@ _WIDTHS = {768: "sd1", 1024: "sd2", 1280: "sdxl", 2048: "sdxl"}
 
 def _invoke(file: Outline, known: Inventory, names: Known, reading: Reading) -> None:
     keys = [key for key in file.shapes if not key.startswith("bundle_emb")]
-    taken = _invoke_base(file, keys)
+    taken = _invoke_base(file, file.shapes)
     if taken is None:
         raise Refused("it does not see for which model the file is (Unknown_Config)")
     if taken != known.name:
@@ -484,7 +484,11 @@ def _invoke(file: Outline, known: Inventory, names: Known, reading: Reading) -> 
             raise Refused(f"a prefix that it does not know: {strange[0]}")
         if sgm and unet - sgm:
             raise Refused("block names of both kinds, sd-scripts' and Diffusers'")
-    groups = grouped(keys) if any(key.startswith(("transformer.", "diffusion_model.")) for key in keys) else None
+    paths = {prefix for prefix in ("transformer.", "diffusion_model.") if any(key.startswith(prefix) for key in keys)}
+    other = [key for key in keys if paths and not key.startswith(tuple(paths))]
+    if other:
+        raise Refused(f"a layer that it does not know: {other[0]}")
+    groups = grouped(keys) if paths else None
     for stem, rests in (groups or _first_dot(Outline(dict.fromkeys(keys, ()), {}))).items():
         kinds = (PEFT, *_INVOKE_KINDS) if groups else _INVOKE_KINDS
         used = [k for k in kinds if any(s in rests for s in k.signs)][:1]
@@ -505,26 +509,30 @@ def _invoke_base(file: Outline, keys: Collection[str]) -> str | None:
         for key in keys
     ):
         return "flux"
-    widths: dict[str, int] = {}
+    widths: dict[str, int | None] = {}
     for key in keys:
         stem, _, rest = key.partition(".")
-        if not rest.startswith(("lora_down", "hada_w1_b", "hada_w2_b", "diff")) or len(file.shapes[key]) < 2:
-            continue
-        width = file.shapes[key][1]
-        if stem.startswith("lora_unet_") and (stem.endswith(("_attn2_to_k", "_attn2_to_v", "time_emb_proj"))):
-            return _WIDTHS.get(width)
-        if stem.startswith("lora_te_") and "_self_attn_" in stem:
-            return _WIDTHS.get(width)
-        if stem.startswith(("lora_te1_", "lora_te2_")) and "_self_attn_" in stem:
-            widths[stem[:8]] = width
-        if len(widths) == 2:
-            return _WIDTHS.get(sum(widths.values()))
+        known = rest in ("lora_down.weight", "hada_w1_b", "hada_w2_b", "diff") and len(file.shapes[key]) > 1
+        width = file.shapes[key][1] if known else None
+        found: int | None = None
+        texts = stem.startswith("lora_unet_") and stem.endswith(("_attn2_to_k", "_attn2_to_v"))
+        if texts or ("time_emb_proj.lora_down" in key) or (stem.startswith("lora_te_") and "_self_attn_" in stem):
+            found = width
+        elif stem.startswith(("lora_te1_", "lora_te2_")) and "_self_attn_" in stem:
+            widths[stem[:8]] = width  # None again at each alpha: it is the order of the keys that counts
+            te1, te2 = widths.get("lora_te1"), widths.get("lora_te2")
+            found = te1 + te2 if te1 and te2 else None
+        if found is not None:
+            return _WIDTHS.get(found)
     deep = r"lora_unet_(down_|up_|mid_|input_|output_|middle_)block.*_transformer_blocks_([2-9])_"
     return "sdxl" if any(re.match(deep, key) for key in keys) else None
 
 
 def _sd_scripts(file: Outline, known: Inventory, names: Known, reading: Reading) -> None:
     has_diffusers = any("down_blocks" in key or "up_blocks" in key for key in file.shapes)
+    unet = [key.partition(".")[0] for key in file.shapes if key.startswith("lora_unet_")]
+    if known.name == "sdxl" and has_diffusers and any(part in unet[0] for part in _SGM):
+        raise Refused("UnboundLocalError: block names of both kinds, sd-scripts' first")
     for stem, rests in _first_dot(file).items():
         layer = names.get(stem)
         other = layer is not None and stem != known.key(layer)
@@ -532,9 +540,9 @@ def _sd_scripts(file: Outline, known: Inventory, names: Known, reading: Reading)
             continue
         if ".lora_up.weight" not in rests:
             raise Refused(f"KeyError: {stem} has no lora_up.weight")
-        if ".lora_mid.weight" in rests:
-            raise Refused(f"{stem} is a LoCon with a middle, which does not fit its LoRA")
-        reading.matched |= {rests[rest] for rest in (*LORA.all, ".alpha") if rest in rests}
+        if known.name == "flux" and ".alpha" not in rests:
+            raise Refused(f"KeyError: {stem} has no alpha")
+        reading.matched |= {rests[rest] for rest in (*LORA.signs, *LORA.needs, ".alpha") if rest in rests}
         if ".dora_scale" in rests and not reading.wrong:
             reading.wrong.append("drops the magnitudes of a DoRA and applies the rest as a LoRA")
 
@@ -611,7 +619,7 @@ def _fits(layer: Layer, rests: Mapping[str, str], file: Outline, strict: bool) -
     outputs = {layer.shape[0], *layer.rows}
     if up[0] not in outputs or down[1] != layer.shape[1]:
         return False
-    if ".lora_mid.weight" in rests:
+    if ".lora_mid.weight" in rests and not strict:
         return True
     kernel, wanted = down[2:], layer.shape[2:]
     return kernel == wanted if strict else (kernel or (1, 1)) == (wanted or (1, 1))

@@ -99,7 +99,7 @@ def loha(name: str) -> Tensors:
 def lokr(name: str) -> Tensors:
     """A LoKr of some layers."""
     stems = {key.split(".")[0] for key, t in lora(name, few).items() if key.endswith("up.weight") and t.dim() == 2}
-    parts = {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.ones(80, 80), "alpha": torch.tensor(1.0)}
+    parts = {"lokr_w1": torch.ones(4, 4), "lokr_w2_a": torch.ones(80, 1), "lokr_w2_b": torch.ones(1, 80)}
     return {f"{stem}.{part}": tensor for stem in sorted(stems) for part, tensor in parts.items()}
 
 
@@ -141,7 +141,7 @@ def odd(name: str) -> dict[str, Tensors]:
         "matrices as 1x1 convolutions": {k: t[..., None, None] if t.dim() == 2 else t for k, t in plain.items()},
         "LoHa": loha(name),
         "LoKr": lokr(name),
-        "LoRA and LoHa": plain | {f"{k}x": t for k, t in {}.items()} | {f"{first}.hada_w1_a": torch.ones(2, 2)},
+        "half a LoHa too": plain | {f"{first}.hada_w1_a": torch.ones(2, 2)},
         "a middle": plain | {f"{first}.lora_mid.weight": torch.ones(1, 1, 3, 3)},
         "Diffusers' paths": dotted(name, plain, "diffusers"),
         "ComfyUI's paths": dotted(name, without(plain, "^lora_te"), "comfy"),
