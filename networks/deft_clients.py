@@ -531,7 +531,7 @@ def _invoke_base(file: Outline, keys: Collection[str]) -> str | None:
 def _sd_scripts(file: Outline, known: Inventory, names: Known, reading: Reading) -> None:
     has_diffusers = any("down_blocks" in key or "up_blocks" in key for key in file.shapes)
     unet = [key.partition(".")[0] for key in file.shapes if key.startswith("lora_unet_")]
-    if known.name == "sdxl" and has_diffusers and any(part in unet[0] for part in _SGM):
+    if known.name == "sdxl" and has_diffusers and any(part in "".join(unet[:1]) for part in _SGM):
         raise Refused("UnboundLocalError: block names of both kinds, sd-scripts' first")
     for stem, rests in _first_dot(file).items():
         layer = names.get(stem)
