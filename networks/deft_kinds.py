@@ -76,7 +76,7 @@ class Facts:
     :param rank: that peft's configuration has for the layer
     :param module: `ss_network_module`
     :param recorded: deft_io's record of the layer
-    :param kernel: (kh, kw) of the layer, where files of matrices alone leave it to be known
+    :param kernel: (kh, kw) of a convolution, where files of matrices alone leave it to be known
     """
 
     config: Mapping[str, object] = field(default_factory=dict)
@@ -166,11 +166,12 @@ def _loha(parts: Parts, facts: Facts) -> Change:
     rank, kernel = 0, tuple[int, ...]()
     for k in "12":
         a, b, core = parts.pop(f"hada_w{k}_a"), parts.pop(f"hada_w{k}_b"), parts.pop(f"hada_t{k}", None)
-        _fits(a.dim() == b.dim() == 2, a, b)
         rank = b.shape[0]
-        up, down, kernel = (
-            (a.float(), _matrix(b), _kernel_of(b.shape[1], facts)) if core is None else _cored(core, a, b)
-        )
+        if core is None:  # OneTrainer has convolutions' own shapes
+            up, down = _matrix(a), _matrix(b)
+            kernel = tuple(b.shape[1:]) if b.dim() > 2 else _kernel_of(b.shape[1], facts)
+        else:
+            up, down, kernel = _cored(core, a, b)
         _fits(up.shape[1] == down.shape[0], up, down)
         pairs.append((up, down))
     (up1, down1), (up2, down2) = pairs
@@ -184,7 +185,8 @@ def _loha(parts: Parts, facts: Facts) -> Change:
 
 def _cored(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """up (m, r) and down (r, n) of a product with a core (r, r, kh, kw) between a (r, m) and b (r, in)."""
-    _fits(core.dim() > 2 and core.shape[0] == a.shape[0] and core.shape[1] == b.shape[0], core, a, b)
+    fitting = core.dim() > 2 and a.dim() == b.dim() == 2 and core.shape[:2] == (a.shape[0], b.shape[0])
+    _fits(fitting, core, a, b)
     down = torch.einsum("ij...,jn->in...", core.float(), b.float())
     return a.float().mT.contiguous(), down.flatten(1), tuple(down.shape[1:])
 
