@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+AUTHORS_FILE, AUTHORS_CONFIG = "knowledge_injection_state.bin", "knowledge_injection_config"
 PEFT_KEY = "lora_adapter_metadata"  # of diffusers: JSON of peft's configurations, "unet.r" and the like
 
 
@@ -106,7 +107,7 @@ _TENSORS = (
     (r"\.oft_R(?:\.default)?(?:\.weight)?$", "oft_R"),
     (r"\.oft_R\.scaled_oft$", "scaled_oft"),
     (r"\.((?:a1|a2|b1|b2|bm)\.weight)$", r"\1"),
-    (r"\.(deft_(?:P(?:_\w+)?|R|E0|g))(?:\.default)?$", r"\1"),
+    (r"\.(deft_(?:P(?:_\w+)?|R|E0|g|Q))(?:\.default)?$", r"\1"),
     (r"\.(diff_b|w_norm|b_norm)$", r"\1"),
     (r"\.(lora_[AB]|lora_up|lora_down)(?:\.default)?\.bias$", "lora_bias"),
     (r"\.(weight|bias)$", r"\1"),
@@ -165,11 +166,15 @@ class _Made(Mapping[str, Change]):
 
 
 def read(path: str | os.PathLike) -> Adapter:
-    """An adapter file of any known format, or a folder of peft's (of one model, or with a folder for each).
+    """An adapter file of any known format, or a folder of peft's (of one model, or with a folder for each), or of the
+    DEFT paper's authors' code.
 
     :raises DeftError: when it cannot be read, is damaged, or is of no known format
     """
     path = Path(path)
+    authors = path if path.is_dir() else path.parent
+    if (authors / AUTHORS_FILE).is_file() and (path.is_dir() or path.name == AUTHORS_FILE):
+        return _read_authors(authors)
     folders = _peft_folders(path)
     if not folders:
         return parse(*deft_io.read_tensors(path), str(path))
@@ -218,6 +223,54 @@ def _peft_model(tensors: Mapping[str, Tensor], source: str) -> str:
         second = any(w in t.shape for w in (1280,) for t in tensors.values()) or "text_encoder_2" in source
         return "text_encoder_2" if second else "text_encoder"
     return "text_encoder_2" if re.match(r"encoder\.block\.", path) else "unet"
+
+
+def _read_authors(folder: Path) -> Adapter:
+    """What deft/deft.py of MAXNORM8650/DEFT (commit 06805df) saves; its forward pass is in deft/injection.py.
+
+    :raises DeftError: when it cannot be read without running code, or is damaged
+    """
+    source = str(folder / AUTHORS_FILE)
+    state = _unpickled(folder / AUTHORS_FILE)
+    as_json = folder / f"{AUTHORS_CONFIG}.json"
+    config = _read_config(as_json) if as_json.is_file() else _unpickled(folder / f"{AUTHORS_CONFIG}.bin")
+    layers = config.get("layer_configs")
+    found = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    if not isinstance(layers, dict) or len(found) < len(state):
+        raise DeftError(f"{source}: damaged, or not what the authors' code saves")
+    tensors: dict[str, Tensor] = {}
+    methods = set()
+    for key, tensor in found.items():
+        layer, _, name = str(key).rpartition(".")
+        of_layer = layers.get(layer)
+        if not isinstance(of_layer, dict):
+            raise DeftError(f"{source}: {layer} is not in {AUTHORS_CONFIG}")
+        additive = of_layer.get("injection_method") == "additive_update"
+        method = str(of_layer.get("decomposition_method"))
+        methods.add(method if not additive else "")
+        new = _AUTHORS_NAMES[additive].get(name)
+        if new is not None:
+            tensors[f"diffusion_model.{layer}.{new}"] = tensor
+        if additive and name == "lora_A":  # its alpha / r; the other methods have none
+            tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(of_layer.get("lora_alpha", 8.0)))
+    if len(methods - {""}) > 1:
+        raise DeftError(f"{source}: layers of several decomposition methods, {', '.join(sorted(methods))}")
+    method = next(iter(methods - {""}), "qr")
+    peft = json.dumps({"unet.decomposition_method": "relu" if method == "None" else method})
+    return replace(parse(tensors, {PEFT_KEY: peft}, source), format="authors", metadata={})
+
+
+_AUTHORS_NAMES = (
+    {"P": "deft_P", "R_new": "deft_R", "gate": "deft_g", "Q_P_cached": "deft_Q"},
+    {"lora_A": "lora_up.weight", "lora_B": "lora_down.weight", "gate": "deft_g"},
+)
+
+
+def _unpickled(path: Path) -> dict[str, object]:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever a pickle of anything may raise; nothing of it was run
+        raise DeftError(f"{path}: cannot be read without running code of its own ({reason_of(error)})") from None
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Adapter:

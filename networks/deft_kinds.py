@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -156,9 +156,10 @@ def _lora(parts: Parts, facts: Facts) -> Change:
         _fits(mid.dim() > 2 and mid.shape[1] == down.shape[0], mid, down)
         parts["lora_down.weight"] = torch.einsum("ij...,jn->in...", mid.float(), down)
     names = ("lora_up.weight", "lora_down.weight", "alpha")
+    gate = parts.pop("deft_g", None)  # the authors' additive form
     layer = deft_io.parse_layer({name: parts.pop(name) for name in list(parts) if name in names}, facts.recorded)
     assert isinstance(layer, Factors)
-    return layer
+    return layer if gate is None else replace(layer, up=layer.up * torch.sigmoid(gate.float()))
 
 
 def _loha(parts: Parts, facts: Facts) -> Change:
@@ -435,6 +436,7 @@ def _deft(parts: Parts, facts: Facts) -> Change:
         assert isinstance(layer, DeftLayer)
         return of_deft_layer(layer)
     P, R, gate = parts.pop("deft_P").float(), parts.pop("deft_R", None), parts.pop("deft_g", None)
+    frozen = parts.pop("deft_Q", None)  # the authors' Q of the start, which they keep unless told otherwise
     alpha = parts.pop("alpha", None)
     scale = 1.0 if alpha is None else _number(alpha) / P.shape[1]
     basis = str(facts.config.get("decomposition_method", "relu"))
@@ -442,15 +444,21 @@ def _deft(parts: Parts, facts: Facts) -> Change:
         raise ValueError(f"decomposition_method {basis} is not known")
     R = None if facts.config.get("para") or R is None else R.float()
     _fits(P.dim() == 2 and (R is None or R.shape[:1] == P.shape[1:]), P)
-    if R is not None and basis != "relu":
-        R = R * _signs(P, basis)[:, None]
+    if basis != "relu":
+        theirs = _lapack(P, basis) if frozen is None else frozen.float()
+        _fits(theirs.shape == P.shape, theirs, P)
+        P, basis = (P, basis) if frozen is None else (theirs, "qr")  # which leaves what is orthonormal as it is
+        R = R if R is None else R * _signs(theirs, deft_math.left_and_eraser(P, basis)[0])[:, None]
     return of_deft_layer(DeftLayer(basis, P, R, torch.zeros_like(P), scale, gate))
 
 
-def _signs(P: Tensor, basis: str) -> Tensor:
-    """Of peft's and the authors' Q (or U), as LAPACK gives it, to ours: the sign of each column is part of Q R."""
-    theirs = torch.linalg.qr(P)[0] if basis == "qr" else torch.linalg.svd(P, full_matrices=False)[0]
-    ours = deft_math.left_and_eraser(P, basis)[0]
+def _lapack(P: Tensor, basis: str) -> Tensor:
+    """peft's and the authors' Q or U."""
+    return torch.linalg.qr(P)[0] if basis == "qr" else torch.linalg.svd(P, full_matrices=False)[0]
+
+
+def _signs(theirs: Tensor, ours: Tensor) -> Tensor:
+    """1 or -1 for each column: the sign of Q's is part of Q R."""
     return torch.where((theirs * ours).sum(0) < 0, -1.0, 1.0)
 
 
