@@ -22,6 +22,7 @@ from torch import Tensor
 
 from networks import deft_layouts, deft_scaled
 from networks.deft_config import DeftError, read_text, reason_of
+from networks.deft_gguf import GgufEntry, GgufFile
 from networks.deft_layouts import Place
 from networks.deft_scaled import FLOATS, KNOWN_FORMATS, Scale
 
@@ -170,7 +171,7 @@ def _check_kind(path: Path) -> None:
             f"ComfyUI save it as such), or take the .safetensors that most models come in too"
         )
     if ending != ".safetensors":
-        raise DeftError(f"{path}: give a .safetensors file or a Diffusers folder")
+        raise DeftError(f"{path}: give a .safetensors file, a .gguf file or a Diffusers folder")
 
 
 class Checkpoint:
@@ -185,11 +186,11 @@ class Checkpoint:
     :ivar metadata: of a single file
     """
 
-    def __init__(self, source: Path, files: Sequence[tuple[str, TensorFile]], pipeline: str) -> None:
+    def __init__(self, source: Path, files: Sequence[tuple[str, TensorFile | GgufFile]], pipeline: str) -> None:
         """:param files: with what stands before their keys"""
         self.source = source
         self.files = files
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, Entry | GgufEntry] = {}
         for before, file in files:
             for key, entry in file.entries.items():
                 if before + key in self.entries:
@@ -300,9 +301,12 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     chosen = _of_folder(path) if path.is_dir() else [("", path)]
-    files: list[tuple[str, TensorFile]] = []
+    files: list[tuple[str, TensorFile | GgufFile]] = []
     try:
-        files.extend((before, TensorFile(file)) for before, file in chosen)
+        for before, file in chosen:
+            files.append(
+                (before, GgufFile(file) if file.suffix.lower() == ".gguf" and file.is_file() else TensorFile(file))
+            )
         return Checkpoint(path, files, (_pipeline(path) or _pipeline(path.parent)) if path.is_dir() else "")
     except BaseException:
         for _, file in files:
