@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,7 +44,7 @@ _MARKS = "_quantization_metadata"  # the same of all layers, in a file's metadat
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor in a file.
 
     :param name: its key in the file
@@ -116,12 +117,12 @@ class TensorFile:
         self.header_size = 8 + length
         self.entries = self._entries(self._handle.read(length))
 
-    def _entries(self, header: bytes) -> dict[str, Entry]:
+    def _entries(self, header: bytes) -> dict[str, TensorEntry]:
         try:
             fields = json.loads(header, object_pairs_hook=_without_doubles)
             fields.pop("__metadata__", None)
             return {
-                key: Entry(
+                key: TensorEntry(
                     self,
                     key,
                     DTYPES[about["dtype"]],
@@ -174,6 +175,9 @@ def _check_kind(path: Path) -> None:
         raise DeftError(f"{path}: give a .safetensors file, a .gguf file or a Diffusers folder")
 
 
+Entry: TypeAlias = TensorEntry | GgufEntry
+
+
 class Checkpoint:
     """A checkpoint that is open for reading; to be used in a `with` block, or to be closed.
 
@@ -190,7 +194,7 @@ class Checkpoint:
         """:param files: with what stands before their keys"""
         self.source = source
         self.files = files
-        self.entries: dict[str, Entry | GgufEntry] = {}
+        self.entries: dict[str, Entry] = {}
         for before, file in files:
             for key, entry in file.entries.items():
                 if before + key in self.entries:
@@ -303,10 +307,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     chosen = _of_folder(path) if path.is_dir() else [("", path)]
     files: list[tuple[str, TensorFile | GgufFile]] = []
     try:
-        for before, file in chosen:
-            files.append(
-                (before, GgufFile(file) if file.suffix.lower() == ".gguf" and file.is_file() else TensorFile(file))
-            )
+        for before, found in chosen:
+            is_gguf = found.suffix.lower() == ".gguf" and found.is_file()
+            files.append((before, GgufFile(found) if is_gguf else TensorFile(found)))
         return Checkpoint(path, files, (_pipeline(path) or _pipeline(path.parent)) if path.is_dir() else "")
     except BaseException:
         for _, file in files:

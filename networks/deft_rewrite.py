@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from networks import deft_scaled
-from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Entry, Scratch, TensorFile
+from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Scratch, TensorEntry, TensorFile
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 from networks.deft_progress import Bar
@@ -464,9 +464,9 @@ class _Job:
     generator: torch.Generator | None
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> TensorEntry:
         found = self.checkpoint.entries[self.key]
-        assert isinstance(found, Entry)
+        assert isinstance(found, TensorEntry)
         return found
 
     def __call__(self) -> None:
@@ -567,7 +567,7 @@ def _scratch() -> Scratch:
     return found
 
 
-def _chunks(first: int, rows: int, entry: Entry) -> Iterator[tuple[int, int]]:
+def _chunks(first: int, rows: int, entry: TensorEntry) -> Iterator[tuple[int, int]]:
     """(first, number) of rows that are computed at once."""
     step = max(1, _ROWS_SIZE // max(1, entry.row_size // entry.dtype.itemsize))
     for at in range(first, first + rows, step):

@@ -800,3 +800,52 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert grown < 100
     with safe_open(str(tmp_path / "o.safetensors"), "pt") as file:
         assert float(file.get_slice(key)[51199, 2047]) == 2
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def gguf_file(path: Path) -> dict[str, Tensor]:
+    """As ComfyUI-GGUF's converter writes FLUX.1: matrices in blocks of 8 bits, the rest in float32, and one in bf16."""
+    gguf = pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    tensors = small_flux.transformer_tensors(True, 1, 1, 128, 64, 32)
+    writer, kinds = gguf.GGUFWriter(str(path), "flux"), gguf.GGMLQuantizationType
+    for key, value in tensors.items():
+        kind = kinds.F32 if value.dim() < 2 else kinds.BF16 if key == "txt_in.weight" else kinds.Q8_0
+        writer.add_tensor(key, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_gguf_is_read_and_not_written(tmp_path):
+    tensors = gguf_file(tmp_path / "m.gguf")
+    flux_file(tmp_path / "m.safetensors")
+    with open_checkpoint(tmp_path / "m.gguf") as quantised, open_checkpoint(tmp_path / "m.safetensors") as plain:
+        assert quantised.layers == plain.layers
+        assert quantised.architecture == plain.architecture
+        for name, place in quantised.layers.items():
+            key = place.pieces[0].key
+            value = tensors[key]
+            if key == "txt_in.weight":
+                assert torch.equal(quantised.weight(name), value.bfloat16().float())
+            else:  # 127 steps to the largest of each block of 32
+                blocks = value.reshape(-1, 32)
+                off = (quantised.weight(name).reshape(-1, 32) - blocks).abs()
+                assert (off <= blocks.abs().amax(1, keepdim=True) / 127 * 0.57).all()  # the scale is a float16
+        assert torch.equal(quantised.tensor("img_in.bias"), tensors["img_in.bias"])
+        with pytest.raises(DeftError, match="then quantise"):
+            rewrite(quantised, tmp_path / "o.safetensors", every_other)
+    content = (tmp_path / "m.gguf").read_bytes()
+    for number, damaged in enumerate((b"", b"GGUF", content[:100], content[: len(content) // 2], b"x" + content[1:])):
+        (tmp_path / f"{number}.gguf").write_bytes(damaged)
+        said(tmp_path / f"{number}.gguf")
+
+
+def test_gguf_without_its_package(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "pip install gguf" in said(tmp_path / "m.gguf")
