@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from networks import deft_scaled
-from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Entry, Scratch, TensorFile
+from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Scratch, TensorEntry, TensorFile
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 from networks.deft_progress import Bar
@@ -64,14 +64,14 @@ def rewrite(
         or there is no space; nothing is left of it then
     """
     output = Path(output)
+    files = _files(checkpoint)
     _check_output(checkpoint, output)
     partial = _partial(output)
     folder = checkpoint.source.is_dir()
-    files = [
-        (before, file, partial / file.path.relative_to(checkpoint.source) if folder else partial)
-        for before, file in checkpoint.files
-    ]
-    plans = [_planned(checkpoint, before, file, path, dtype, metadata) for before, file, path in files]
+    plans = []
+    for before, file in files:
+        path = partial / file.path.relative_to(checkpoint.source) if folder else partial
+        plans.append(_planned(checkpoint, before, file, path, dtype, metadata))
     others = _other_files(checkpoint) if folder else []
     _check_space(output, sum(plan.size for plan in plans) + sum(path.stat().st_size for path in others))
     try:
@@ -87,12 +87,19 @@ def rewrite(
         _remove(partial)
 
 
+def _files(checkpoint: Checkpoint) -> list[tuple[str, TensorFile]]:
+    """:raises DeftError: for a checkpoint in GGUF"""
+    found = [(before, file) for before, file in checkpoint.files if isinstance(file, TensorFile)]
+    if len(found) < len(checkpoint.files):
+        raise DeftError(
+            f"{checkpoint.source}: GGUF is read and not written; merge into the model's bf16 or fp16 file, then "
+            f"quantise that"
+        )
+    return found
+
+
 def _check_output(checkpoint: Checkpoint, output: Path) -> None:
     source = checkpoint.source
-    if not all(isinstance(file, TensorFile) for _, file in checkpoint.files):
-        raise DeftError(
-            f"{source}: GGUF is read and not written; merge into the model's bf16 or fp16 file, then quantise that"
-        )
     inputs = (source, *(file.path for _, file in checkpoint.files))
     if any(output.exists() and os.path.samefile(output, path) for path in inputs):
         raise DeftError(f"{output}: this is an input, which is never overwritten; give another name")
@@ -457,8 +464,10 @@ class _Job:
     generator: torch.Generator | None
 
     @property
-    def entry(self) -> Entry:
-        return self.checkpoint.entries[self.key]
+    def entry(self) -> TensorEntry:
+        found = self.checkpoint.entries[self.key]
+        assert isinstance(found, TensorEntry)
+        return found
 
     def __call__(self) -> None:
         same = self.place.dtype == self.entry.dtype
@@ -558,7 +567,7 @@ def _scratch() -> Scratch:
     return found
 
 
-def _chunks(first: int, rows: int, entry: Entry) -> Iterator[tuple[int, int]]:
+def _chunks(first: int, rows: int, entry: TensorEntry) -> Iterator[tuple[int, int]]:
     """(first, number) of rows that are computed at once."""
     step = max(1, _ROWS_SIZE // max(1, entry.row_size // entry.dtype.itemsize))
     for at in range(first, first + rows, step):
