@@ -1,6 +1,6 @@
 """Makes a LoRA of what a model was changed by: the difference of two checkpoints, or an adapter of another kind.
 
-    python networks/extract_deft.py --model_org sd.safetensors --model_tuned my.safetensors --dim 32 --save_to lora.safetensors
+    python networks/extract_deft.py --model_org a.safetensors --model_tuned b.safetensors --dim 32 --save_to lora.safetensors
     python networks/extract_deft.py --adapter loha.safetensors --dim 16 --save_to lora.safetensors
 
 Checkpoints are single files or Diffusers folders, in layouts and dtypes that may differ. They are read layer by layer,
