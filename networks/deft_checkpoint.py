@@ -65,12 +65,32 @@ class Entry:
         """Bytes of the whole."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, first: int = 0, rows: int | None = None) -> Tensor:
+    def read(self, first: int = 0, rows: int | None = None, scratch: Scratch | None = None) -> Tensor:
         """Some of its rows, or all of it, as they stand in the file."""
-        if rows is None:
-            return self.file.read(self.start, self.size, self.dtype).reshape(self.shape)
-        data = self.file.read(self.start + first * self.row_size, rows * self.row_size, self.dtype)
-        return data.reshape(rows, *self.shape[1:])
+        size = self.size if rows is None else rows * self.row_size
+        shape = self.shape if rows is None else (rows, *self.shape[1:])
+        if not size:
+            return torch.empty(shape, dtype=self.dtype)
+        data = bytearray(size) if scratch is None else scratch.take("read", size)
+        self.file.read_into(self.start + first * self.row_size, memoryview(data))
+        return torch.frombuffer(data, dtype=self.dtype).reshape(shape)
+
+
+class Scratch:
+    """Memory for one thread that is used again and again: new pages cost more time than what is computed in them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, bytearray] = {}
+
+    def take(self, use: str, size: int) -> memoryview:
+        """So many bytes; what was taken for the same use before is gone."""
+        if len(self._held.get(use, b"")) < size:
+            self._held[use] = bytearray(size)
+        return memoryview(self._held[use])[:size]
+
+    def floats(self, use: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor in float32, not empty."""
+        return torch.frombuffer(self.take(use, 4 * math.prod(shape)), dtype=torch.float32).view(shape)
 
 
 class TensorFile:
@@ -112,25 +132,18 @@ class TensorFile:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DeftError(f"{self.path}: a header that cannot be read ({reason_of(error)})") from None
 
-    def read(self, start: int, size: int, dtype: torch.dtype) -> Tensor:
-        """Elements of the file, in a row."""
-        return torch.frombuffer(self.read_bytes(start, size), dtype=dtype) if size else torch.empty(0, dtype=dtype)
-
-    def read_bytes(self, start: int, size: int) -> bytearray:
+    def read_into(self, start: int, data: memoryview) -> None:
         """:raises DeftError: when the file has become shorter"""
-        data, done = bytearray(size), 0
-        while done < size:
-            rest = memoryview(data)[done:]
+        while data:
             if hasattr(os, "preadv"):
-                found = os.preadv(self._handle.fileno(), [rest], start + done)
+                found = os.preadv(self._handle.fileno(), [data], start)
             else:
                 with self._lock:
-                    self._handle.seek(start + done)
-                    found = self._handle.readinto(rest)
+                    self._handle.seek(start)
+                    found = self._handle.readinto(data)
             if not found:
                 raise DeftError(f"{self.path}: became shorter while it was read")
-            done += found
-        return data
+            data, start = data[found:], start + found
 
     def fileno(self) -> int:
         return self._handle.fileno()
@@ -254,13 +267,20 @@ class Checkpoint:
         parts = [self.rows(piece.key, piece.first, piece.rows) for piece in self.place(name).pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def rows(self, key: str, first: int, rows: int) -> Tensor:
-        """Some rows of a tensor, float32, with its scales applied."""
-        stored, scale = self.entries[key].read(first, rows), self.scales.get(key)
-        if scale is None:
-            return stored.float()
-        scales = self.entries[scale.key]
-        return deft_scaled.applied(stored, scales.read(first, rows) if scale.blocks else scales.read(), scale.blocks)
+    def rows(self, key: str, first: int, rows: int, scratch: Scratch | None = None) -> Tensor:
+        """Some rows of a tensor, float32, with its scales applied; with `scratch` they last until the next ones."""
+        entry, scale = self.entries[key], self.scales.get(key)
+        stored = entry.read(first, rows, scratch)
+        if scratch is None or not stored.numel():
+            values = torch.empty(stored.shape)
+        else:
+            values = scratch.floats("values", tuple(stored.shape))
+        deft_scaled.to_float(stored, values)
+        if scale is not None:
+            scales = self.entries[scale.key]
+            found = scales.read(first, rows) if scale.blocks else scales.read()
+            deft_scaled.times(values, found.float(), scale.blocks)
+        return values
 
     def close(self) -> None:
         for _, file in self.files:

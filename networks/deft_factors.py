@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from networks import deft_math
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -38,6 +40,10 @@ class Factors:
     def scaled(self, strength: float) -> Factors:
         """The change times a number."""
         return Factors(self.up, self.down * strength, self.kernel)
+
+    def double(self) -> Factors:
+        """In float64."""
+        return replace(self, up=self.up.double(), down=self.down.double())
 
     def delta(self) -> Tensor:
         """The product (m, n)."""
@@ -114,6 +120,16 @@ class Decomposed:
     right: Tensor
     kernel: tuple[int, ...]
 
+    def leading_inputs(self, energy: float, most: int | None = None) -> Tensor:
+        """Orthonormal input directions (n, k), those of the largest singular values, with a share of the squared norm;
+        none where the product is zero.
+
+        :param energy: the share; at 1, of all values that are not rounding
+        :param most: k at most
+        """
+        k = rank_of_energy(self.values, energy) if self.values.any() else 0
+        return self.right[: k if most is None else min(k, most)].mT
+
     def truncated(self, rank: int) -> tuple[Factors, float]:
         """The best approximation of a lower rank, in two factors of equal size, and its relative Frobenius error."""
         root = self.values[:rank].sqrt()
@@ -140,6 +156,16 @@ def spectrum(factors: Factors) -> Tensor:
     T_up = torch.linalg.qr(factors.up, mode="r")[1]
     T_down = torch.linalg.qr(factors.down.mT, mode="r")[1]
     return torch.linalg.svdvals(T_up @ T_down.mT)
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Of the principal angles between the column spaces of orthonormal (n, j) and (n, k): (min(j, k),), falling."""
+    return torch.linalg.svdvals(first.mT @ second).clamp(max=1.0)
+
+
+def outside(factors: Factors, U: Tensor) -> Factors:
+    """The change of those inputs that are orthogonal to U (n, k), U^T U = I: up @ down (I - U U^T)."""
+    return replace(factors, down=deft_math.outside(factors.down, U))
 
 
 def balancing_exponent(up: Tensor, down: Tensor) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from networks import deft_scaled
-from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Entry, TensorFile
+from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Entry, Scratch, TensorFile
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 from networks.deft_progress import Bar
@@ -276,8 +276,9 @@ class _Output:
                 break
             source, start, size = source + copied, start + copied, size - copied
         while size:
-            data = file.read_bytes(source, min(size, 1 << 23))
-            self.write(start, memoryview(data))
+            data = memoryview(bytearray(min(size, 1 << 23)))
+            file.read_into(source, data)
+            self.write(start, data)
             source, start, size = source + len(data), start + len(data), size - len(data)
 
     def close(self, whole: bool) -> None:
@@ -487,7 +488,7 @@ class _Job:
 
     def _changed(self, first: int, rows: int) -> Tensor:
         """Some rows of the new weight, (rows, n), float32."""
-        found = self.checkpoint.rows(self.key, first, rows).reshape(rows, -1)
+        found = self.checkpoint.rows(self.key, first, rows, _scratch()).view(rows, -1)
         for part in self.parts:
             start, end = max(first, part.first), min(first + rows, part.first + part.rows)
             if start < end:
@@ -505,11 +506,13 @@ class _Job:
         )
 
     def _put(self, start: int, values: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> None:
-        data = bytearray(values.numel() * dtype.itemsize)
+        if not values.numel():
+            return
+        data = _scratch().take("stored", values.numel() * dtype.itemsize)
         if generator is not None or dtype in deft_scaled.FP8:
             values = deft_scaled.rounded(values, dtype, generator)
-        torch.frombuffer(data, dtype=dtype).copy_(values.reshape(-1))
-        self.output.write(start, memoryview(data))
+        torch.frombuffer(data, dtype=dtype).view(values.shape).copy_(values)
+        self.output.write(start, data)
 
     def _check(self, values: Tensor) -> None:
         """:raises DeftError: when a value is not finite, or too large for the dtype; fp8 has its largest for it"""
@@ -531,7 +534,8 @@ class _Job:
             self._put(place.start + first * blocks * place.dtype.itemsize, scales, place.dtype, None)
             for at, number in _chunks(first, rows, self.entry):
                 some = slice(at - first, at - first + number)
-                stored = deft_scaled.divided(values[some], scales[some] if blocks else scales, blocks)
+                share = 1 / (scales[some] if blocks else scales).float()
+                stored = deft_scaled.times(values[some], share, blocks)
                 self._put(self.place.start + at * self.entry.row_size, stored, self.place.dtype, self.generator)
 
     def _values(self, first: int, rows: int) -> Tensor:
@@ -541,6 +545,17 @@ class _Job:
             self._check(values)
             found[at - first : at - first + number] = values
         return found
+
+
+_of_thread = threading.local()
+
+
+def _scratch() -> Scratch:
+    """The calling thread's."""
+    if not hasattr(_of_thread, "scratch"):
+        _of_thread.scratch = Scratch()
+    found: Scratch = _of_thread.scratch
+    return found
 
 
 def _chunks(first: int, rows: int, entry: Entry) -> Iterator[tuple[int, int]]:
