@@ -1,6 +1,6 @@
 """Makes a LoRA of what a model was changed by: the difference of two checkpoints, or an adapter of another kind.
 
-    python networks/extract_deft.py --model_org a.safetensors --model_tuned b.safetensors --dim 32 --save_to lora.safetensors
+    python networks/extract_deft.py --model_org sdxl --model_tuned my.safetensors --dim 32 --save_to lora.safetensors
     python networks/extract_deft.py --adapter loha.safetensors --dim 16 --save_to lora.safetensors
 
 Checkpoints are single files or Diffusers folders, in layouts and dtypes that may differ. They are read layer by layer,
@@ -274,12 +274,15 @@ def of_adapter(adapter: Adapter, base: Checkpoint | None, made: Extracted) -> No
 
 
 def _check_fits(source: str, name: str, shape: Sequence[int], base: Checkpoint) -> None:
-    """:raises DeftError: when the base has no such layer, or one of another size; 0 in an adapter's stands for any"""
+    """:raises DeftError: when the base has no such layer, or one of another size
+
+    :param shape: as an adapter knows it: 0 stands for any size, and some kinds know the inputs without a kernel
+    """
     if not _in(base, name):
         raise DeftError(f"{source}: {base.source} has no {name}; give the model that it was trained on")
     there = base.place(name).shape
-    sizes, others = (shape[0], math.prod(shape[1:])), (there[0], math.prod(there[1:]))
-    if any(size not in (0, other) for size, other in zip(sizes, others, strict=True)):
+    inputs = math.prod(shape[1:])
+    if shape[0] not in (0, there[0]) or inputs not in (0, there[1], math.prod(there[1:])):
         raise DeftError(
             f"{source}: {name} is {_size(shape)} there and {_size(there)} in {base.source}; give the model that it "
             f"was trained on"

@@ -217,3 +217,13 @@ def test_values_that_are_no_numbers_or_whose_product_is_none_are_refused(lora, c
     assert error.count("\n") == 1
     assert CONV in error
     assert not output.exists()
+
+
+def test_other_kinds_of_adapter_are_sent_to_the_tool_that_makes_loras_of_them(tmp_path, capsys):
+    lycoris = Path(__file__).parent / "foreign" / "lycoris.safetensors"
+    output = tmp_path / "out.safetensors"
+    assert resize_deft.main(["--model", str(lycoris), "--save_to", str(output), "--new_rank", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "extract_deft.py --adapter" in error
+    assert not output.exists()
