@@ -135,7 +135,8 @@ def write(lane: Lane, file: Path) -> None:
     for key, name in names_of(adapter.unet).items():  # alpha is the rank: scale 1
         up, down = (peft_layers[f"{name}.{side}.default"].weight.detach().cpu() for side in ("lora_B", "lora_A"))
         layers[key] = Factors(up.flatten(1), down.flatten(1), tuple(down.shape[1:]))
-    deft_io.write_safetensors(deft_io.lora_tensors(layers, torch.float32, True)[0], file, {})
+    told = {"ss_base_model_version": "sd_v1"}
+    deft_io.write_safetensors(deft_io.lora_tensors(layers, torch.float32, True)[0], file, told)
 
 
 _names: dict[str, str] = {}
