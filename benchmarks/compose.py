@@ -24,6 +24,7 @@ import copy
 import io
 import itertools
 import json
+import os
 import random
 import sys
 import time
@@ -339,7 +340,7 @@ def run(args: argparse.Namespace, data: dict[str, Any]) -> None:
     _, concepts = measuring.concept_seeds(0, args.concepts)
     data["concepts"] = concepts
     data["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    scratch = args.folder / f"composed-{'-'.join(map(str, args.seeds))}.safetensors"
+    scratch = args.folder / f"composed-{os.getpid()}.safetensors"
     for kind, seed in itertools.product(args.kinds, args.seeds):
         there = Trainings(bench, args.folder, seed, args.steps)
         start = time.time()
