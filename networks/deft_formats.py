@@ -383,7 +383,7 @@ def _makers(
     pieces: dict[str, dict[str, Callable[[], Change]]] = {}
     for layer, parts in layers.items():
         format, model, path = models[layer]
-        path, _, given = path.partition("#")
+        path, _, given = re.sub(r"-(\d+)$", r"#\1", path).partition("#")  # a part by our own files' names
         try:
             name, piece = (layer, "") if model == "kept" else deft_names.key_name(row, model, path)
         except KeyError:
