@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 import transformers
 from torch import Tensor
 
-from networks.deft_clients import CLIENTS, Outline, Reading, made_for, read_by, readings, split
+from networks.deft_clients import CLIENTS, Outline, Reading, read_by, split
 from networks.deft_inventory import NAMES, inventory
-from tests.client_files import ODD, few, lora, odd
+from tests.client_files import ODD, odd
 from tests.real_clients import COMPONENTS, loaded_by_diffusers
 
 BY_NAME = {client.name: client for client in CLIENTS}
