@@ -588,17 +588,27 @@ CLIENTS = (
 def made_for(file: Outline) -> Inventory | None:
     """The model whose layers a file names, and whose widths it has; None if it is none that is known here."""
     groups = grouped(file.shapes)
-    best, found = (0, 0, 0), None
+    best, found = (False, 0, 0, False), None
     for name in NAMES:
         known = inventory(name)
         names = all_names(name)
         named = [(names[stem], rests) for stem, rests in groups.items() if stem in names]
         wanted = "True" if name == "sd2" else "False"
         fits = sum(_fits(layer, rests, file, strict=False) is True for layer, rests in named)
-        score = (len(named), fits, int(file.metadata.get("ss_v2", "") == wanted))
+        version = file.metadata.get("ss_base_model_version", "")
+        told = bool(version) and version.startswith({"sd1": "sd_v1", "sd2": "sd_v2"}.get(name, name))
+        score = (told and 2 * len(named) >= len(groups), len(named), fits, file.metadata.get("ss_v2", "") == wanted)
         if score > best:
             best, found = score, known
-    return found if found and 2 * best[0] >= len(groups) else None
+    return found if found and 2 * best[1] >= len(groups) else None
+
+
+def is_published(file: Outline, known: Inventory) -> bool:
+    """Whether a file's layers are all of the published model, or at least as wide as those."""
+    names = all_names(known.name)
+    groups = grouped(file.shapes)
+    fits = [_fits(names[stem], rests, file, strict=False) for stem, rests in groups.items() if stem in names]
+    return len(fits) == len(groups) or 2 * fits.count(False) <= len(fits)
 
 
 def all_names(name: str) -> Known:

@@ -128,7 +128,7 @@ def report(path: str, base: Checkpoint | None) -> Report:
     found = Report(path, Path(path).stat().st_size if Path(path).is_file() else size, len(tensors), dtypes, metadata)
     outline = Outline.of(tensors, metadata)
     found.known = deft_clients.made_for(outline)
-    if found.known is not None:
+    if found.known is not None and deft_clients.is_published(outline, found.known):
         found.readings = deft_clients.readings(outline, found.known)
     groups = deft_clients.grouped(tensors)
     bad = {stem for stem, rests in groups.items() if not all(_finite(tensors[key]) for key in rests.values())}
@@ -294,7 +294,8 @@ def as_read(client: Client, parts: Mapping[str, Tensor], W: Tensor, dtype: torch
     """
     kind = next(kind for kind in LORAS if kind.signs[0] in parts)
     up, down, mid = (parts.get(rest) for rest in (kind.signs[0], kind.needs[0], ".lora_mid.weight"))
-    assert up is not None and down is not None
+    assert up is not None
+    assert down is not None
     rank = down.shape[0]
     scale = 1.0 if ".alpha" not in parts else float(parts[".alpha"]) / rank
     if scale == 0 and client.zero_alpha:
@@ -412,7 +413,7 @@ def as_json(found: Report) -> dict[str, Any]:
             {"block": name, "layers": len(part), "norm": _number(norm_of(part))} for name, part in blocks(found.layers)
         ],
         "layers": [_layer_json(layer) for layer in found.layers],
-        "clients": [_client_json(found, client) for client in CLIENTS] if found.known else [],
+        "clients": [_client_json(found, client) for client in CLIENTS] if found.readings else [],
     }
 
 

@@ -16,12 +16,15 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: its folder is on the path, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import io
 import json
 import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import torch
 
 from networks import deft_io, deft_report, deft_tools
 from networks.deft_checkpoint import open_checkpoint
@@ -56,6 +59,8 @@ def inspect(files: Sequence[str], base: str | None, as_json: str | None, plot: s
         if path is not None and any(Path(path).resolve() == Path(file).resolve() for file in [*files, base or ""]):
             raise DeftError(f"{option} {path}: this is an input, which is never overwritten; give another file")
     pyplot = _pyplot(plot)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are small: several threads wait for each other most of the time
     reports: list[Report] = []
     failed: list[tuple[str, DeftError]] = []
     checkpoint = open_checkpoint(base) if base is not None else None
@@ -72,6 +77,7 @@ def inspect(files: Sequence[str], base: str | None, as_json: str | None, plot: s
             if as_json != "-":
                 print("\n".join(lines(found)), end="\n\n", flush=True)
     finally:
+        torch.set_num_threads(threads)
         if checkpoint is not None:
             checkpoint.close()
     if as_json is not None:
@@ -79,8 +85,8 @@ def inspect(files: Sequence[str], base: str | None, as_json: str | None, plot: s
     if plot is not None and reports:
         draw(pyplot, [found for found in reports if found.layers], Path(plot))
     if failed:
-        for _, error in failed[:-1]:
-            print(f"error: {error}", file=sys.stderr)
+        for _, reason in failed[:-1]:
+            print(f"error: {reason}", file=sys.stderr)
         raise failed[-1][1]
 
 
@@ -109,7 +115,7 @@ def lines(found: Report) -> Iterator[str]:
     if found.layers:
         yield ""
         yield from block_lines(found)
-    if found.known is not None:
+    if found.readings:
         yield ""
         yield from client_lines(found)
 
@@ -124,18 +130,20 @@ def facts(found: Report) -> Iterator[tuple[str, str]]:
     """(word, what is to be said of it)."""
     if found.adapter is not None:
         kinds = Counter(layer.kind for layer in found.layers)
-        what = " and ".join(f"{kind}" + (f" ({n} layers)" if len(kinds) > 1 else "") for kind, n in kinds.most_common())
+        several = len(kinds) > 1
+        what = " and ".join(f"{kind} ({n} layers)" if several else kind for kind, n in kinds.most_common())
         ours = found.metadata.get(deft_io.VERSION_KEY)
         yield "kind", f"{what or 'nothing'}, {_format(found.adapter.format)}" + (f", by DEFT {ours}" if ours else "")
     model = found.known.title if found.known else found.adapter.architecture if found.adapter else ""
-    yield "made for", model or "a model that is not known here"
+    strange = ", of another size than the published model; clients are not simulated" if model and not found.readings else ""
+    yield "made for", (model or "a model that is not known here") + strange
     told = _training(deft_report.training(found.metadata))
     if told:
         yield "training", told
     trigger = _trigger(deft_report.training(found.metadata))
     if trigger:
         yield "trigger", trigger
-    options = {key: value for key, value in deft_report.options(found.metadata).items() if value not in (None, "", {})}
+    options = {key: value for key, value in deft_report.options(found.metadata).items() if value not in (None, "", {}, False)}
     if options:
         yield "options", ", ".join(f"{key}={_short(value)}" for key, value in options.items())
     if deft_io.BASE_HASH_KEY in found.metadata:
@@ -156,19 +164,19 @@ def _format(name: str) -> str:
 def _training(told: dict[str, Any]) -> str:
     parts = [f"{told[k]} {k}" for k in ("steps", "epochs", "pictures") if k in told]
     parts += [f"rate {told['rate']}"] if "rate" in told else []
-    parts += [str(told["optimizer"]).rpartition(".")[2].partition("(")[0]] if "optimizer" in told else []
+    parts += [str(told["optimizer"]).partition("(")[0].rpartition(".")[2]] if "optimizer" in told else []
     parts += [f"{told['module']}"] if "module" in told else []
     return ", ".join(parts) + (f", on {told['base']}" if "base" in told else "")
 
 
 def _trigger(told: dict[str, Any]) -> str:
-    tags = ", ".join(f"{tag} ({number})" for tag, number in told.get("tags", {}).items())
+    tags = ", ".join(f"{_short(tag)} ({number})" for tag, number in list(told.get("tags", {}).items())[:3])
     return "; ".join(filter(None, [told.get("trigger", ""), f"tags: {tags}" if tags else ""]))
 
 
 def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return text if len(text) <= 32 else text[:29] + "..."
 
 
 def _ranks(layers: Sequence[LayerFacts]) -> str:
@@ -344,8 +352,6 @@ def draw(pyplot: Any, reports: Sequence[Report], path: Path) -> None:
     for (left, right), found in zip(axes, reports, strict=True):
         _draw_blocks(left, found)
         _draw_spectra(right, found)
-    import io
-
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:].lower(), dpi=100)
     pyplot.close(figure)
