@@ -87,13 +87,8 @@ class _UNet:
         for i, out in enumerate(self.widths):
             for j in range(2):
                 yield from self._resnet(f"input_blocks.{3 * i + j + 1}.0", f"down_blocks.{i}.resnets.{j}", width, out)
-<<<<<<< HEAD
-                where = (f"input_blocks.{3 * i + j + 1}.1", f"down_blocks.{i}.attentions.{j}")
-                yield from self._attention(*where, out, self.depths[i])
-=======
                 pair = (f"input_blocks.{3 * i + j + 1}.1", f"down_blocks.{i}.attentions.{j}")
                 yield from self._attention(*pair, out, self.depths[i])
->>>>>>> a911112 (inspect_deft: one thread, plots)
                 width = out
                 skips.append(out)
             if i < levels - 1:

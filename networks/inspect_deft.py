@@ -135,15 +135,15 @@ def facts(found: Report) -> Iterator[tuple[str, str]]:
         ours = found.metadata.get(deft_io.VERSION_KEY)
         yield "kind", f"{what or 'nothing'}, {_format(found.adapter.format)}" + (f", by DEFT {ours}" if ours else "")
     model = found.known.title if found.known else found.adapter.architecture if found.adapter else ""
-    strange = ", of another size than the published model; clients are not simulated" if model and not found.readings else ""
-    yield "made for", (model or "a model that is not known here") + strange
+    strange = ", not of the published model's size: clients are not simulated"
+    yield "made for", (model or "a model that is not known here") + (strange if model and not found.readings else "")
     told = _training(deft_report.training(found.metadata))
     if told:
         yield "training", told
     trigger = _trigger(deft_report.training(found.metadata))
     if trigger:
         yield "trigger", trigger
-    options = {key: value for key, value in deft_report.options(found.metadata).items() if value not in (None, "", {}, False)}
+    options = {k: v for k, v in deft_report.options(found.metadata).items() if v not in (None, "", {}, False)}
     if options:
         yield "options", ", ".join(f"{key}={_short(value)}" for key, value in options.items())
     if deft_io.BASE_HASH_KEY in found.metadata:
