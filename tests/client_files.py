@@ -1,4 +1,4 @@
-"""Adapter files, good and odd, for the models whose layers are known: by kohya's names, of rank 1 where nothing is said."""
+"""Adapter files, good and odd, for the models whose layers are known: by kohya's names, mostly of rank 1."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def in_diffusers_blocks(tensors: Tensors, pattern: str = "") -> Tensors:
 
 
 def dotted(name: str, tensors: Tensors, style: str) -> Tensors:
-    """Without alphas, under paths with dots: Diffusers' ("diffusers", peft's matrices' names) or ComfyUI's ("comfy")."""
+    """Without alphas, under paths with dots: Diffusers' ("diffusers", in peft's names) or ComfyUI's ("comfy")."""
     known = inventory(name)
     component = {"unet": "transformer" if name == "flux" else "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
     by_key = {known.key(layer): layer for layer in known.layers}
