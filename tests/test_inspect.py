@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from networks import deft_clients, deft_report, inspect_deft
 from networks.deft_clients import CLIENTS
+from networks.deft_inventory import inventory
 from tests.client_files import few, lora, odd
 
 
@@ -118,3 +121,38 @@ def test_as_read_is_each_clients_arithmetic():
     nothing = parts | {".alpha": torch.tensor(0.0)}
     assert deft_report.as_read(by_name["ComfyUI"], nothing, W, torch.float32, rows).abs().max() == 0
     assert deft_report.as_read(by_name["sd-scripts"], nothing, W, torch.float32, rows).abs().max() > 0
+
+
+class Base:
+    """Stands for a checkpoint of SD 1.5's size: weights made when they are asked for."""
+
+    source, architecture = Path("base"), "Stable Diffusion 1.x or 2.x"
+
+    def __init__(self) -> None:
+        known = inventory("sd1")
+        self.layers = {known.key(la): SimpleNamespace(shape=la.shape, pieces=[SimpleNamespace(key="w")])
+                       for la in known.layers if not la.is_norm}  # fmt: skip
+        self.further: dict[str, SimpleNamespace] = {}
+        self.entries = {"w": SimpleNamespace(dtype=torch.float16)}
+
+    def place(self, name: str) -> SimpleNamespace:
+        return self.layers[name]
+
+    def weight(self, name: str) -> Tensor:
+        return torch.ones(self.layers[name].shape)
+
+
+@pytest.mark.parametrize(("other", "wrong"), [("nothing", ()), ("attn2_to_q.alpha", ("diffusers",))])
+def test_against_a_base_model_each_clients_error_is_told(tmp_path, other, wrong):
+    plain = {key: t for key, t in lora("sd1", few).items() if re.search("attn|ff_net", key)}
+    tensors = {key: torch.tensor(8.0) if key.endswith(other) else t for key, t in plain.items()}
+    found = deft_report.report(written(tmp_path / "a.safetensors", tensors, ss_base_model_version="sd_v1"), Base())
+    assert found.errors.keys() == {client.name for client in CLIENTS if "sd1" in client.models} - {
+        name for name, reading in found.readings.items() if reading is None or reading.refused
+    }
+    for name, error in found.errors.items():
+        assert (error.largest > 0.5) == (name in wrong), name
+        assert error.largest < 2e-3 or name in wrong
+    assert not found.base_missing
+    for layer in found.layers:
+        assert layer.relative == pytest.approx(layer.norm / math.sqrt(math.prod(layer.shape)), rel=1e-4)
