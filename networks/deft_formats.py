@@ -356,13 +356,15 @@ def _bare_model(path: str) -> str:
 
 def _without_processor(path: str) -> str:
     """The layer that an attention processor of diffusers before 0.22, or of XLabs, has its matrices for."""
-    found = re.match(r"^((?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)$", path)
+    found = re.match(r"^((?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)(?:_lora([12]?))?$", path)
     if found:
         block, what, number = found.groups()
         if block.startswith("single"):
             return f"{block}.linear1#012" if what == "qkv" else f"{block}.linear2"
         return f"{block}.{'txt' if number == '2' else 'img'}_attn.{what}"
-    return re.sub(r"\.processor\.(to_[qkv]|to_out)$", r".\1", path).replace(".to_out#", ".to_out.0")
+    path = re.sub(r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj", path)
+    path = re.sub(r"\.self_attn\.to_out$", ".self_attn.out_proj", path)
+    return re.sub(r"(?:\.processor)?\.to_out$", ".to_out.0", path).replace(".processor.to_", ".to_")
 
 
 def _makers(
@@ -407,7 +409,7 @@ def _is_second(layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str
     """Whether a Stable Diffusion is 2.x, by its text's width or metadata."""
     said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
     downs = [p["lora_down.weight"] for layer, p in layers.items() if layer.endswith("to_k") and "lora_down.weight" in p]
-    return "v2" in said or metadata.get("ss_v2") == "True" or any(down.shape[-1] == 1024 for down in downs)
+    return "v2" in said or metadata.get("ss_v2") == "True" or any(down.shape[1:2] == (1024,) for down in downs)
 
 
 def _kernel(name: str, first_generation: bool) -> tuple[int, int] | None:
@@ -423,7 +425,7 @@ def _maker(layer: str, parts: Mapping[str, Tensor], facts: Facts, source: str) -
             return change_of(parts, facts)
         except KeyError as missing:
             raise DeftError(f"{source}: {layer} is of no kind of adapter that is known here ({missing})") from None
-        except (ValueError, RuntimeError, IndexError) as error:
+        except (ValueError, RuntimeError, IndexError, TypeError, ArithmeticError) as error:
             raise DeftError(f"{source}: {layer} is damaged ({reason_of(error)})") from None
 
     return make
