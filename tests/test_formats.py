@@ -83,6 +83,36 @@ def test_name_to_path_to_name_is_the_identity_for_every_layer_of_the_published_m
     assert seen > 250
 
 
+@pytest.mark.parametrize(
+    ("architecture", "path"),
+    [
+        ("Stable Diffusion 3", "joint_blocks.11.context_block.adaLN_modulation.1"),
+        ("Stable Diffusion 3", "joint_blocks.0.x_block.attn2.qkv"),
+        ("Lumina 2", "noise_refiner.1.feed_forward.w2"),
+        ("Lumina 2", "layers.25.attention.qkv"),
+        ("FLUX.1 or Chroma", "distilled_guidance_layer.layers.3.in_layer"),
+        ("FLUX.1 or Chroma", "final_layer.adaLN_modulation.1"),
+    ],
+)
+def test_paths_of_the_other_original_models_are_found_in_their_key_names(architecture, path):
+    name = f"lora_unet_{path.replace('.', '_')}"
+    row = deft_names.named(architecture)
+    assert deft_names.places(row, name, "original") == [(deft_names.DENOISER, path, "")]
+    assert deft_names.key_name(row, deft_names.DENOISER, path) == (name, "")
+    changes = {name: Factors(torch.randn(6, 2), torch.randn(2, 8), (8,))}
+    tensors = tensors_as("comfy", changes, torch.float32, True, architecture)
+    assert set(tensors) == {f"diffusion_model.{path}.lora_{x}.weight" for x in "AB"}
+    said = {"L": "lumina-2", "F": "flux-1-dev/lora", "S": "stable-diffusion-3-medium/lora"}[architecture[0]]
+    assert set(deft_formats.parse(tensors, {"modelspec.architecture": said}, "f").changes) == {name}
+
+
+def test_a_format_without_names_for_a_model_is_refused():
+    changes = {"lora_unet_blocks_0_self_attn_q": Factors(torch.randn(6, 2), torch.randn(2, 8), (8,))}
+    for format, architecture in (("comfy", ""), ("diffusers", "Stable Diffusion 3"), ("diffusers", FLUX), ("zip", SD)):
+        with pytest.raises(DeftError, match=f"format {format}: "):
+            tensors_as(format, changes, torch.float32, True, architecture)
+
+
 # --- what diffusers and peft read of what we write --------------------------------------------------------------------
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "flux": FluxPipeline}
