@@ -60,8 +60,8 @@ class Format:
 _KOHYA_MODELS = (
     (r"^(?:lora_unet|lycoris|lora_transformer|oft_unet)_", DENOISER),
     (r"^(?=lora_prior_)", "kept"),
-    (r"^lora_te1?_(?=text_model)", "text_encoder"),
-    (r"^lora_te2_(?=text_model|encoder_block)", "text_encoder_2"),
+    (r"^lora_te1?_(?=text_model|encoder_layers)", "text_encoder"),
+    (r"^lora_te2_(?=text_model|encoder_layers|encoder_block)", "text_encoder_2"),
     (r"^lora_te3_(?=encoder_block)", "text_encoder_3"),
     (r"^(?=lora_te)", "kept"),
 )

@@ -14,9 +14,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -118,11 +119,8 @@ def _part(fused: LoraLayer, target: Target) -> LoraLayer:
     return replace(fused, up=part.up, down=part.down, trained_rank=part.rank or fused.trained_rank)
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a `.safetensors` file.
-
-    :raises DeftError: when it is missing, cut off, or of a kind that would have to be unpickled
-    """
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
     path = Path(path)
     if not path.is_file():
         raise DeftError(f"no such adapter file: {path}")
@@ -130,9 +128,24 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         raise DeftError(f"{path}: only .safetensors is read, since other formats can run code; convert the file first")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
         raise DeftError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a `.safetensors` file.
+
+    :raises DeftError: when it is missing, cut off, or of a kind that would have to be unpickled
+    """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """`read_tensors` without the tensors."""
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def read_adapter(path: str | os.PathLike) -> AdapterFile:
@@ -201,7 +214,7 @@ def parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | Non
     """
     parts = dict(parts)
     for name, tensor in parts.items():
-        if not torch.isfinite(tensor.float()).all():
+        if not deft_factors.is_finite(tensor):
             raise ValueError(f"{name} has non-finite values")
     alpha = None
     if "alpha" in parts:
@@ -313,35 +326,6 @@ def kept_tensors(directions: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     return tensors, {VERSION_KEY: VERSION, KEPT_KEY: json.dumps(layers)}
 
 
-def are_prompts(keep: str | os.PathLike) -> bool:
-    """Whether the option `keep` names prompts, and no directions yet."""
-    return Path(keep).suffix.lower() in (".txt", ".json", ".toml")
-
-
-def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Key name -> orthonormal directions (n, k), float32, of a file for the option `keep`.
-
-    :raises DeftError: when it cannot be read or is no such file
-    """
-    if are_prompts(path):
-        raise DeftError(
-            f"keep={path}: only train_network_deft.py takes prompts; make a file with `python -m library.keep "
-            f"--prompts {path}` of the DEFT project, and give that"
-        )
-    if not Path(path).exists():
-        raise DeftError(
-            f"keep={path}: no such file; `python -m library.keep` of the DEFT project makes one, or the samples of a "
-            f"training on pictures in sd-scripts"
-        )
-    tensors, metadata = read_tensors(path)
-    if KEPT_KEY not in metadata:
-        raise DeftError(f"keep={path}: no file of directions to keep; `python -m library.keep` makes one")
-    try:
-        return kept_directions(tensors, metadata)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, RecursionError) as error:
-        raise DeftError(f"keep={path}: damaged, make it anew ({reason_of(error)})") from None
-
-
 def kept_directions(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Key name -> orthonormal directions (n, k), float32, of what `kept_tensors` has made."""
     whole = {key: torch.linalg.qr(tensor.float())[0] for key, tensor in tensors.items()}
@@ -382,7 +366,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not deft_factors.is_finite(tensor):
             raise DeftError(
                 f"{path}: not saved, since {name} is not finite in {tensor.dtype}; what was there is untouched"
             )
@@ -390,16 +374,18 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     write_whole(Path(path), save(dict(tensors), dict(metadata)))
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
     """A file, or what was there.
 
+    :param content: the whole, or its parts in order
     :raises DeftError: for a full disk, or a folder that cannot be written to
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            file.write(content)
+            for part in [content] if isinstance(content, bytes) else content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
