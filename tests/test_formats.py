@@ -47,6 +47,13 @@ MODELS = {
 }
 
 
+NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def lora(name=NAME, m=6, n=8, rank=2, **more):
+    return {f"{name}.lora_up.weight": torch.randn(m, rank), f"{name}.lora_down.weight": torch.randn(rank, n), **more}
+
+
 def meta_model(kind: str, name: str) -> nn.Module:
     """A published model without its weights."""
     config = json.loads((CONFIGS / kind / name / "config.json").read_text(encoding="utf-8"))
@@ -111,6 +118,33 @@ def test_a_format_without_names_for_a_model_is_refused():
     for format, architecture in (("comfy", ""), ("diffusers", "Stable Diffusion 3"), ("diffusers", FLUX), ("zip", SD)):
         with pytest.raises(DeftError, match=f"format {format}: "):
             tensors_as(format, changes, torch.float32, True, architecture)
+
+
+def test_a_piece_that_is_not_there_does_not_change():
+    h, layer = 6, "transformer.single_transformer_blocks.{}.{}"
+    values = lora(layer.format(0, "attn.to_v"), h, h)
+    mlp = lora(layer.format(1, "proj_mlp"), 2 * h, h)
+    alone, beside = deft_formats.parse(values, {}, "f").changes, deft_formats.parse(values | mlp, {}, "f").changes
+    v, m = (next(iter(parts.values())) @ next(reversed(parts.values())) for parts in (values, mlp))
+    name = "lora_unet_single_blocks_{}_linear1".format
+    zeros = torch.zeros(2 * h, h)
+    assert torch.equal(alone[name(0)].delta(), torch.cat([zeros, v, zeros, zeros]))  # four times, as in FLUX.1
+    assert torch.equal(beside[name(0)].delta(), torch.cat([zeros, v, zeros]))  # as the other block has it
+    assert torch.equal(beside[name(1)].delta(), torch.cat([zeros, zeros[:h], m]))
+    with pytest.raises(DeftError, match="no pieces of one weight"):
+        deft_formats.parse(values | lora(layer.format(0, "attn.to_q"), h + 1, h), {}, "f")
+
+
+def test_pieces_that_depend_on_the_base_are_put_together():
+    h = 8
+    W = torch.randn(5 * h, h)
+    vectors = {piece: 0.3 * torch.randn(2, 6) for piece in ("to_q", "to_v")}
+    layer = "transformer.single_transformer_blocks.0.attn."
+    found = deft_formats.parse({f"{layer}{p}.oft_R.weight": v for p, v in vectors.items()}, {}, "f").changes
+    alone = {p: deft_formats.parse({f"{NAME}.oft_R.weight": v}, {}, "f").changes[NAME] for p, v in vectors.items()}
+    expected = torch.zeros_like(W)
+    expected[:h], expected[2 * h : 3 * h] = alone["to_q"].delta(W[:h]), alone["to_v"].delta(W[2 * h : 3 * h])
+    assert torch.equal(found["lora_unet_single_blocks_0_linear1"].delta(W), expected)
 
 
 # --- what diffusers and peft read of what we write --------------------------------------------------------------------
@@ -391,12 +425,6 @@ def test_kohyas_names_are_read_as_diffusers_reads_them(kind, pipeline):
 
 
 # --- what else is read, cut, left and refused -------------------------------------------------------------------------
-
-NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-
-
-def lora(name=NAME, m=6, n=8, rank=2, **more):
-    return {f"{name}.lora_up.weight": torch.randn(m, rank), f"{name}.lora_down.weight": torch.randn(rank, n), **more}
 
 
 @pytest.mark.parametrize("removal", [0, 1])
