@@ -402,10 +402,11 @@ class _Run:
             for entry in sorted(plan.file.entries.values(), key=lambda entry: entry.start):
                 key = plan.before + entry.name
                 place = plan.places.get(key)
-                if place is None:
+                if place is None or not entry.size:
                     continue
                 parts = self._parts_of(self._weight_of.get(key, key))
-                converted = place.dtype != entry.dtype
+                scale = self._checkpoint.scales.get(key)
+                converted = place.dtype != entry.dtype or (scale is not None and scale.key not in plan.places)
                 if key in self._weight_of and parts and not converted:
                     continue  # a scale, which is written with its weight
                 if not parts and not converted:
@@ -470,10 +471,11 @@ class _Job:
         return found
 
     def __call__(self) -> None:
-        same = self.place.dtype == self.entry.dtype
-        if same and self.scales is not None:
-            self._write_scaled(self.scales, self.checkpoint.scales[self.key].blocks)
+        same, scale = self.place.dtype == self.entry.dtype, self.checkpoint.scales.get(self.key)
+        if same and scale is not None and self.scales is not None:
+            self._write_scaled(self.scales, scale.blocks)
             return
+        same = same and scale is None
         end = 0
         for first, rows in self._ranges() if same else [(0, self._rows)]:
             self._copy(end, first - end)

@@ -509,6 +509,25 @@ def test_scaled_fp8_becomes_plain_in_a_new_dtype(tmp_path, form, ending, shape, 
         assert torch.equal(value, weights[key].bfloat16() if key in weights else tensors[key])
 
 
+def test_scaled_fp8_of_both_kinds_becomes_plain_fp8_of_one(tmp_path):
+    """Where the dtype is that of some of the weights already, their scales go all the same."""
+    scaled_file(tmp_path / "a.safetensors", *FORMS[0])
+    other, _ = scaled_file(tmp_path / "b.safetensors", *FORMS[0], torch.float8_e5m2)
+    names = ("double_blocks.0.img_mlp.0", "double_blocks.0.img_mlp.2")
+    mixed = load_file(tmp_path / "a.safetensors") | {
+        key: value for key, value in other.items() if key.startswith(names)
+    }
+    save_file(mixed, tmp_path / "m.safetensors")
+    with open_checkpoint(tmp_path / "m.safetensors") as before:
+        rewrite(before, tmp_path / "o.safetensors", lambda name, shape: None, dtype=torch.float8_e4m3fn)
+        with open_checkpoint(tmp_path / "o.safetensors") as after:
+            assert not after.scales
+            for name in before.layers:
+                assert torch.equal(
+                    after.weight(name), deft_scaled.rounded(before.weight(name), torch.float8_e4m3fn, None).float()
+                )
+
+
 def test_fp8_is_for_the_layers_alone(tmp_path):
     flux_file(tmp_path / "m.safetensors", lambda key, value: {key: value.bfloat16()})
     with open_checkpoint(tmp_path / "m.safetensors") as before:
