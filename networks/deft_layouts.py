@@ -83,7 +83,14 @@ _CLIP_LAYERS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|
 _T5_LAYERS = r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))$"
 _FLUX_LAYERS = r"(double|single)_blocks\.|(img_in|txt_in|(time|vector|guidance)_in\.(in|out)_layer)$"
 _FLUX_FURTHER = r"final_layer\.(linear|adaLN_modulation\.1)$|distilled_guidance_layer\."
-
+_SD3_LAYERS = (
+    r"joint_blocks\.|(context_embedder|x_embedder\.proj|[ty]_embedder\.mlp\.[02]"
+    r"|final_layer\.(linear|adaLN_modulation\.1))$"
+)
+_LUMINA_LAYERS = (
+    r"(layers|noise_refiner|context_refiner|final_layer)\.|(x_embedder|t_embedder\.mlp\.[02]|cap_embedder\.1)$"
+)
+_GEMMA_LAYERS = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$"
 
 # open_clip's names of a text encoder to transformers'
 _OPEN_CLIP_RENAMES = (
@@ -144,6 +151,27 @@ LAYOUTS = (
         ),
         (rf"{_SINGLE}double_blocks\.0\.img_attn\.qkv\.weight", rf"{_SINGLE}single_blocks\.0\.linear1\.weight"),
         without=rf"{_SINGLE}(?:double_stream_modulation|single_stream_modulation)",
+    ),
+    Layout(
+        "MMDiT single file",
+        "Stable Diffusion 3",
+        (
+            Model(_SINGLE, "lora_unet", _SD3_LAYERS),
+            _clip(r"text_encoders\.clip_l\.transformer\.", "lora_te1"),
+            _clip(r"text_encoders\.clip_g\.transformer\.", "lora_te2"),
+            _t5(r"text_encoders\.t5xxl\.transformer\."),
+        ),
+        (rf"{_SINGLE}joint_blocks\.0\.x_block\.attn\.qkv\.weight",),
+    ),
+    Layout(
+        "NextDiT single file",
+        "Lumina 2",
+        (
+            Model(_SINGLE, "lora_unet", _LUMINA_LAYERS),
+            Model(r"text_encoders\.gemma2_2b\.transformer\.model\.", "lora_te", _GEMMA_LAYERS),
+        ),
+        (rf"{_SINGLE}layers\.0\.attention\.qkv\.weight", rf"{_SINGLE}cap_embedder\.1\.weight"),
+        without=rf"{_SINGLE}(?:cap_pad_token|x_pad_token)",  # Z-Image
     ),
     Layout(
         "Diffusers",

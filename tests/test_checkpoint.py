@@ -174,6 +174,45 @@ def test_text_encoders_in_a_file_of_their_own(kind, part, of, config, prefix, nu
     assert len(layers) == number
 
 
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        (
+            "Stable Diffusion 3",
+            {
+                "model.diffusion_model.joint_blocks.0.x_block.attn.qkv": "lora_unet_joint_blocks_0_x_block_attn_qkv",
+                "model.diffusion_model.t_embedder.mlp.2": "lora_unet_t_embedder_mlp_2",
+                "model.diffusion_model.x_embedder.proj": "lora_unet_x_embedder_proj",
+                "text_encoders.clip_g.transformer.text_model.encoder.layers.3.mlp.fc1":
+                    "lora_te2_text_model_encoder_layers_3_mlp_fc1",
+                "text_encoders.t5xxl.transformer.encoder.block.1.layer.0.SelfAttention.q":
+                    "lora_te3_encoder_block_1_layer_0_SelfAttention_q",
+                "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.relative_attention_bias": None,
+                "first_stage_model.decoder.mid.attn_1.q": None,
+            },
+        ),
+        (
+            "Lumina 2",
+            {
+                "model.diffusion_model.layers.0.attention.qkv": "lora_unet_layers_0_attention_qkv",
+                "model.diffusion_model.cap_embedder.1": "lora_unet_cap_embedder_1",
+                "text_encoders.gemma2_2b.transformer.model.layers.3.mlp.up_proj": "lora_te_layers_3_mlp_up_proj",
+                "text_encoders.gemma2_2b.transformer.model.embed_tokens": None,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_layouts_of_models_that_only_sd_scripts_has(architecture, keys):
+    shapes = {f"{key}.weight": (6, 2) for key in keys}
+    layout = deft_layouts.recognise(shapes, "", "it")
+    assert layout.architecture == architecture
+    layers, further = deft_layouts.places(layout, shapes, "it")
+    assert {name: place.pieces[0].key.removesuffix(".weight") for name, place in layers.items()} == {
+        name: key for key, name in keys.items() if name
+    }
+    assert not further
+
+
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "text_encoder_2"])
 def test_one_component_of_a_folder_is_named_by_the_whole(models, part):
     folder = models("sdxl").folder
