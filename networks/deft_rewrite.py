@@ -78,7 +78,10 @@ def rewrite(
         for path in others:
             to = partial / path.relative_to(checkpoint.source)
             to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, to)
+            if dtype is not None and ".safetensors.index" in path.name:
+                to.write_text(_index(path, plans), encoding="utf-8")
+            else:
+                shutil.copyfile(path, to)
         _Run(checkpoint, plans, change, seed).run()
         os.replace(partial, output)
     except OSError as error:
@@ -174,9 +177,21 @@ def _other_files(checkpoint: Checkpoint) -> list[Path]:
 
 def _lists(index: Path, used: set[str]) -> bool:
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) <= used
+        return set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()) <= used
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return False
+
+
+def _index(path: Path, plans: Sequence[_Plan]) -> str:
+    """A list of shards, of what is in them in another dtype; it could be read when the checkpoint was opened."""
+    of_part = [plan for plan in plans if plan.file.path.parent == path.parent]
+    index = json.loads(path.read_text(encoding="utf-8-sig"))
+    kept = {key.removeprefix(plan.before) for plan in of_part for key in plan.places}
+    index["weight_map"] = {key: file for key, file in index["weight_map"].items() if key in kept}
+    size = sum(place.size for plan in of_part for place in plan.places.values())
+    about = index.get("metadata")
+    index["metadata"] = (about if isinstance(about, dict) else {}) | {"total_size": size}
+    return json.dumps(index, indent=2) + "\n"
 
 
 @dataclass(frozen=True)

@@ -615,6 +615,11 @@ def test_shards_and_variants(models, tmp_path):
         assert before.layers.keys() == whole.layers.keys()
         rewrite(before, tmp_path / "out", every_other)
         rewrite(whole, tmp_path / "whole", every_other)
+        rewrite(before, tmp_path / "half", every_other, dtype=torch.float16)
+    half = json.loads((tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert half["weight_map"] == index["weight_map"]
+    assert half["metadata"]["total_size"] == sum(2 * value.numel() for value in tensors.values())
+    diffusers.UNet2DConditionModel.from_pretrained(str(tmp_path / "half" / "unet"), local_files_only=True)
     with open_checkpoint(tmp_path / "out") as a, open_checkpoint(tmp_path / "whole") as b:
         assert all(torch.equal(a.weight(name), b.weight(name)) for name in b.layers)
     expected = {p.relative_to(source) for p in source.rglob("*") if p.is_file()}
