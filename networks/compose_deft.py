@@ -199,15 +199,15 @@ def compose(
     :param weight: of the base model, where some change depends on it
     :raises DeftError: when a change depends on the base model and there is none
     """
-    changes = [part.changes() for part in parts]
-    names = list(dict.fromkeys(name for many in changes for name in many))
+    strengths = [part.strengths() for part in parts]
+    names = list(dict.fromkeys(name for many in strengths for name in many))
     if not names:
         raise DeftError("--ratios leave no layer of the adapters with a strength but 0")
     layers, common = {}, {}
     for name in progress(names, "composing", "layers"):
         found = [
-            (f"{part.adapter.source}: {name}", *many[name]) if name in many else None
-            for part, many in zip(parts, changes, strict=True)
+            (f"{part.adapter.source}: {name}", part.adapter.changes[name], many[name]) if name in many else None
+            for part, many in zip(parts, strengths, strict=True)
         ]
         needed = weight is not None and any(f is not None and isinstance(f[1], OnBase) for f in found)
         whole, common[name] = composed(found, weight(name) if needed and weight else None, options)

@@ -87,8 +87,8 @@ class _UNet:
         for i, out in enumerate(self.widths):
             for j in range(2):
                 yield from self._resnet(f"input_blocks.{3 * i + j + 1}.0", f"down_blocks.{i}.resnets.{j}", width, out)
-                place = (f"input_blocks.{3 * i + j + 1}.1", f"down_blocks.{i}.attentions.{j}")
-                yield from self._attention(*place, out, self.depths[i])
+                where = (f"input_blocks.{3 * i + j + 1}.1", f"down_blocks.{i}.attentions.{j}")
+                yield from self._attention(*where, out, self.depths[i])
                 width = out
                 skips.append(out)
             if i < levels - 1:
@@ -101,9 +101,9 @@ class _UNet:
         for i, out in enumerate(reversed(self.widths)):
             depth = self.depths[levels - 1 - i]
             for j in range(3):
-                place, other = f"output_blocks.{3 * i + j}", f"up_blocks.{i}"
-                yield from self._resnet(f"{place}.0", f"{other}.resnets.{j}", width + skips.pop(), out)
-                yield from self._attention(f"{place}.1", f"{other}.attentions.{j}", out, depth)
+                place, level = f"output_blocks.{3 * i + j}", f"up_blocks.{i}"
+                yield from self._resnet(f"{place}.0", f"{level}.resnets.{j}", width + skips.pop(), out)
+                yield from self._attention(f"{place}.1", f"{level}.attentions.{j}", out, depth)
                 width = out
             if i < levels - 1:
                 places = (f"output_blocks.{3 * i + 2}.{2 if depth else 1}.conv", f"up_blocks.{i}.upsamplers.0.conv")

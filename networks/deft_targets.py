@@ -263,6 +263,7 @@ FLUX_RENAMES = (
     (r"^time_text_embed\.text_embedder\.linear_1$", "vector_in.in_layer"),
     (r"^time_text_embed\.text_embedder\.linear_2$", "vector_in.out_layer"),
     (r"^proj_out$", "final_layer.linear"),
+    (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1#swapped"),  # scale and shift the other way round
 )
 _FLUX_WORDS = (
     "double_blocks single_blocks img_attn txt_attn qkv proj img_mlp txt_mlp img_mod txt_mod lin linear1 linear2 "

@@ -168,6 +168,14 @@ def lora_file(
     return tensors, {**metadata, **said}
 
 
+def left_told(left: Mapping[str, str]) -> list[str]:
+    """What to say of an adapter's tensors that are no change of a weight, reason by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in left.items():
+        by_reason.setdefault(reason, []).append(key)
+    return [f"left out: {len(keys)} tensors, such as {keys[0]}: {reason}" for reason, keys in by_reason.items()]
+
+
 def padding_told(layers: Mapping[str, Factors], dtype: torch.dtype, pad: bool) -> str:
     """What one rank for all layers costs, or what goes without it; nothing where ranks are equal anyway."""
     ranks = sorted(layer.rank for layer in layers.values())

@@ -1,7 +1,6 @@
 """Makes a LoRA of what a model was changed by: the difference of two checkpoints, or an adapter of another kind.
 
-    python networks/extract_deft.py --model_org base.safetensors --model_tuned tuned.safetensors --dim 32 \\
-        --save_to tuned_32.safetensors
+    python networks/extract_deft.py --model_org sdxl --model_tuned my.safetensors --dim 32 --save_to lora.safetensors
     python networks/extract_deft.py --adapter loha.safetensors --dim 16 --save_to lora.safetensors
 
 Checkpoints are single files or Diffusers folders, in layouts and dtypes that may differ. They are read layer by layer,
@@ -23,7 +22,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,9 +30,9 @@ from torch import Tensor
 
 from networks import deft_factors, deft_formats, deft_targets, deft_tools
 from networks.deft_checkpoint import Checkpoint, Entry, open_checkpoint
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
-from networks.deft_formats import Change
+from networks.deft_formats import Adapter, Dense
 from networks.deft_progress import progress
 from networks.deft_targets import Architecture
 
@@ -130,15 +129,12 @@ class Extracted:
 
     def add_factors(self, name: str, change: Factors) -> None:
         """A layer that is a LoRA's already."""
-        whole = deft_factors.decomposed(change)
-        most = self.wanted.rank(change.shape) or whole.values.numel()
-        if self.wanted.energy is not None:
-            most = min(most, deft_factors.rank_of_energy(whole.values, self.wanted.energy))
-        norm = float(whole.values.norm())
+        norm = float(deft_factors.norm(change.up.double(), change.down.double()))
         if norm == 0:
             self.unchanged.append(name)
             return
-        self._keep(name, *whole.truncated(most), norm)
+        found, error = deft_formats.to_factors(change, self.wanted.rank(change.shape), self.wanted.energy, None)
+        self._keep(name, found, error, norm)
 
     def _keep(self, name: str, found: Factors, error: float, norm: float) -> None:
         self.layers[name] = Factors(found.up.cpu(), found.down.cpu(), found.kernel)
@@ -250,28 +246,47 @@ def _comparable(entry: Entry, other: Entry) -> bool:
     return entry.shape == other.shape and entry.dtype.is_floating_point and other.dtype.is_floating_point
 
 
-def of_adapter(changes: Mapping[str, Change], made: Extracted, weight: Callable[[str], Tensor] | None) -> None:
+def of_adapter(adapter: Adapter, base: Checkpoint | None, made: Extracted) -> None:
     """What an adapter of any kind changes.
 
-    :param weight: gives a layer's weight of the base model, (m, in[, kh, kw]); None where no base was given
-    :raises DeftError: for changes that depend on a base that is not there, and values that are no numbers
+    :param base: the model that it was trained on; None where none was given
+    :raises DeftError: for changes that depend on a base that is not there, a base that does not fit, and values that
+        are no numbers
     """
-    for name, change in progress(list(changes.items()), "extract", "layer"):
+    for name in progress(list(adapter.changes), "extract", "layer"):
         if not made.wanted.text_encoders and name.startswith("lora_te"):
             continue
-        if isinstance(change, Factors):
-            made.add_factors(name, change)
-            continue
-        if isinstance(change, deft_formats.Dense):
-            D = change.delta()
-        elif weight is None:
-            raise DeftError(f"{name}: a change by {change.kind} depends on the base model; give that with --model_org")
-        else:
-            D = change.delta(weight(name).flatten(1))
+        change = adapter.changes[name]
+        if base is not None:
+            _check_fits(adapter.source, name, change.shape, base)
         try:
-            made.add(name, change.shape, D)
-        except ValueError:
-            raise DeftError(f"{name}: its change has non-finite values; nothing was written") from None
+            if isinstance(change, Factors):
+                made.add_factors(name, change)
+            elif isinstance(change, Dense):
+                made.add(name, change.shape, change.delta())
+            elif base is not None:
+                W = base.weight(name)
+                made.add(name, W.shape, change.delta(W.flatten(1)))
+            else:
+                raise DeftError(f"{name}: {change.kind} depends on the base model's weights; give it with --model_org")
+        except ValueError as error:
+            raise DeftError(f"{adapter.source}: {name} has {reason_of(error)}; nothing was written") from None
+
+
+def _check_fits(source: str, name: str, shape: Sequence[int], base: Checkpoint) -> None:
+    """:raises DeftError: when the base has no such layer, or one of another size
+
+    :param shape: as an adapter knows it: 0 stands for any size, and some kinds know the inputs without a kernel
+    """
+    if not _in(base, name):
+        raise DeftError(f"{source}: {base.source} has no {name}; give the model that it was trained on")
+    there = base.place(name).shape
+    inputs = math.prod(shape[1:])
+    if shape[0] not in (0, there[0]) or inputs not in (0, there[1], math.prod(there[1:])):
+        raise DeftError(
+            f"{source}: {name} is {_size(shape)} there and {_size(there)} in {base.source}; give the model that it "
+            f"was trained on"
+        )
 
 
 def base_metadata(architecture: str, base: Checkpoint | None) -> dict[str, str]:
@@ -314,29 +329,13 @@ def from_adapter(path: str, org: str | None, made: Extracted) -> tuple[dict[str,
         raise DeftError(f"{path}: holds no change of a weight")
     with contextlib.ExitStack() as stack:
         base = None if org is None else stack.enter_context(open_checkpoint(org))
-        if base is not None:
-            _check_base(adapter, base)
-        of_adapter(adapter.changes, made, None if base is None else base.weight)
+        of_adapter(adapter, base, made)
         architecture = adapter.architecture or ("" if base is None else base.architecture)
         known = base_metadata(architecture, base)
-    if adapter.left:
-        key, reason = next(iter(adapter.left.items()))
-        print(f"left out: {len(adapter.left)} tensors, {key} for one ({reason})")
+    for line in deft_tools.left_told(adapter.left):
+        print(line)
     known = known if base is not None or known["ss_base_model_version"] else {}
     return {**known, **adapter.metadata}, adapter.dtype
-
-
-def _check_base(adapter: deft_formats.Adapter, base: Checkpoint) -> None:
-    """:raises DeftError: when the adapter is for another model"""
-    for name, change in adapter.changes.items():
-        if not _in(base, name):
-            raise DeftError(f"{adapter.source}: {base.source} has no {name}; give the model that it was trained on")
-        shape = base.place(name).shape
-        if math.prod(shape[1:]) != math.prod(change.shape[1:]) or shape[0] != change.shape[0]:
-            raise DeftError(
-                f"{adapter.source}: {name} is {_size(change.shape)} there and {_size(shape)} in {base.source}; give "
-                f"the model that it was trained on"
-            )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: its folder is o
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -29,6 +29,8 @@ from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter
 from networks.deft_progress import progress
+
+TOOL = "resize_deft"
 
 
 @dataclass(frozen=True)
@@ -70,41 +72,36 @@ class Rule:
         return f"dimension is resized from {before} to {self.rank}{conv}"
 
 
-def resized(
-    layers: Mapping[str, Factors], rule: Rule, device: torch.device
-) -> tuple[dict[str, Factors], deft_tools.Losses]:
+class Resized:
     """Every layer's best approximation of its new rank, on the CPU, and what is lost.
 
-    :raises DeftError: for values so large that float32 has no product of them
+    :raises DeftError: for adapters of other kinds, and values so large that float32 has no product of them
     """
-    found: dict[str, Factors] = {}
-    losses = deft_tools.Losses()
-    for name, layer in progress(list(layers.items()), "resize", "layer"):
+
+    def __init__(self, adapter: Adapter, rule: Rule, device: torch.device) -> None:
+        self.before: dict[str, int] = {}
+        self.layers: dict[str, Factors] = {}
+        self.losses = deft_tools.Losses()
+        if not adapter.changes:
+            raise DeftError(f"{adapter.source}: holds no layers of a LoRA")
+        for name in progress(list(adapter.changes), "resize", "layer"):
+            change = adapter.changes[name]
+            if not isinstance(change, Factors):
+                raise DeftError(
+                    f"{adapter.source}: {name} is {change.kind}, no LoRA; make it one, of the rank that you want: "
+                    f"extract_deft.py --adapter {adapter.source} --dim {rule.rank}"
+                )
+            self._add(name, change, rule, device)
+
+    def _add(self, name: str, change: Factors, rule: Rule, device: torch.device) -> None:
         try:
-            whole = deft_factors.decomposed(Factors(layer.up.to(device), layer.down.to(device), layer.kernel))
+            whole = deft_factors.decomposed(Factors(change.up.to(device), change.down.to(device), change.kernel))
         except torch.linalg.LinAlgError as reason:
             raise DeftError(f"{name}: cannot be decomposed, its values are too large ({reason_of(reason)})") from None
         cut, error = whole.truncated(rule.of(whole))
-        found[name] = Factors(cut.up.cpu(), cut.down.cpu(), cut.kernel)
-        losses.add(name, error, float(whole.values.norm()))
-    return found, losses
-
-
-def factors_of(adapter: Adapter) -> dict[str, Factors]:
-    """The changes of an adapter that is a LoRA, whatever its key names.
-
-    :raises DeftError: for other kinds
-    """
-    found = {name: change for name, change in adapter.changes.items() if isinstance(change, Factors)}
-    for name, change in adapter.changes.items():
-        if not isinstance(change, Factors):
-            raise DeftError(
-                f"{adapter.source}: {name} is {change.kind}, no LoRA; make it one first, of the rank that you want: "
-                f"extract_deft.py --adapter {adapter.source} --dim RANK"
-            )
-    if not found:
-        raise DeftError(f"{adapter.source}: holds no layers of a LoRA")
-    return found
+        self.before[name] = change.rank
+        self.layers[name] = Factors(cut.up.cpu(), cut.down.cpu(), cut.kernel)
+        self.losses.add(name, error, float(whole.values.norm()))
 
 
 def resize(
@@ -116,23 +113,23 @@ def resize(
     """
     output = deft_tools.output_path("--save_to", save_to, [model])
     adapter = deft_formats.read(model)
-    layers = factors_of(adapter)
-    before = max(layer.rank for layer in layers.values())
-    cut, losses = resized(layers, rule, device)
-    dtype = adapter.dtype if precision is None else deft_tools.PRECISIONS[precision]
+    made = Resized(adapter, rule, device)
+    before = max(made.before.values())
+    own = adapter.dtype if adapter.dtype in deft_tools.PRECISIONS.values() else torch.float32
+    dtype = own if precision is None else deft_tools.PRECISIONS[precision]
     comment = adapter.metadata.get("ss_training_comment", "")
     metadata = {**adapter.metadata, "ss_training_comment": f"{rule.words(before)}; {comment}"}
-    done = {"from_rank": before, "error": losses.record(), **{k: v for k, v in asdict(rule).items() if v is not None}}
-    tensors, metadata = deft_tools.lora_file(cut, dtype, pad, deft_tools.carried(metadata, "resize_deft", done))
+    settings = {name: value for name, value in asdict(rule).items() if value is not None}
+    done = {"from_rank": before, "error": made.losses.record(), **settings}
+    tensors, metadata = deft_tools.lora_file(made.layers, dtype, pad, deft_tools.carried(metadata, TOOL, done))
     deft_tools.write_adapter(output, tensors, metadata)
     if verbose:
-        for name, error in losses.errors.items():
-            print(f"{name}: rank {layers[name].rank} -> {cut[name].rank}, relative error {error:.3g}")
-    if adapter.left:
-        key, reason = next(iter(adapter.left.items()))
-        print(f"left out: {len(adapter.left)} tensors, {key} for one ({reason})")
-    print(f"{model}: {len(layers)} layers of rank {before} -> {deft_tools.padding_told(cut, dtype, pad)}")
-    print(f"{losses}\n{output} is written")
+        for name, error in made.losses.errors.items():
+            print(f"{name}: rank {made.before[name]} -> {made.layers[name].rank}, relative error {error:.3g}")
+    for line in deft_tools.left_told(adapter.left):
+        print(line)
+    print(f"{model}: {len(made.layers)} layers of rank {before} -> {deft_tools.padding_told(made.layers, dtype, pad)}")
+    print(f"{made.losses}\n{output} is written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

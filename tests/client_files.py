@@ -110,7 +110,11 @@ def odd(name: str) -> dict[str, Tensors]:
     attention = next(key for key in plain if "attn" in key).split(".")[0]
     conv = {k for k, t in plain.items() if t.dim() == 4 and k.endswith("down.weight") and t.shape[2:] == (1, 1)}
     pairs = {conv_key.replace("lora_down", "lora_up") for conv_key in conv}
-    ups = {k: t for k, t in plain.items() if k.endswith("up.weight") and t.shape[0] != plain[k.replace("lora_up", "lora_down")].shape[1]}
+    ups = {
+        k: t
+        for k, t in plain.items()
+        if k.endswith("up.weight") and t.shape[0] != plain[k.replace("lora_up", "lora_down")].shape[1]
+    }
     found = {
         "plain": plain,
         "U-Net only": without(plain, "^lora_te"),

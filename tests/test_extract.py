@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from networks import deft_factors, deft_io, deft_targets, extract_deft
@@ -311,6 +312,66 @@ def test_mistakes_are_one_line(pair, capsys, options, word):
     pair.write()
     assert word in one_line(pair, capsys, *options.split())
 
+
+# --- from adapters of other kinds: a file by LyCORIS' own code, and what each of its layers does ----------------------
+
+FOREIGN = Path(__file__).parent / "foreign"
+
+
+@pytest.fixture
+def lycoris(tmp_path) -> tuple[list[str], dict[str, Tensor]]:
+    """A command without its options, and key name -> the change that LyCORIS makes; the base is there too."""
+    expected = load_file(FOREIGN / "lycoris.expected.safetensors")
+    changes = {key.removesuffix(".delta"): value for key, value in expected.items() if key.endswith(".delta")}
+    base = {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": torch.zeros(4, 4)}
+    for name, delta in changes.items():
+        kind, number, layer = re.fullmatch(r"lora_unet_down_blocks_0_(\w+?)_(\d+)_(\w+)", name).groups()
+        W = expected.get(f"base.{delta.shape[1]}", torch.zeros_like(delta))  # some kinds depend on no base
+        kernel = (W.shape[1] // 9, 3, 3) if layer == "conv1" and W.shape[1] == 18 else (W.shape[1], 1, 1)
+        base[f"down_blocks.0.{kind}.{number}.{layer}.weight"] = W.reshape(-1, *kernel).clone()
+    (tmp_path / "unet").mkdir()
+    save_file(base, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    command = ["--adapter", str(FOREIGN / "lycoris.safetensors"), "--save_to", str(tmp_path / "lora.safetensors")]
+    return command, changes
+
+
+def test_adapters_of_every_kind_become_loras(lycoris, tmp_path):
+    command, changes = lycoris
+    command += ["--model_org", str(tmp_path / "unet")]
+    assert extract_deft.main([*command, "--dim", "36", "--save_precision", "float"]) == 0
+    found = deltas(tmp_path / "lora.safetensors")
+    assert set(found) == {name for name, delta in changes.items() if delta.any()}
+    for name, delta in found.items():
+        assert relative_error(delta, changes[name]) < 2e-5, name
+
+    assert extract_deft.main([*command, "--dim", "2", "--save_precision", "float"]) == 0
+    metadata = deft_io.read_tensors(tmp_path / "lora.safetensors")[1]
+    told = json.loads(metadata["deft_history"])[-1]["errors"]
+    for name, delta in deltas(tmp_path / "lora.safetensors").items():
+        S = torch.linalg.svdvals(changes[name].double())
+        best = float(S[2:].norm() / S.norm())
+        error = relative_error(delta, changes[name])
+        assert error < 1.01 * best + 2e-5, name
+        assert told[name] == pytest.approx(error, rel=1e-2, abs=2e-5), name
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+
+
+def test_adapters_that_depend_on_their_base_need_it(lycoris, tmp_path, capsys):
+    command, _ = lycoris
+    assert extract_deft.main([*command, "--dim", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "give it with --model_org" in error
+    save_file(weights(), tmp_path / "other.safetensors")
+    assert extract_deft.main([*command, "--dim", "2", "--model_org", str(tmp_path / "other.safetensors")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "give the model that it was trained on" in error
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+# --- the approximation itself -----------------------------------------------------------------------------------------
 
 SPECTRA = {
     "flat": torch.ones(150),

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,6 @@ from safetensors.torch import save_file
 from networks import deft_factors, deft_io, resize_deft
 from tests.conftest import relative_error
 
-ROOT = Path(__file__).resolve().parents[1]
 LINEAR, WIDE, CONV, POINT = (f"lora_unet_down_blocks_0_{name}" for name in ("to_q", "ff", "conv1", "proj_in"))
 SHAPES = {LINEAR: (20, 30), WIDE: (12, 50), CONV: (16, 5, 3, 3), POINT: (24, 10, 1, 1)}
 RANK, ALPHA = 8, 4.0
@@ -224,15 +219,11 @@ def test_values_that_are_no_numbers_or_whose_product_is_none_are_refused(lora, c
     assert not output.exists()
 
 
-def test_it_runs_in_a_checkout_of_sd_scripts(lora, tmp_path):
-    """Copied into a folder networks/ that is no package of ours."""
-    (tmp_path / "sd" / "networks").mkdir(parents=True)
-    for file in (ROOT / "networks").glob("*deft*.py"):
-        shutil.copy(file, tmp_path / "sd" / "networks")
-    output = lora.with_name("out.safetensors")
-    command = [sys.executable, "networks/resize_deft.py", "--model", lora, "--new_rank", "2", "--save_to", output]
-    done = subprocess.run(
-        command, cwd=tmp_path / "sd", env=dict(os.environ, PYTHONPATH=""), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert ranks_of(output) == [2] * 4
+def test_other_kinds_of_adapter_are_sent_to_the_tool_that_makes_loras_of_them(tmp_path, capsys):
+    lycoris = Path(__file__).parent / "foreign" / "lycoris.safetensors"
+    output = tmp_path / "out.safetensors"
+    assert resize_deft.main(["--model", str(lycoris), "--save_to", str(output), "--new_rank", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "extract_deft.py --adapter" in error
+    assert not output.exists()
