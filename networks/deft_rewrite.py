@@ -24,7 +24,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from networks import deft_scaled
+from networks import deft_progress, deft_scaled
 from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Scratch, TensorEntry, TensorFile
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
@@ -37,7 +37,7 @@ Changes: TypeAlias = Callable[[str, tuple[int, ...]], Change | None]
 
 _ROWS_SIZE = 1 << 21  # elements that are computed at once: 8 MiB in float32
 _COPY_SIZE = 1 << 26  # bytes that are copied at once
-_WORKERS = 2
+_WORKERS = min(4, os.cpu_count() or 1)  # each with one thread of torch's: its own would wait for one another
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".msgpack", ".onnx", ".onnx_data", ".h5")  # not copied along
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -387,7 +387,10 @@ class _Run:
         whole = False
         try:
             outputs += map(_Output, self._plans)
-            with Bar(sum(plan.size for plan in self._plans), "writing", "B", unit_scale=True) as bar:
+            with (
+                deft_progress.single_threaded(),
+                Bar(sum(plan.size for plan in self._plans), "writing", "B", unit_scale=True) as bar,
+            ):
                 self._write(outputs, bar)
             whole = True
         finally:
