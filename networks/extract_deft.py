@@ -119,7 +119,7 @@ class Extracted:
 
         :raises ValueError: when it is not finite
         """
-        norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
+        norm = deft_factors.frobenius(D)
         if norm == 0:
             self.unchanged.append(name)
             return
@@ -201,7 +201,7 @@ def _square(D: Tensor) -> float:
 
     :raises ValueError: when it is not finite
     """
-    norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
+    norm = deft_factors.frobenius(D)
     if not math.isfinite(norm):
         raise ValueError("non-finite values")
     return norm**2

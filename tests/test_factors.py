@@ -94,3 +94,9 @@ def test_balancing_keeps_small_factors_in_half_precision():
     balanced = (up * 2.0**-k).half().float() @ (down * 2.0**k).half().float()
     assert relative_error(balanced, up @ down) < 1e-3
     assert relative_error(up.half().float() @ down.half().float(), up @ down) > 5e-3  # why it is done
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (300, 400), (8, 4, 3, 3), (0, 4)])
+def test_the_norm_of_a_dense_matrix_is_that_in_float64(shape):
+    D = torch.randn(shape) * 1e-3 + 5
+    assert deft_factors.frobenius(D) == pytest.approx(float(D.double().norm()), rel=1e-7)
