@@ -32,7 +32,7 @@ from networks import deft_factors, deft_formats, deft_targets, deft_tools
 from networks.deft_checkpoint import Checkpoint, Entry, open_checkpoint
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
-from networks.deft_formats import Adapter, Dense
+from networks.deft_formats import Adapter, Dense, OnBase
 from networks.deft_progress import progress
 from networks.deft_targets import Architecture
 
@@ -119,7 +119,7 @@ class Extracted:
 
         :raises ValueError: when it is not finite
         """
-        norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
+        norm = deft_factors.frobenius(D)
         if norm == 0:
             self.unchanged.append(name)
             return
@@ -201,7 +201,7 @@ def _square(D: Tensor) -> float:
 
     :raises ValueError: when it is not finite
     """
-    norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
+    norm = deft_factors.frobenius(D)
     if not math.isfinite(norm):
         raise ValueError("non-finite values")
     return norm**2
@@ -259,6 +259,8 @@ def of_adapter(adapter: Adapter, base: Checkpoint | None, made: Extracted) -> No
         change = adapter.changes[name]
         if base is not None:
             _check_fits(adapter.source, name, change.shape, base)
+        elif isinstance(change, OnBase):
+            raise DeftError(f"{name}: {change.kind} depends on the base model's weights; give it with --model_org")
         try:
             if isinstance(change, Factors):
                 made.add_factors(name, change)
@@ -267,8 +269,6 @@ def of_adapter(adapter: Adapter, base: Checkpoint | None, made: Extracted) -> No
             elif base is not None:
                 W = base.weight(name)
                 made.add(name, W.shape, change.delta(W.flatten(1)))
-            else:
-                raise DeftError(f"{name}: {change.kind} depends on the base model's weights; give it with --model_org")
         except ValueError as error:
             raise DeftError(f"{adapter.source}: {name} has {reason_of(error)}; nothing was written") from None
 

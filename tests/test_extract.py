@@ -362,7 +362,7 @@ def test_adapters_that_depend_on_their_base_need_it(lycoris, tmp_path, capsys):
     assert extract_deft.main([*command, "--dim", "2"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "give it with --model_org" in error
+    assert error.endswith("depends on the base model's weights; give it with --model_org\n")
     save_file(weights(), tmp_path / "other.safetensors")
     assert extract_deft.main([*command, "--dim", "2", "--model_org", str(tmp_path / "other.safetensors")]) == 2
     error = capsys.readouterr().err
@@ -404,3 +404,21 @@ def test_the_approximation_of_a_wide_matrix_needs_no_full_decomposition(monkeypa
     deft_factors.approximated(torch.randn(400, 500), (500,), 8)
     assert sizes
     assert max(sizes) <= 8 + deft_factors.OVERSAMPLING
+
+
+FLUX = "FLUX.1 or Chroma"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("guidance_in_in_layer", "flux-1-dev"), ("img_in", "flux-1-schnell"), ("distilled_guidance_layer_in", "chroma")],
+)
+def test_kinds_of_flux_are_known_by_what_only_one_of_them_has(name, expected):
+    found = deft_targets.base_metadata_of(FLUX, {f"lora_unet_{name}": (8, 8), "lora_unet_double_blocks_0": (8, 8)})
+    assert found["modelspec.architecture"] == f"{expected}/lora"
+
+
+def test_layers_outside_of_fluxs_blocks_are_in_no_plain_lora():
+    architecture = next(a for a in deft_targets.ARCHITECTURES if a.name == FLUX)
+    names = [f"lora_unet_{name}" for name in ("img_in", "double_blocks_0_img_attn_qkv", "single_blocks_0_linear1")]
+    assert [name for name in names if architecture.adapts(name, True)] == names[1:]

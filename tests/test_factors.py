@@ -106,3 +106,9 @@ def test_what_is_finite(dtype):
         broken[1, 2] = value
         if not broken.to(dtype).float().isfinite().all():  # that form of fp8 has no infinity
             assert not deft_factors.is_finite(broken.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (300, 400), (8, 4, 3, 3), (0, 4)])
+def test_the_norm_of_a_dense_matrix_is_that_in_float64(shape):
+    D = torch.randn(shape) * 1e-3 + 5
+    assert deft_factors.frobenius(D) == pytest.approx(float(D.double().norm()), rel=1e-7)
