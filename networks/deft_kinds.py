@@ -108,7 +108,7 @@ def change_of(parts: Mapping[str, Tensor], facts: Facts) -> Change:
     """
     rest = dict(parts)
     for name, tensor in rest.items():
-        if not bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()):
+        if not deft_io.all_finite(tensor):
             raise ValueError(f"{name} has non-finite values")
     kind = next((kind for kind in KINDS if kind.sign in rest), None)
     if kind is None:
