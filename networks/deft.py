@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -150,8 +149,8 @@ class DeftNetwork(nn.Module):
             deft_load.refuse_unknown(source, self.all_modules, architecture, {f"{part.prefix}_" for part in halves})
         self._watch: deft_keep.Watch | None = None  # until the file for `keep` is made
         self._makes_keep = False
-        if config.keep is not None and (os.path.exists(config.keep) or deft_io.are_prompts(config.keep)):
-            self._keep(config.keep, deft_io.read_kept(config.keep))
+        if config.keep is not None and not deft_keep.made_by_samples(config.keep):
+            self._keep(config.keep, deft_keep.read_kept(config.keep))
         if capped:
             logger.warning(f"rank capped at the layer's size in {len(capped)} layers: {', '.join(capped[:3])}, ...")
         if not config.pad:
@@ -216,7 +215,7 @@ class DeftNetwork(nn.Module):
             raise DeftError(f"--save_model_as={args.save_model_as}: networks.deft writes safetensors only")
         if getattr(args, "scale_weight_norms", None) and self.config.para:
             raise DeftError("--scale_weight_norms: a PaRa adapter (para=true) has no size that could be scaled")
-        if self.config.keep is not None and not os.path.exists(self.config.keep):
+        if self.config.keep is not None and deft_keep.made_by_samples(self.config.keep):
             deft_keep.check_samples(self.config.keep, args)
             self._makes_keep = True
         self.is_tracked = bool(getattr(args, "logging_dir", None) or getattr(args, "log_with", None))
@@ -241,7 +240,7 @@ class DeftNetwork(nn.Module):
         if self._makes_keep:
             self._watch = deft_keep.Watch([module.target for module in self.all_modules], deft_keep.DIRECTIONS)
         elif self.config.keep is not None and all(module.kept is None for module in self.all_modules):
-            deft_io.read_kept(self.config.keep)  # says that it is not there
+            deft_keep.read_kept(self.config.keep)  # says that it is not there
         for module in self.all_modules:
             module.apply_to()
             self.add_module(module.lora_name, module)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from networks import deft_layouts, deft_scaled
 from networks.deft_config import DeftError, read_text, reason_of
+from networks.deft_gguf import GgufEntry, GgufFile
 from networks.deft_layouts import Place
 from networks.deft_scaled import FLOATS, KNOWN_FORMATS, Scale
 
@@ -42,7 +44,7 @@ _MARKS = "_quantization_metadata"  # the same of all layers, in a file's metadat
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor in a file.
 
     :param name: its key in the file
@@ -65,12 +67,32 @@ class Entry:
         """Bytes of the whole."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, first: int = 0, rows: int | None = None) -> Tensor:
+    def read(self, first: int = 0, rows: int | None = None, scratch: Scratch | None = None) -> Tensor:
         """Some of its rows, or all of it, as they stand in the file."""
-        if rows is None:
-            return self.file.read(self.start, self.size, self.dtype).reshape(self.shape)
-        data = self.file.read(self.start + first * self.row_size, rows * self.row_size, self.dtype)
-        return data.reshape(rows, *self.shape[1:])
+        size = self.size if rows is None else rows * self.row_size
+        shape = self.shape if rows is None else (rows, *self.shape[1:])
+        if not size:
+            return torch.empty(shape, dtype=self.dtype)
+        data = bytearray(size) if scratch is None else scratch.take("read", size)
+        self.file.read_into(self.start + first * self.row_size, memoryview(data))
+        return torch.frombuffer(data, dtype=self.dtype).reshape(shape)
+
+
+class Scratch:
+    """Memory for one thread that is used again and again: new pages cost more time than what is computed in them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, bytearray] = {}
+
+    def take(self, use: str, size: int) -> memoryview:
+        """So many bytes; what was taken for the same use before is gone."""
+        if len(self._held.get(use, b"")) < size:
+            self._held[use] = bytearray(size)
+        return memoryview(self._held[use])[:size]
+
+    def floats(self, use: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor in float32, not empty."""
+        return torch.frombuffer(self.take(use, 4 * math.prod(shape)), dtype=torch.float32).view(shape)
 
 
 class TensorFile:
@@ -95,12 +117,12 @@ class TensorFile:
         self.header_size = 8 + length
         self.entries = self._entries(self._handle.read(length))
 
-    def _entries(self, header: bytes) -> dict[str, Entry]:
+    def _entries(self, header: bytes) -> dict[str, TensorEntry]:
         try:
             fields = json.loads(header, object_pairs_hook=_without_doubles)
             fields.pop("__metadata__", None)
             return {
-                key: Entry(
+                key: TensorEntry(
                     self,
                     key,
                     DTYPES[about["dtype"]],
@@ -112,25 +134,18 @@ class TensorFile:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DeftError(f"{self.path}: a header that cannot be read ({reason_of(error)})") from None
 
-    def read(self, start: int, size: int, dtype: torch.dtype) -> Tensor:
-        """Elements of the file, in a row."""
-        return torch.frombuffer(self.read_bytes(start, size), dtype=dtype) if size else torch.empty(0, dtype=dtype)
-
-    def read_bytes(self, start: int, size: int) -> bytearray:
+    def read_into(self, start: int, data: memoryview) -> None:
         """:raises DeftError: when the file has become shorter"""
-        data, done = bytearray(size), 0
-        while done < size:
-            rest = memoryview(data)[done:]
+        while data:
             if hasattr(os, "preadv"):
-                found = os.preadv(self._handle.fileno(), [rest], start + done)
+                found = os.preadv(self._handle.fileno(), [data], start)
             else:
                 with self._lock:
-                    self._handle.seek(start + done)
-                    found = self._handle.readinto(rest)
+                    self._handle.seek(start)
+                    found = self._handle.readinto(data)
             if not found:
                 raise DeftError(f"{self.path}: became shorter while it was read")
-            done += found
-        return data
+            data, start = data[found:], start + found
 
     def fileno(self) -> int:
         return self._handle.fileno()
@@ -157,7 +172,10 @@ def _check_kind(path: Path) -> None:
             f"ComfyUI save it as such), or take the .safetensors that most models come in too"
         )
     if ending != ".safetensors":
-        raise DeftError(f"{path}: give a .safetensors file or a Diffusers folder")
+        raise DeftError(f"{path}: give a .safetensors file, a .gguf file or a Diffusers folder")
+
+
+Entry: TypeAlias = TensorEntry | GgufEntry
 
 
 class Checkpoint:
@@ -172,7 +190,7 @@ class Checkpoint:
     :ivar metadata: of a single file
     """
 
-    def __init__(self, source: Path, files: Sequence[tuple[str, TensorFile]], pipeline: str) -> None:
+    def __init__(self, source: Path, files: Sequence[tuple[str, TensorFile | GgufFile]], pipeline: str) -> None:
         """:param files: with what stands before their keys"""
         self.source = source
         self.files = files
@@ -254,13 +272,20 @@ class Checkpoint:
         parts = [self.rows(piece.key, piece.first, piece.rows) for piece in self.place(name).pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def rows(self, key: str, first: int, rows: int) -> Tensor:
-        """Some rows of a tensor, float32, with its scales applied."""
-        stored, scale = self.entries[key].read(first, rows), self.scales.get(key)
-        if scale is None:
-            return stored.float()
-        scales = self.entries[scale.key]
-        return deft_scaled.applied(stored, scales.read(first, rows) if scale.blocks else scales.read(), scale.blocks)
+    def rows(self, key: str, first: int, rows: int, scratch: Scratch | None = None) -> Tensor:
+        """Some rows of a tensor, float32, with its scales applied; with `scratch` they last until the next ones."""
+        entry, scale = self.entries[key], self.scales.get(key)
+        stored = entry.read(first, rows, scratch)
+        if scratch is None or not stored.numel():
+            values = torch.empty(stored.shape)
+        else:
+            values = scratch.floats("values", tuple(stored.shape))
+        deft_scaled.to_float(stored, values)
+        if scale is not None:
+            scales = self.entries[scale.key]
+            found = scales.read(first, rows) if scale.blocks else scales.read()
+            deft_scaled.times(values, found.float(), scale.blocks)
+        return values
 
     def close(self) -> None:
         for _, file in self.files:
@@ -280,9 +305,11 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     chosen = _of_folder(path) if path.is_dir() else [("", path)]
-    files: list[tuple[str, TensorFile]] = []
+    files: list[tuple[str, TensorFile | GgufFile]] = []
     try:
-        files.extend((before, TensorFile(file)) for before, file in chosen)
+        for before, found in chosen:
+            is_gguf = found.suffix.lower() == ".gguf" and found.is_file()
+            files.append((before, GgufFile(found) if is_gguf else TensorFile(found)))
         return Checkpoint(path, files, (_pipeline(path) or _pipeline(path.parent)) if path.is_dir() else "")
     except BaseException:
         for _, file in files:

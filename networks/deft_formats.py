@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+AUTHORS_FILE, AUTHORS_CONFIG = "knowledge_injection_state.bin", "knowledge_injection_config"
 PEFT_KEY = "lora_adapter_metadata"  # of diffusers: JSON of peft's configurations, "unet.r" and the like
 
 
@@ -106,7 +107,7 @@ _TENSORS = (
     (r"\.oft_R(?:\.default)?(?:\.weight)?$", "oft_R"),
     (r"\.oft_R\.scaled_oft$", "scaled_oft"),
     (r"\.((?:a1|a2|b1|b2|bm)\.weight)$", r"\1"),
-    (r"\.(deft_(?:P(?:_\w+)?|R|E0|g))(?:\.default)?$", r"\1"),
+    (r"\.(deft_(?:P(?:_\w+)?|R|E0|g|Q))(?:\.default)?$", r"\1"),
     (r"\.(diff_b|w_norm|b_norm)$", r"\1"),
     (r"\.(lora_[AB]|lora_up|lora_down)(?:\.default)?\.bias$", "lora_bias"),
     (r"\.(weight|bias)$", r"\1"),
@@ -119,7 +120,10 @@ _LEFT = {
     "b_norm": "a norm's bias: no layer that LoRAs adapt",
 }
 _EMBEDDING = "an embedding (textual inversion): no change of a weight"
-_K3 = re.compile(r"_(conv[12]?|conv_in|conv_out|in_layers_2|out_layers_3|op)$")  # convolutions of 3 x 3, in U-Nets
+# convolutions of U-Nets by their key names; proj_in and proj_out are linear in SD 2.x and SDXL
+_K3 = re.compile(r"_(conv[12]?|conv_in|conv_out|in_layers_2|out_layers_3|op)$")
+_K1 = re.compile(r"_(conv_shortcut|skip_connection)$")
+_K1_OF_SD1 = re.compile(r"_attentions_\d+_proj_(in|out)$")
 
 
 @dataclass(frozen=True)
@@ -162,11 +166,15 @@ class _Made(Mapping[str, Change]):
 
 
 def read(path: str | os.PathLike) -> Adapter:
-    """An adapter file of any known format, or a folder of peft's (of one model, or with a folder for each).
+    """An adapter file of any known format, or a folder of peft's (of one model, or with a folder for each), or of the
+    DEFT paper's authors' code.
 
     :raises DeftError: when it cannot be read, is damaged, or is of no known format
     """
     path = Path(path)
+    authors = path if path.is_dir() else path.parent
+    if (authors / AUTHORS_FILE).is_file() and (path.is_dir() or path.name == AUTHORS_FILE):
+        return _read_authors(authors)
     folders = _peft_folders(path)
     if not folders:
         return parse(*deft_io.read_tensors(path), str(path))
@@ -215,6 +223,54 @@ def _peft_model(tensors: Mapping[str, Tensor], source: str) -> str:
         second = any(w in t.shape for w in (1280,) for t in tensors.values()) or "text_encoder_2" in source
         return "text_encoder_2" if second else "text_encoder"
     return "text_encoder_2" if re.match(r"encoder\.block\.", path) else "unet"
+
+
+def _read_authors(folder: Path) -> Adapter:
+    """What deft/deft.py of MAXNORM8650/DEFT (commit 06805df) saves; its forward pass is in deft/injection.py.
+
+    :raises DeftError: when it cannot be read without running code, or is damaged
+    """
+    source = str(folder / AUTHORS_FILE)
+    state = _unpickled(folder / AUTHORS_FILE)
+    as_json = folder / f"{AUTHORS_CONFIG}.json"
+    config = _read_config(as_json) if as_json.is_file() else _unpickled(folder / f"{AUTHORS_CONFIG}.bin")
+    layers = config.get("layer_configs")
+    found = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    if not isinstance(layers, dict) or len(found) < len(state):
+        raise DeftError(f"{source}: damaged, or not what the authors' code saves")
+    tensors: dict[str, Tensor] = {}
+    methods = set()
+    for key, tensor in found.items():
+        layer, _, name = str(key).rpartition(".")
+        of_layer = layers.get(layer)
+        if not isinstance(of_layer, dict):
+            raise DeftError(f"{source}: {layer} is not in {AUTHORS_CONFIG}")
+        additive = of_layer.get("injection_method") == "additive_update"
+        method = str(of_layer.get("decomposition_method"))
+        methods.add(method if not additive else "")
+        new = _AUTHORS_NAMES[additive].get(name)
+        if new is not None:
+            tensors[f"diffusion_model.{layer}.{new}"] = tensor
+        if additive and name == "lora_A":  # its alpha / r; the other methods have none
+            tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(of_layer.get("lora_alpha", 8.0)))
+    if len(methods - {""}) > 1:
+        raise DeftError(f"{source}: layers of several decomposition methods, {', '.join(sorted(methods))}")
+    method = next(iter(methods - {""}), "qr")
+    peft = json.dumps({"unet.decomposition_method": "relu" if method == "None" else method})
+    return replace(parse(tensors, {PEFT_KEY: peft}, source), format="authors", metadata={})
+
+
+_AUTHORS_NAMES = (
+    {"P": "deft_P", "R_new": "deft_R", "gate": "deft_g", "Q_P_cached": "deft_Q"},
+    {"lora_A": "lora_up.weight", "lora_B": "lora_down.weight", "gate": "deft_g"},
+)
+
+
+def _unpickled(path: Path) -> dict[str, object]:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever a pickle of anything may raise; nothing of it was run
+        raise DeftError(f"{path}: cannot be read without running code of its own ({reason_of(error)})") from None
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Adapter:
@@ -323,8 +379,8 @@ def _makers(
     row = deft_names.named(architecture)
     configs = _configs(metadata, source)
     recorded = deft_io.parse_metadata(metadata, source)[1]
+    first_generation = architecture.startswith("Stable Diffusion 1") and not _is_second(layers, metadata)
     pieces: dict[str, dict[str, Callable[[], Change]]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
     for layer, parts in layers.items():
         format, model, path = models[layer]
         path, _, given = path.partition("#")
@@ -335,16 +391,30 @@ def _makers(
         if row is None and format.name in ("diffusers", "bare"):
             raise DeftError(f"{source}: {layer} is of a model whose names are not known here")
         config = configs.get(model, {})
-        kernel = (3, 3) if _K3.search(name) and "_te" not in name[:8] else None
+        kernel = _kernel(name, first_generation)
         rank = _pattern_value(config, "rank_pattern", "r", path)
         facts = Facts(config, path, rank, str(metadata.get("ss_network_module", "")), recorded.get(layer), kernel)
         make = _maker(layer, _with_alpha(parts, config, rank, path), facts, source)
-        shapes[layer] = make().shape  # which finds what is wrong with it
+        make()  # which finds what is wrong with it
         piece = given or piece
         if piece in pieces.setdefault(name, {}) or (pieces[name] and "" in (piece, *pieces[name])):
             raise DeftError(f"{source}: {layer} is there twice, under another name also")
         pieces[name][piece] = make
     return {name: _assembling(found, source) if "" not in found else found[""] for name, found in pieces.items()}
+
+
+def _is_second(layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> bool:
+    """Whether a Stable Diffusion is 2.x, by its text's width or metadata."""
+    said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
+    downs = [p["lora_down.weight"] for layer, p in layers.items() if layer.endswith("to_k") and "lora_down.weight" in p]
+    return "v2" in said or metadata.get("ss_v2") == "True" or any(down.shape[-1] == 1024 for down in downs)
+
+
+def _kernel(name: str, first_generation: bool) -> tuple[int, int] | None:
+    if not name.startswith("lora_unet"):
+        return None
+    pointwise = _K1.search(name) or (first_generation and _K1_OF_SD1.search(name))
+    return (3, 3) if _K3.search(name) else (1, 1) if pointwise else None
 
 
 def _maker(layer: str, parts: Mapping[str, Tensor], facts: Facts, source: str) -> Callable[[], Change]:
@@ -417,12 +487,24 @@ def assembled(pieces: Mapping[str, Change]) -> Change:
 
     :raises ValueError: when their shapes do not fit
     """
+    if "swapped" in pieces:
+        return _swapped(pieces["swapped"])
     hidden = next((c.shape[0] // len(piece) for piece, c in pieces.items() if piece != "3"), 0)
     some = next(iter(pieces.values()))
     hidden = hidden or some.shape[1]
     first = {"0": 0, "1": hidden, "2": 2 * hidden, "012": 0, "3": 3 * hidden}
     total = 3 * hidden + (pieces["3"].shape[0] if "3" in pieces else 0)
     return _stacked([(pieces[piece], first[piece]) for piece in sorted(pieces)], total)
+
+
+def _swapped(change: Change) -> Change:
+    """With the two halves of its rows in each other's place."""
+    half = change.shape[0] // 2
+    if isinstance(change, Factors):
+        return Factors(change.up.roll(half, 0), change.down, change.kernel)
+    if isinstance(change, Dense):
+        return replace(change, delta=lambda: change.delta().roll(half, 0))
+    return replace(change, delta=lambda W: change.delta(W.roll(half, 0)).roll(half, 0))
 
 
 def _stacked(parts: Sequence[tuple[Change, int]], total: int) -> Change:
@@ -497,7 +579,8 @@ def _placed(format: str, changes: Mapping[str, Factors], architecture: str) -> d
         if format == "peft" and len(models) > 1:
             raise DeftError("format peft: one file is of one model; write the text encoders' layers apart")
         prefix = _prefix(format, row, places[0][0], factors)
-        for (model, path), part in zip(places, _split_rows(factors, len(places)), strict=True):
+        parts = _split_rows(factors, [piece for _, _, piece in places])
+        for (model, path, _), part in zip(places, parts, strict=True):
             if format == "peft" and model == "text_encoder":  # transformers 5; CLIPTextModelWithProjection has it still
                 path = path.removeprefix("text_model.")
             placed[f"{prefix}{path}"] = part
@@ -519,11 +602,11 @@ def _prefix(format: str, row: deft_names.Architecture, model: str, factors: Fact
     return f"text_encoders.{encoder.comfy[wide]}.transformer."
 
 
-def _split_rows(factors: Factors, number: int) -> list[Factors]:
+def _split_rows(factors: Factors, pieces: Sequence[str]) -> list[Factors]:
     """Queries, keys and values of a fused weight, and what stands behind them if they are four."""
-    if number == 1:
-        return [factors]
-    m = factors.up.shape[0]
+    if len(pieces) == 1:
+        return [_swapped(factors) if pieces[0] else factors]  # type: ignore[list-item]
+    m, number = factors.up.shape[0], len(pieces)
     hidden = m // 3 if number == 3 else factors.kernel[0]
     if 3 * hidden > m or (number == 3 and m % 3):
         raise DeftError(f"a weight of {m} x {factors.kernel[0]} is no {number} layers in one")
@@ -575,7 +658,7 @@ def to_factors(
     :raises ValueError: when the base is needed and not there, or has another shape
     """
     if not isinstance(change, Factors):
-        found, error = deft_factors.approximated(_matrix_of(change, base), _kernel(change, base), rank, energy)
+        found, error = deft_factors.approximated(_matrix_of(change, base), _behind_outputs(change, base), rank, energy)
         sizes = found.up.square().sum(0)  # the singular values: two factors of equal size
         used = sizes > 1e-7 * sizes.max()  # no rank for what is rounding
         return replace(found, up=found.up[:, used], down=found.down[used]), error
@@ -586,7 +669,7 @@ def to_factors(
     return whole.truncated(max(1, min(needed, len(whole.values), rank or needed)))
 
 
-def _kernel(change: Dense | OnBase, base: Callable[[], Tensor] | None) -> tuple[int, ...]:
+def _behind_outputs(change: Dense | OnBase, base: Callable[[], Tensor] | None) -> tuple[int, ...]:
     if isinstance(change, OnBase) and 0 in change.shape and base is not None:
         return tuple(base().shape[1:])
     return change.shape[1:]

@@ -214,7 +214,7 @@ def parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | Non
     """
     parts = dict(parts)
     for name, tensor in parts.items():
-        if not all_finite(tensor):
+        if not deft_factors.is_finite(tensor):
             raise ValueError(f"{name} has non-finite values")
     alpha = None
     if "alpha" in parts:
@@ -261,14 +261,6 @@ def factors_of(layer: LoraLayer | DeftLayer, base_weight: Callable[[], Tensor]) 
 def _refuse_rest(parts: Mapping[str, Tensor]) -> None:
     for name in parts:
         raise KeyError(name)
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; by the extremes, a tenth of the time of `torch.isfinite`."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return True
-    low, high = (tensor if tensor.element_size() > 1 else tensor.float()).aminmax()  # NaN if one is
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
 def is_adapter_dict(tensors: Iterable[str]) -> bool:
@@ -334,35 +326,6 @@ def kept_tensors(directions: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     return tensors, {VERSION_KEY: VERSION, KEPT_KEY: json.dumps(layers)}
 
 
-def are_prompts(keep: str | os.PathLike) -> bool:
-    """Whether the option `keep` names prompts, and no directions yet."""
-    return Path(keep).suffix.lower() in (".txt", ".json", ".toml")
-
-
-def read_kept(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Key name -> orthonormal directions (n, k), float32, of a file for the option `keep`.
-
-    :raises DeftError: when it cannot be read or is no such file
-    """
-    if are_prompts(path):
-        raise DeftError(
-            f"keep={path}: only train_network_deft.py takes prompts; make a file with `python -m library.keep "
-            f"--prompts {path}` of the DEFT project, and give that"
-        )
-    if not Path(path).exists():
-        raise DeftError(
-            f"keep={path}: no such file; `python -m library.keep` of the DEFT project makes one, or the samples of a "
-            f"training on pictures in sd-scripts"
-        )
-    tensors, metadata = read_tensors(path)
-    if KEPT_KEY not in metadata:
-        raise DeftError(f"keep={path}: no file of directions to keep; `python -m library.keep` makes one")
-    try:
-        return kept_directions(tensors, metadata)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, RecursionError) as error:
-        raise DeftError(f"keep={path}: damaged, make it anew ({reason_of(error)})") from None
-
-
 def kept_directions(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Key name -> orthonormal directions (n, k), float32, of what `kept_tensors` has made."""
     whole = {key: torch.linalg.qr(tensor.float())[0] for key, tensor in tensors.items()}
@@ -403,7 +366,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
     for name, tensor in tensors.items():
-        if not all_finite(tensor):
+        if not deft_factors.is_finite(tensor):
             raise DeftError(
                 f"{path}: not saved, since {name} is not finite in {tensor.dtype}; what was there is untouched"
             )

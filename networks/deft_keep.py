@@ -1,10 +1,12 @@
-"""The input directions that a model uses while it draws, for the option `keep`."""
+"""The input directions that a model uses while it draws, or another adapter answers to, for the option `keep`."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,9 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.deft_config import DeftError, read_text
+from networks import deft_factors, deft_formats, deft_io
+from networks.deft_config import DeftError, read_text, reason_of
+from networks.deft_factors import Decomposed
+from networks.deft_formats import Adapter, Change
 from networks.deft_progress import progress
 from networks.deft_targets import Target
+
+logger = logging.getLogger(__name__)
 
 DIRECTIONS = 64  # a layer, and at most a quarter of its inputs
 FEWEST = 16  # pictures that a trainer's samples have to be
@@ -57,6 +64,11 @@ def test_directions(n: int, k: int) -> Tensor:
     """For a `Sketch` of k directions: the same for the same n and k, (n, min(n, 2 k + 8))."""
     random = torch.randn(n, min(n, 2 * k + 8), generator=torch.Generator().manual_seed(n))
     return torch.linalg.qr(random)[0]
+
+
+def most_directions(n: int, k: int) -> int:
+    """Of a layer with n inputs, where k are wanted."""
+    return min(k, max(1, n // 4))
 
 
 def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
@@ -108,7 +120,7 @@ class Watch:
     def _sketch(self, name: str, device: torch.device) -> Sketch:
         if name not in self.sketches:
             n = self.layers[name].shape[1]
-            some = min(self.k, max(1, n // 4))
+            some = most_directions(n, self.k)
             if (n, device) not in self._tests:
                 self._tests[n, device] = test_directions(n, some).to(device)
             self.sketches[name] = Sketch(self._tests[n, device], some)
@@ -153,3 +165,97 @@ def check_samples(keep: str, args: argparse.Namespace) -> None:
             f"keep={keep}: no such file, and to make it from --sample_prompts {prompts}, that has to be a .txt of "
             f"{FEWEST} prompts or more; configs/keep.txt of the DEFT project has 65"
         )
+
+
+def are_prompts(file: str | os.PathLike) -> bool:
+    """Whether a file of the option `keep` holds prompts, and no directions yet."""
+    return Path(file).suffix.lower() in (".txt", ".json", ".toml")
+
+
+def files_of(keep: str) -> list[str]:
+    """The files that the option `keep` names, separated by commas."""
+    return [keep] if os.path.exists(keep) else [part.strip() for part in keep.split(",") if part.strip()] or [keep]
+
+
+def made_by_samples(keep: str) -> bool:
+    """Whether the option `keep` names a file that may be made of what a trainer draws before its first step."""
+    files = files_of(keep)
+    return len(files) == 1 and not os.path.exists(keep) and not are_prompts(keep)
+
+
+def read_kept(keep: str) -> dict[str, Tensor]:
+    """Key name -> orthonormal directions (n, k), float32, of the files that the option `keep` names: of `library.keep`,
+    or adapters of any format that `deft_formats` reads.
+
+    :raises DeftError: for one that cannot be read or is neither, and where they leave a layer no inputs
+    """
+    found = [_read_one(file) for file in files_of(keep)]
+    if len(found) == 1:
+        return found[0]
+    together = {}
+    for name in {name: None for directions in found for name in directions}:
+        parts = [directions[name] for directions in found if name in directions]
+        if len({len(part) for part in parts}) != 1:
+            raise DeftError(f"keep={keep}: the files are made for models with different inputs of {name}")
+        U, S, _ = torch.linalg.svd(torch.cat(parts, 1).double(), full_matrices=False)
+        U = U[:, S > 1e-3]  # what is in several of the files
+        if U.shape[1] == len(U):
+            raise DeftError(f"keep={keep}: together the files take all {len(U)} inputs of {name}; name fewer of them")
+        together[name] = U.float()
+    return together
+
+
+def _read_one(file: str) -> dict[str, Tensor]:
+    """:raises DeftError: when it cannot be read or holds no directions and no adapter"""
+    if are_prompts(file):
+        raise DeftError(
+            f"keep={file}: only train_network_deft.py takes prompts; make a file with `python -m library.keep "
+            f"--prompts {file}` of the DEFT project, and give that"
+        )
+    if not Path(file).exists():
+        raise DeftError(
+            f"keep={file}: no such file; `python -m library.keep` of the DEFT project makes one, or the samples of a "
+            f"training on pictures in sd-scripts"
+        )
+    tensors, metadata = deft_io.read_tensors(file)
+    if deft_io.KEPT_KEY not in metadata:
+        try:
+            adapter = deft_formats.parse(tensors, metadata, file)
+        except DeftError as error:
+            raise DeftError(f"keep={file}: no file of `python -m library.keep`, and no adapter ({error})") from None
+        return directions_of_adapter(adapter)
+    try:
+        return deft_io.kept_directions(tensors, metadata)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, RecursionError) as error:
+        raise DeftError(f"keep={file}: damaged, make it anew ({reason_of(error)})") from None
+
+
+def directions_of_adapter(adapter: Adapter) -> dict[str, Tensor]:
+    """Key name -> orthonormal directions (n, k), float32, of the inputs that an adapter answers to, by weight; of a
+    layer that it does not change, none.
+
+    :raises DeftError: when they depend on the base model
+    """
+    found: dict[str, Tensor] = {}
+    kept = whole = 0.0
+    for name, change in progress(list(adapter.changes.items()), "finding directions"):
+        exact = _decomposed(change, f"keep={adapter.source}: {name}")
+        directions = exact.leading_inputs(1.0, most_directions(exact.right.shape[1], DIRECTIONS))
+        squares = exact.values.square()
+        kept, whole = kept + float(squares[: directions.shape[1]].sum()), whole + float(squares.sum())
+        if directions.shape[1]:
+            found[name] = directions.float()
+    if not found:
+        raise DeftError(f"keep={adapter.source}: an adapter that changes nothing; nothing is to be kept")
+    if kept < 0.999 * whole:
+        logger.warning(f"keep={adapter.source}: {kept / whole:.1%} of its square is in the directions that are kept")
+    return found
+
+
+def _decomposed(change: Change, source: str) -> Decomposed:
+    """:raises DeftError: when it depends on the base model"""
+    if isinstance(change, deft_formats.OnBase):
+        raise DeftError(f"{source}: depends on the base model ({change.kind}); save it as a LoRA, and give that")
+    if isinstance(change, deft_formats.Dense):
+        change, _ = deft_factors.approximated(change.delta(), change.shape[1:], 2 * DIRECTIONS)
+    return deft_factors.decomposed(change.double())

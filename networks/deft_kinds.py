@@ -22,13 +22,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from networks import deft_io, deft_math
+from networks import deft_factors, deft_io, deft_math
 from networks.deft_factors import Factors
 from networks.deft_io import DeftLayer
 
@@ -76,7 +76,7 @@ class Facts:
     :param rank: that peft's configuration has for the layer
     :param module: `ss_network_module`
     :param recorded: deft_io's record of the layer
-    :param kernel: (kh, kw) of the layer, where files of matrices alone leave it to be known
+    :param kernel: (kh, kw) of a convolution, where files of matrices alone leave it to be known
     """
 
     config: Mapping[str, object] = field(default_factory=dict)
@@ -108,7 +108,7 @@ def change_of(parts: Mapping[str, Tensor], facts: Facts) -> Change:
     """
     rest = dict(parts)
     for name, tensor in rest.items():
-        if not deft_io.all_finite(tensor):
+        if not deft_factors.is_finite(tensor):
             raise ValueError(f"{name} has non-finite values")
     kind = next((kind for kind in KINDS if kind.sign in rest), None)
     if kind is None:
@@ -156,9 +156,10 @@ def _lora(parts: Parts, facts: Facts) -> Change:
         _fits(mid.dim() > 2 and mid.shape[1] == down.shape[0], mid, down)
         parts["lora_down.weight"] = torch.einsum("ij...,jn->in...", mid.float(), down)
     names = ("lora_up.weight", "lora_down.weight", "alpha")
+    gate = parts.pop("deft_g", None)  # the authors' additive form
     layer = deft_io.parse_layer({name: parts.pop(name) for name in list(parts) if name in names}, facts.recorded)
     assert isinstance(layer, Factors)
-    return layer
+    return layer if gate is None else replace(layer, up=layer.up * torch.sigmoid(gate.float()))
 
 
 def _loha(parts: Parts, facts: Facts) -> Change:
@@ -166,11 +167,12 @@ def _loha(parts: Parts, facts: Facts) -> Change:
     rank, kernel = 0, tuple[int, ...]()
     for k in "12":
         a, b, core = parts.pop(f"hada_w{k}_a"), parts.pop(f"hada_w{k}_b"), parts.pop(f"hada_t{k}", None)
-        _fits(a.dim() == b.dim() == 2, a, b)
         rank = b.shape[0]
-        up, down, kernel = (
-            (a.float(), _matrix(b), _kernel_of(b.shape[1], facts)) if core is None else _cored(core, a, b)
-        )
+        if core is None:  # OneTrainer has convolutions' own shapes
+            up, down = _matrix(a), _matrix(b)
+            kernel = tuple(b.shape[1:]) if b.dim() > 2 else _kernel_of(b.shape[1], facts)
+        else:
+            up, down, kernel = _cored(core, a, b)
         _fits(up.shape[1] == down.shape[0], up, down)
         pairs.append((up, down))
     (up1, down1), (up2, down2) = pairs
@@ -184,7 +186,8 @@ def _loha(parts: Parts, facts: Facts) -> Change:
 
 def _cored(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """up (m, r) and down (r, n) of a product with a core (r, r, kh, kw) between a (r, m) and b (r, in)."""
-    _fits(core.dim() > 2 and core.shape[0] == a.shape[0] and core.shape[1] == b.shape[0], core, a, b)
+    fitting = core.dim() > 2 and a.dim() == b.dim() == 2 and core.shape[:2] == (a.shape[0], b.shape[0])
+    _fits(fitting, core, a, b)
     down = torch.einsum("ij...,jn->in...", core.float(), b.float())
     return a.float().mT.contiguous(), down.flatten(1), tuple(down.shape[1:])
 
@@ -433,6 +436,7 @@ def _deft(parts: Parts, facts: Facts) -> Change:
         assert isinstance(layer, DeftLayer)
         return of_deft_layer(layer)
     P, R, gate = parts.pop("deft_P").float(), parts.pop("deft_R", None), parts.pop("deft_g", None)
+    frozen = parts.pop("deft_Q", None)  # the authors' Q of the start, which they keep unless told otherwise
     alpha = parts.pop("alpha", None)
     scale = 1.0 if alpha is None else _number(alpha) / P.shape[1]
     basis = str(facts.config.get("decomposition_method", "relu"))
@@ -440,15 +444,21 @@ def _deft(parts: Parts, facts: Facts) -> Change:
         raise ValueError(f"decomposition_method {basis} is not known")
     R = None if facts.config.get("para") or R is None else R.float()
     _fits(P.dim() == 2 and (R is None or R.shape[:1] == P.shape[1:]), P)
-    if R is not None and basis != "relu":
-        R = R * _signs(P, basis)[:, None]
+    if basis != "relu":
+        theirs = _lapack(P, basis) if frozen is None else frozen.float()
+        _fits(theirs.shape == P.shape, theirs, P)
+        P, basis = (P, basis) if frozen is None else (theirs, "qr")  # which leaves what is orthonormal as it is
+        R = R if R is None else R * _signs(theirs, deft_math.left_and_eraser(P, basis)[0])[:, None]
     return of_deft_layer(DeftLayer(basis, P, R, torch.zeros_like(P), scale, gate))
 
 
-def _signs(P: Tensor, basis: str) -> Tensor:
-    """Of peft's and the authors' Q (or U), as LAPACK gives it, to ours: the sign of each column is part of Q R."""
-    theirs = torch.linalg.qr(P)[0] if basis == "qr" else torch.linalg.svd(P, full_matrices=False)[0]
-    ours = deft_math.left_and_eraser(P, basis)[0]
+def _lapack(P: Tensor, basis: str) -> Tensor:
+    """peft's and the authors' Q or U."""
+    return torch.linalg.qr(P)[0] if basis == "qr" else torch.linalg.svd(P, full_matrices=False)[0]
+
+
+def _signs(theirs: Tensor, ours: Tensor) -> Tensor:
+    """1 or -1 for each column: the sign of Q's is part of Q R."""
     return torch.where((theirs * ours).sum(0) < 0, -1.0, 1.0)
 
 

@@ -234,15 +234,26 @@ def places(
     """
     parts: tuple[dict[str, dict[int, Piece]], ...] = ({}, {})
     for key, shape in shapes.items():
-        if len(shape) not in (2, 4) or not key.endswith("weight"):
+        if len(shape) not in (2, 4) or not key.endswith((".weight", ".in_proj_weight")):
             continue
         for further, name, number, piece in _named(layout, key, shape[0]):
             of_layer = parts[further].setdefault(name, {})
             if number in of_layer:
                 raise DeftError(f"{source}: {of_layer[number].key} and {key} are the same layer, {name}")
             of_layer[number] = piece
-    layers, others = ({name: _place(name, found, shapes, source) for name, found in part.items()} for part in parts)
+    whole: dict[str, int] = {}  # how many parts the layers of a kind have
+    for name, found in (*parts[0].items(), *parts[1].items()):
+        whole[_alike(name)] = max(len(found), whole.get(_alike(name), 0))
+    layers, others = (
+        {name: _place(name, found, whole[_alike(name)], shapes, source) for name, found in part.items()}
+        for part in parts
+    )
     return layers, others
+
+
+def _alike(name: str) -> str:
+    """The same for the same layer of every block."""
+    return re.sub(r"(?<=_)\d+(?=_|$)", "#", name)
 
 
 def _named(layout: Layout, key: str, rows: int) -> Iterator[tuple[bool, str, int, Piece]]:
@@ -268,10 +279,13 @@ def _named(layout: Layout, key: str, rows: int) -> Iterator[tuple[bool, str, int
                 yield not layer, name, int(number or 0), Piece(key, k * share, share)
 
 
-def _place(name: str, found: Mapping[int, Piece], shapes: Mapping[str, tuple[int, ...]], source: str) -> Place:
+def _place(
+    name: str, found: Mapping[int, Piece], number: int, shapes: Mapping[str, tuple[int, ...]], source: str
+) -> Place:
+    """:param number: of the parts that the layer has to have"""
     pieces = tuple(found[k] for k in sorted(found))
     kernels = {shapes[piece.key][1:] for piece in pieces}
-    if sorted(found) != list(range(len(found))) or len(kernels) != 1:
+    if sorted(found) != list(range(number)) or len(kernels) != 1:
         held = ", ".join(piece.key for piece in pieces)
-        raise DeftError(f"{source}: of the layer {name} only {held} are there, or their shapes do not fit")
+        raise DeftError(f"{source}: of the layer {name} only {held} is there, or the shapes do not fit each other")
     return Place((sum(piece.rows for piece in pieces), *kernels.pop()), pieces)

@@ -2,7 +2,8 @@
 
 Paths have dots; a key name is a prefix and the path with underscores instead, in which a path is found again by the
 words that the model's modules are called by (`deft_targets.Part.words`). Diffusers' FLUX.1 has in pieces what its files
-have as one weight: such a piece is named by its numbers, "0" to "3", or "012" for the first three together.
+have as one weight: such a piece is named by its numbers, "0" to "3", or "012" for the first three together; "swapped"
+is a whole weight whose halves stand the other way round.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ def _prefix(model: str) -> str:
     return f"lora_te{number if number.isdecimal() else ''}"
 
 
-def places(architecture: Architecture, name: str, form: str) -> list[tuple[str, str]]:
-    """Where a weight is in another form of its model: the model and its path, of each of its pieces in order.
+def places(architecture: Architecture, name: str, form: str) -> list[tuple[str, str, str]]:
+    """Where a weight is in another form of its model: the model, the path and the piece of each layer it is there.
 
     :param name: kohya's key name
     :param form: "diffusers" or "original"; those of text encoders are the same
@@ -152,23 +153,20 @@ def places(architecture: Architecture, name: str, form: str) -> list[tuple[str, 
             path = dotted(name.removeprefix(f"{encoder.prefix}_"), encoder.words.split())
             if not path:
                 raise KeyError(name)
-            return [("text_encoder" if number == 1 else f"text_encoder_{number}", path)]
+            return [("text_encoder" if number == 1 else f"text_encoder_{number}", path, "")]
     own = next(part for part in architecture.denoisers if not part.renames)
     path = dotted(name.removeprefix(f"{own.prefix}_"), own.words.split()) if name.startswith(own.prefix) else None
     other = next((part for part in architecture.denoisers if part.form == form), None)
     if not path or other is None:
         raise KeyError(name)
-    return [(DENOISER, found) for found in _pieces(path, other)]
+    return [(DENOISER, found, piece) for found, piece in _pieces(path, other)]
 
 
-def _pieces(path: str, part: Part) -> list[str]:
+def _pieces(path: str, part: Part) -> list[tuple[str, str]]:
     back = _inverted(part.renames)
-    if not back:
-        return [path]
-    found: list[str] = []
-    while (piece := renamed(f"{path}#{len(found)}", back)) != f"{path}#{len(found)}" and "#" not in piece:
-        found.append(piece)
-    return found or [renamed(path, back)]
+    pieces = {piece: renamed(f"{path}#{piece}", back) for piece in ("0", "1", "2", "3", "swapped")} if back else {}
+    found = [(new, piece) for piece, new in pieces.items() if "#" not in new]
+    return found or [(renamed(path, back), "")]
 
 
 _inverted = functools.lru_cache(None)(inverted)

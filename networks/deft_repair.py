@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from networks import deft_io
+from networks import deft_factors
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter
@@ -71,7 +71,7 @@ def repaired(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Repaired:
 def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """:raises DeftError: for NaN or infinite values, with the layer's name"""
     for key, tensor in tensors.items():
-        if not deft_io.all_finite(tensor):
+        if not deft_factors.is_finite(tensor):
             wrong = int((~torch.isfinite(tensor.float())).sum())
             layer, _, part = key.partition(".")
             raise DeftError(

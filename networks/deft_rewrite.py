@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from networks import deft_scaled
-from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Entry, TensorFile
+from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Scratch, TensorEntry, TensorFile
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 from networks.deft_progress import Bar
@@ -64,14 +64,14 @@ def rewrite(
         or there is no space; nothing is left of it then
     """
     output = Path(output)
+    files = _files(checkpoint)
     _check_output(checkpoint, output)
     partial = _partial(output)
     folder = checkpoint.source.is_dir()
-    files = [
-        (before, file, partial / file.path.relative_to(checkpoint.source) if folder else partial)
-        for before, file in checkpoint.files
-    ]
-    plans = [_planned(checkpoint, before, file, path, dtype, metadata) for before, file, path in files]
+    plans = []
+    for before, file in files:
+        path = partial / file.path.relative_to(checkpoint.source) if folder else partial
+        plans.append(_planned(checkpoint, before, file, path, dtype, metadata))
     others = _other_files(checkpoint) if folder else []
     _check_space(output, sum(plan.size for plan in plans) + sum(path.stat().st_size for path in others))
     try:
@@ -87,12 +87,19 @@ def rewrite(
         _remove(partial)
 
 
+def _files(checkpoint: Checkpoint) -> list[tuple[str, TensorFile]]:
+    """:raises DeftError: for a checkpoint in GGUF"""
+    found = [(before, file) for before, file in checkpoint.files if isinstance(file, TensorFile)]
+    if len(found) < len(checkpoint.files):
+        raise DeftError(
+            f"{checkpoint.source}: GGUF is read and not written; merge into the model's bf16 or fp16 file, then "
+            f"quantise that"
+        )
+    return found
+
+
 def _check_output(checkpoint: Checkpoint, output: Path) -> None:
     source = checkpoint.source
-    if not all(isinstance(file, TensorFile) for _, file in checkpoint.files):
-        raise DeftError(
-            f"{source}: GGUF is read and not written; merge into the model's bf16 or fp16 file, then quantise that"
-        )
     inputs = (source, *(file.path for _, file in checkpoint.files))
     if any(output.exists() and os.path.samefile(output, path) for path in inputs):
         raise DeftError(f"{output}: this is an input, which is never overwritten; give another name")
@@ -276,8 +283,9 @@ class _Output:
                 break
             source, start, size = source + copied, start + copied, size - copied
         while size:
-            data = file.read_bytes(source, min(size, 1 << 23))
-            self.write(start, memoryview(data))
+            data = memoryview(bytearray(min(size, 1 << 23)))
+            file.read_into(source, data)
+            self.write(start, data)
             source, start, size = source + len(data), start + len(data), size - len(data)
 
     def close(self, whole: bool) -> None:
@@ -456,8 +464,10 @@ class _Job:
     generator: torch.Generator | None
 
     @property
-    def entry(self) -> Entry:
-        return self.checkpoint.entries[self.key]
+    def entry(self) -> TensorEntry:
+        found = self.checkpoint.entries[self.key]
+        assert isinstance(found, TensorEntry)
+        return found
 
     def __call__(self) -> None:
         same = self.place.dtype == self.entry.dtype
@@ -487,7 +497,7 @@ class _Job:
 
     def _changed(self, first: int, rows: int) -> Tensor:
         """Some rows of the new weight, (rows, n), float32."""
-        found = self.checkpoint.rows(self.key, first, rows).reshape(rows, -1)
+        found = self.checkpoint.rows(self.key, first, rows, _scratch()).view(rows, -1)
         for part in self.parts:
             start, end = max(first, part.first), min(first + rows, part.first + part.rows)
             if start < end:
@@ -505,11 +515,13 @@ class _Job:
         )
 
     def _put(self, start: int, values: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> None:
-        data = bytearray(values.numel() * dtype.itemsize)
+        if not values.numel():
+            return
+        data = _scratch().take("stored", values.numel() * dtype.itemsize)
         if generator is not None or dtype in deft_scaled.FP8:
             values = deft_scaled.rounded(values, dtype, generator)
-        torch.frombuffer(data, dtype=dtype).copy_(values.reshape(-1))
-        self.output.write(start, memoryview(data))
+        torch.frombuffer(data, dtype=dtype).view(values.shape).copy_(values)
+        self.output.write(start, data)
 
     def _check(self, values: Tensor) -> None:
         """:raises DeftError: when a value is not finite, or too large for the dtype; fp8 has its largest for it"""
@@ -531,7 +543,8 @@ class _Job:
             self._put(place.start + first * blocks * place.dtype.itemsize, scales, place.dtype, None)
             for at, number in _chunks(first, rows, self.entry):
                 some = slice(at - first, at - first + number)
-                stored = deft_scaled.divided(values[some], scales[some] if blocks else scales, blocks)
+                share = 1 / (scales[some] if blocks else scales).float()
+                stored = deft_scaled.times(values[some], share, blocks)
                 self._put(self.place.start + at * self.entry.row_size, stored, self.place.dtype, self.generator)
 
     def _values(self, first: int, rows: int) -> Tensor:
@@ -543,7 +556,18 @@ class _Job:
         return found
 
 
-def _chunks(first: int, rows: int, entry: Entry) -> Iterator[tuple[int, int]]:
+_of_thread = threading.local()
+
+
+def _scratch() -> Scratch:
+    """The calling thread's."""
+    if not hasattr(_of_thread, "scratch"):
+        _of_thread.scratch = Scratch()
+    found: Scratch = _of_thread.scratch
+    return found
+
+
+def _chunks(first: int, rows: int, entry: TensorEntry) -> Iterator[tuple[int, int]]:
     """(first, number) of rows that are computed at once."""
     step = max(1, _ROWS_SIZE // max(1, entry.row_size // entry.dtype.itemsize))
     for at in range(first, first + rows, step):

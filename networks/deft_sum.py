@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from networks import deft_factors
+from networks import deft_factors, deft_formats
 from networks.deft_blocks import Strength
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
@@ -23,10 +24,10 @@ class Part:
     adapter: Adapter
     strength: Strength
 
-    def changes(self) -> dict[str, tuple[Change, float]]:
-        """Its changes that count, with their strengths, by key name."""
-        found = {name: (change, self.strength.of(name)) for name, change in self.adapter.changes.items()}
-        return {name: pair for name, pair in found.items() if pair[1] != 0}
+    def strengths(self) -> dict[str, float]:
+        """Of its layers that count, by key name."""
+        found = {name: self.strength.of(name) for name in self.adapter.changes}
+        return {name: strength for name, strength in found.items() if strength != 0}
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,12 @@ class Rank:
         return self.most_conv if len(kernel) > 1 and kernel[1:] != (1, 1) else self.most
 
 
+# a layer's change, of which adapter, and its strength
+Found = tuple[Adapter, Change, float]
+
+
 def check_architectures(adapters: Sequence[Adapter]) -> None:
-    """:raises DeftError: when they are for different ones, or a layer has different shapes"""
+    """:raises DeftError: when they are for different ones"""
     known = [adapter for adapter in adapters if adapter.architecture]
     for other in known[1:]:
         if other.architecture != known[0].architecture:
@@ -56,98 +61,91 @@ def check_architectures(adapters: Sequence[Adapter]) -> None:
                 f"{known[0].source} is for {known[0].architecture}, {other.source} for {other.architecture}: "
                 f"give adapters for one model"
             )
-    seen: dict[str, Adapter] = {}
-    for adapter in adapters:
-        for name, change in adapter.changes.items():
-            first = seen.setdefault(name, adapter)
-            shape = first.changes[name].shape
-            if not same_weight(change.shape, shape):
-                raise DeftError(
-                    f"{name} has the shape {shape} in {first.source} and {change.shape} in {adapter.source}: "
-                    f"give adapters for one model"
-                )
 
 
 def same_weight(a: Sequence[int], b: Sequence[int]) -> bool:
-    """Whether shapes are of one weight: a 1x1 convolution is a linear layer too, as some models have it."""
-    ones = (1, 1)
-    return tuple(a[:-2] if tuple(a[2:]) == ones else a) == tuple(b[:-2] if tuple(b[2:]) == ones else b)
+    """Whether shapes are of one weight: with its kernel or flattened, 0 where a file does not tell."""
+    if len(a) == len(b) == 4 and 0 not in (*a, *b):
+        return tuple(a) == tuple(b)
+    sizes = zip((a[0], math.prod(a[1:])), (b[0], math.prod(b[1:])), strict=True)
+    return all(x == y or 0 in (x, y) for x, y in sizes)
 
 
 def summed(parts: Sequence[Part], rank: Rank) -> tuple[dict[str, Factors], dict[str, float]]:
     """The sum of adapters as factors by key name, and each layer's relative error where it was cut.
 
-    :raises DeftError: when nothing is left, or a change cannot be expressed without more being said
+    :raises DeftError: when nothing is left, a layer has different shapes, or a change cannot be expressed without more
+        being said
     """
-    changes = [part.changes() for part in parts]
-    names = list(dict.fromkeys(name for many in changes for name in many))
+    strengths = [part.strengths() for part in parts]
+    names = list(dict.fromkeys(name for many in strengths for name in many))
     if not names:
         raise DeftError("--ratios, --te_ratios and --lbws leave no layer of the adapters with a strength but 0")
     layers: dict[str, Factors] = {}
     errors: dict[str, float] = {}
     for name in progress(names, "adding", "layers"):
-        found = [(part.adapter, *many[name]) for part, many in zip(parts, changes, strict=True) if name in many]
+        pairs = [(part.adapter, many) for part, many in zip(parts, strengths, strict=True) if name in many]
+        found = [(adapter, adapter.changes[name], many[name]) for adapter, many in pairs]
         layers[name], errors[name] = sum_of_layer(name, found, rank)
     return layers, errors
 
 
-def sum_of_layer(name: str, found: Sequence[tuple[Adapter, Change, float]], rank: Rank) -> tuple[Factors, float]:
-    """One layer's sum, and its relative error."""
-    for adapter, change, _ in found:
-        if isinstance(change, OnBase):
+def sum_of_layer(name: str, found: Sequence[Found], rank: Rank) -> tuple[Factors, float]:
+    """One layer's sum, and its relative error; of no higher rank than its weight can have."""
+    _check_layer(name, found, rank)
+    factors = [change.scaled(strength) for _, change, strength in found if isinstance(change, Factors)]
+    if len(factors) == len(found):
+        whole: Change = added(factors)
+    else:
+        shape = max((change.shape for _, change, _ in found), key=len)
+        whole = Dense("a sum", shape, lambda: dense_sum(found))
+    least = min(whole.shape[0], math.prod(whole.shape[1:]))
+    return deft_formats.to_factors(whole, min(rank.of(whole.shape[1:]) or least, least), rank.energy, None)
+
+
+def _check_layer(name: str, found: Sequence[Found], rank: Rank) -> None:
+    """:raises DeftError: naming the layer, the file, and what to do"""
+    first, change, _ = found[0]
+    for adapter, other, _ in found:
+        if not same_weight(other.shape, change.shape):
             raise DeftError(
-                f"{adapter.source}: {name} is {change.kind}, which depends on the base model's weights: merge it into "
+                f"{name} has the shape {change.shape} in {first.source} and {other.shape} in {adapter.source}: "
+                f"give adapters for one model"
+            )
+        if isinstance(other, OnBase):
+            raise DeftError(
+                f"{adapter.source}: {name} is {other.kind}, which depends on the base model's weights: merge it into "
                 f"the checkpoint with --sd_model, or make a plain LoRA of it first: convert_deft.py --base MODEL"
             )
-        if isinstance(change, Dense) and not rank.limited:
+        if isinstance(other, Dense) and not rank.limited:
             raise DeftError(
-                f"{adapter.source}: {name} is {change.kind}, of no rank that a LoRA could have: give --new_rank or "
+                f"{adapter.source}: {name} is {other.kind}, of no rank that a LoRA could have: give --new_rank or "
                 f"--energy"
             )
-    shape = found[0][1].shape
-    factors = [change.scaled(strength) for _, change, strength in found if isinstance(change, Factors)]
-    most = rank.of(shape[1:])
-    if len(factors) < len(found):
-        D = dense_sum([(change, strength) for _, change, strength in found])
-        return deft_factors.approximated(D, shape[1:], most, rank.energy)
-    return cut(added(factors), most, rank.energy)
 
 
 def added(factors: Sequence[Factors]) -> Factors:
-    """Their sum, as a change of a weight of the first one's shape."""
-    return deft_factors.concatenated([replace(part, kernel=factors[0].kernel) for part in factors])
+    """Their sum, as a change of one weight, whose kernel is that of the one that has it."""
+    kernel = max((part.kernel for part in factors), key=len)
+    return deft_factors.concatenated([replace(part, kernel=kernel) for part in factors])
 
 
-def dense_sum(changes: Sequence[tuple[Change, float]]) -> Tensor:
+def dense_sum(found: Sequence[Found]) -> Tensor:
     """The sum (m, n) of changes that do not depend on a base."""
-    return sum(
-        (change.delta() * strength for change, strength in changes if not isinstance(change, OnBase)), torch.zeros(())
-    )
+    whole = torch.zeros(())
+    for _, change, strength in found:
+        if not isinstance(change, OnBase):
+            whole = whole + change.delta() * strength
+    return whole
 
 
-def cut(whole: Factors, rank: int | None, energy: float | None) -> tuple[Factors, float]:
-    """The best approximation of a rank at most, or of as low a rank as keeps a share of the squared norm.
-
-    The sum itself, untouched, where that cuts nothing: of a rank above the weight's sides, in as many directions as the
-    weight has.
-    """
-    least = min(whole.up.shape[0], whole.down.shape[1])
-    if energy is None and whole.rank <= (least if rank is None else min(rank, least)):
-        return whole, 0.0
-    found = deft_factors.decomposed(whole)
-    kept = len(found.values) if rank is None else min(rank, len(found.values))
-    if energy is not None:
-        kept = min(kept, deft_factors.rank_of_energy(found.values, energy))
-    return found.truncated(max(kept, 1))
-
-
-def change_of(W: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
+def change_of(W: Tensor, found: Sequence[Found]) -> Tensor:
     """The sum (m, n) of changes of one weight, each of the weight as it was before."""
     whole = torch.zeros_like(W)
-    for change, strength in changes:
+    for _, change, strength in found:
         if isinstance(change, Factors):
             whole.addmm_(change.up, change.down, alpha=strength)
         else:
-            delta = change.delta() if isinstance(change, Dense) else change.delta(W)
+            delta = change.delta(W) if isinstance(change, OnBase) else change.delta()
             whole.add_(delta.reshape(W.shape), alpha=strength)
     return whole

@@ -6,7 +6,7 @@ Key names are those of sd-scripts' networks.lora (commit 48d368fa): prefix, modu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeAlias, TypeGuard
@@ -90,6 +90,8 @@ class Architecture:
         same weight; `split_qkv` adapts each for itself
     :param left_out: pattern of paths that are not adapted unless `include_patterns` says so
     :param unread: pattern of key names -> what to say of a LoRA file with such layers, which not every client reads
+    :param with_convolutions: pattern of the key names that are adapted only where k x k convolutions are; those of
+        `Part.conv_containers`
     :param patterns_fit_paths: `network_reg_dims` and `network_reg_lrs` have to fit a layer's whole path, with dots,
         instead of being found in its key name
     """
@@ -105,6 +107,7 @@ class Architecture:
     fused: Mapping[str, bool] = field(default_factory=dict)
     left_out: str | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
+    with_convolutions: str = "(?!)"
     patterns_fit_paths: bool = False
 
     def options(self) -> set[str]:
@@ -120,6 +123,12 @@ class Architecture:
     def warnings(self, names: Collection[str]) -> list[str]:
         """What to say of a LoRA file with these key names."""
         return [line for pattern, line in self.unread.items() if any(re.search(pattern, name) for name in names)]
+
+    def adapts(self, name: str, with_convolutions: bool) -> bool:
+        """Whether a LoRA without further options has a layer of this key name."""
+        if self.outside is not None and any(word in name for word in self.outside[1]):
+            return False
+        return with_convolutions or re.search(self.with_convolutions, name) is None
 
 
 BLOCK_OPTIONS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
@@ -254,6 +263,7 @@ FLUX_RENAMES = (
     (r"^time_text_embed\.text_embedder\.linear_1$", "vector_in.in_layer"),
     (r"^time_text_embed\.text_embedder\.linear_2$", "vector_in.out_layer"),
     (r"^proj_out$", "final_layer.linear"),
+    (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1#swapped"),  # scale and shift the other way round
 )
 _FLUX_WORDS = (
     "double_blocks single_blocks img_attn txt_attn qkv proj img_mlp txt_mlp img_mod txt_mod lin linear1 linear2 "
@@ -275,7 +285,10 @@ def _base(version: str, architecture: str) -> Base:
 
 def _sd_base(unet: nn.Module) -> tuple[str, str]:
     """1.x or 2.x by the width of the text; whether a 2.x predicts v cannot be seen."""
-    widths = [layer.weight.shape[1] for path, layer in unet.named_modules() if path.endswith("attn2.to_k")]
+    return _sd_version([layer.weight.shape[1] for path, layer in unet.named_modules() if path.endswith("attn2.to_k")])
+
+
+def _sd_version(widths: Sequence[int]) -> tuple[str, str]:
     if widths and _CROSS_ATTENTION_WIDTHS.get(widths[0]) == "Stable Diffusion 2.x":
         return "sd_v2", ""
     return "sd_v1", "stable-diffusion-v1"
@@ -283,8 +296,11 @@ def _sd_base(unet: nn.Module) -> tuple[str, str]:
 
 def _flux_base(transformer: nn.Module) -> tuple[str, str]:
     """dev has layers for the guidance, schnell has none."""
-    guided = any(re.search(r"guidance_(in|embedder)\.", path) for path, _ in transformer.named_modules())
-    return "flux1", "flux-1-dev" if guided else "flux-1-schnell"
+    return _flux_version(re.search(r"guidance_(in|embedder)\.", path) for path, _ in transformer.named_modules())
+
+
+def _flux_version(guided: Iterable[object]) -> tuple[str, str]:
+    return "flux1", "flux-1-dev" if any(guided) else "flux-1-schnell"
 
 
 def _sd3_base(transformer: nn.Module) -> tuple[str, str]:
@@ -292,7 +308,9 @@ def _sd3_base(transformer: nn.Module) -> tuple[str, str]:
     return kind, f"stable-diffusion-3-{kind}"
 
 
-_SDXL_BASE = _base("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
+_SDXL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
+_SDXL_BASE = _base(*_SDXL)
+_CHROMA = ("chroma", "chroma")
 _FLUX_CONTAINERS = ("DoubleStreamBlock", "SingleStreamBlock")
 _FLUX_INPUTS = ("_img_in", "_time_in", "_vector_in", "_guidance_in", "_txt_in")
 
@@ -313,6 +331,7 @@ ARCHITECTURES = (
         ),
         (_clip("lora_te", "clip_l", "clip_h"),),
         blocks=Blocks(12, 1, 0, _sd_block),
+        with_convolutions=r"_(resnets|downsamplers|upsamplers)_\d+_",
     ),
     Architecture(
         "SDXL",
@@ -338,12 +357,13 @@ ARCHITECTURES = (
         ),
         (_clip("lora_te1", "clip_l"), _clip("lora_te2", "clip_g")),
         blocks=Blocks(9, 3, 1, _sdxl_block),
+        with_convolutions=r"_(in_layers_2|out_layers_3|emb_layers_1|skip_connection|blocks_\d+_0_op|blocks_\d+_2_conv)$",
     ),
     Architecture(
         "FLUX.1 or Chroma",
         (
             Part("lora_unet", ("Flux",), _FLUX_CONTAINERS, base=_flux_base, words=_FLUX_WORDS),
-            Part("lora_unet", ("Chroma",), _FLUX_CONTAINERS, base=_base("chroma", "chroma"), words=_FLUX_WORDS),
+            Part("lora_unet", ("Chroma",), _FLUX_CONTAINERS, base=_base(*_CHROMA), words=_FLUX_WORDS),
             Part(
                 "lora_unet",
                 ("FluxTransformer2DModel",),
@@ -505,6 +525,25 @@ def base_metadata(unet: nn.Module, denoiser: Part) -> dict[str, str]:
     :param denoiser: what `recognise` found
     """
     version, architecture = denoiser.base(unet) if denoiser.base else ("", "")
+    return _base_fields(version, architecture)
+
+
+def base_metadata_of(architecture: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """The same where there is no module: by the name of a row of `ARCHITECTURES`, and the denoiser's key names.
+
+    :param shapes: key name -> the weight's shape, of layers and other matrices
+    """
+    if architecture == "SDXL":
+        return _base_fields(*_SDXL)
+    if architecture == "Stable Diffusion 1.x or 2.x":
+        return _base_fields(*_sd_version([shape[1] for name, shape in shapes.items() if name.endswith("attn2_to_k")]))
+    if architecture == "FLUX.1 or Chroma":
+        chroma = any("distilled_guidance_layer" in name for name in shapes)
+        return _base_fields(*(_CHROMA if chroma else _flux_version("guidance_in" in name for name in shapes)))
+    return _base_fields("", "")
+
+
+def _base_fields(version: str, architecture: str) -> dict[str, str]:
     fields = {"ss_v2": str(version == "sd_v2"), "ss_base_model_version": version}
     return fields | ({"modelspec.architecture": f"{architecture}/lora"} if architecture else {})
 

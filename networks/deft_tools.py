@@ -8,20 +8,28 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from networks import deft_io
 from networks.deft_config import DeftError, reason_of
+from networks.deft_factors import Factors
 
 HISTORY_KEY = "deft_history"  # JSON: a list of what tools made of the file, each {"tool", "version", ...}
+PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of --save_precision
+MIXED = "diffusers reads files of mixed ranks wrongly, without a word"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the options\n")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a module's docstring, as it stands there."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """A parser whose help is a module's docstring, as it stands there, and whose errors are one line."""
+    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def run(work: Callable[[], None]) -> int:
@@ -38,6 +46,17 @@ def run(work: Callable[[], None]) -> int:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def device_of(name: str) -> torch.device:
+    """`--device`.
+
+    :raises DeftError: for one that this torch cannot use
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DeftError(f"--device {name}: cannot be used here ({reason_of(error)})") from None
 
 
 def output_path(option: str, path: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> Path:
@@ -83,3 +102,89 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
     deft_io.write_safetensors(tensors, path, {**metadata, **deft_io.webui_hashes(tensors, metadata)})
+
+
+class Losses:
+    """What an approximation leaves out, layer by layer: relative Frobenius errors."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, float] = {}
+        self._lost = self._whole = 0.0
+
+    def add(self, name: str, error: float, norm: float) -> None:
+        """One layer.
+
+        :param norm: Frobenius norm of what was approximated
+        """
+        self.errors[name] = error
+        self._lost += (error * norm) ** 2
+        self._whole += norm**2
+
+    @property
+    def mean(self) -> float:
+        """Over the layers."""
+        return sum(self.errors.values()) / len(self.errors)
+
+    @property
+    def whole(self) -> float:
+        """Of all layers together."""
+        return (self._lost / self._whole) ** 0.5 if self._whole else 0.0
+
+    def each(self) -> dict[str, float]:
+        """Layer by layer, for the metadata."""
+        return {name: float(f"{error:.3g}") for name, error in self.errors.items()}
+
+    def record(self) -> dict[str, float]:
+        """For the metadata."""
+        found = {"largest": max(self.errors.values()), "mean": self.mean, "whole": self.whole}
+        return {name: float(f"{value:.3g}") for name, value in found.items()}
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=lambda name: self.errors[name])
+        return (
+            f"relative error {self.whole:.3g} of the whole change; of a layer {self.mean:.3g} in the mean, "
+            f"{self.errors[worst]:.3g} at most ({worst})"
+        )
+
+
+def lora_file(
+    layers: Mapping[str, Factors], dtype: torch.dtype, pad: bool, metadata: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a plain LoRA file, and its metadata with the ranks that these layers have.
+
+    :param layers: by key name, float32, without padding
+    :param metadata: of the file that they come from; what it says of the rates that layers were trained with stays
+    """
+    tensors, exponents = deft_io.lora_tensors(layers, dtype, pad)
+    try:
+        before = dict(json.loads(metadata.get(deft_io.LAYERS_KEY, "{}")))
+        scales = {name: float(scale) for name, (_, scale, _) in before.items()}
+    except (TypeError, ValueError, RecursionError):
+        scales = {}
+    record = {name: [layer.rank, scales.get(name, 1.0), exponents[name]] for name, layer in layers.items()}
+    ranks = {layer.rank for layer in layers.values()}
+    dim = str(max(ranks)) if pad or len(ranks) == 1 else "Dynamic"  # sd-scripts' word
+    said = {"ss_network_dim": dim, "ss_network_alpha": dim, deft_io.LAYERS_KEY: json.dumps(record)}
+    return tensors, {**metadata, **said}
+
+
+def left_told(left: Mapping[str, str]) -> list[str]:
+    """What to say of an adapter's tensors that are no change of a weight, reason by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in left.items():
+        by_reason.setdefault(reason, []).append(key)
+    return [f"left out: {len(keys)} tensors, such as {keys[0]}: {reason}" for reason, keys in by_reason.items()]
+
+
+def padding_told(layers: Mapping[str, Factors], dtype: torch.dtype, pad: bool) -> str:
+    """What one rank for all layers costs, or what goes without it; nothing where ranks are equal anyway."""
+    ranks = sorted(layer.rank for layer in layers.values())
+    if ranks[0] == ranks[-1]:
+        return f"rank {ranks[0]}"
+    widths = [(layer.rank, layer.up.shape[0] + layer.down.shape[1]) for layer in layers.values()]
+    own = sum(rank * width for rank, width in widths) * dtype.itemsize / 1e6
+    full = sum(ranks[-1] * width for _, width in widths) * dtype.itemsize / 1e6
+    spread = f"ranks {ranks[0]} to {ranks[-1]}, {ranks[len(ranks) // 2]} in the middle"
+    if not pad:
+        return f"{spread}, unpadded ({own:.1f} MB instead of {full:.1f}): {MIXED}"
+    return f"{spread}, with zeros to {ranks[-1]} ({full:.1f} MB; {own:.1f} with --no_pad), since {MIXED}"

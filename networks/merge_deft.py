@@ -70,7 +70,9 @@ def read_parts(
     return parts
 
 
-def sum_metadata(parts: Sequence[Part], save_to: Path, rank: int, done: Mapping[str, object]) -> dict[str, str]:
+def sum_metadata(
+    parts: Sequence[Part], save_to: Path, rank: int, done: Mapping[str, object], tool: str = TOOL
+) -> dict[str, str]:
     """Of the first adapter, with the tags of all; what is not true of a sum is left out."""
     first = dict(parts[0].adapter.metadata)
     for key in (*UNTRUE, *OF_ONE):
@@ -83,7 +85,7 @@ def sum_metadata(parts: Sequence[Part], save_to: Path, rank: int, done: Mapping[
     if any(phrases):
         first["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(filter(None, phrases)))
     first |= merged_fields([(part.adapter.source, part.adapter.metadata) for part in parts], save_to)
-    return deft_tools.carried(first, TOOL, done)
+    return deft_tools.carried(first, tool, done)
 
 
 def merged_fields(inputs: Sequence[tuple[str, Mapping[str, str]]], save_to: Path) -> dict[str, str]:
@@ -142,47 +144,50 @@ class Merged:
     """
 
     def __init__(self, parts: Sequence[Part], checkpoint: Checkpoint, ignore_unmatched: bool) -> None:
-        self.changes = [part.changes() for part in parts]
+        self.parts = [(part.adapter, part.strengths()) for part in parts]
         self.left: list[str] = []
         there = {**checkpoint.layers, **checkpoint.further}
-        for part, changes in zip(parts, self.changes, strict=True):
-            left = [name for name in changes if name not in there]
-            _check_matches(part.adapter, changes, left, checkpoint, ignore_unmatched)
+        for adapter, strengths in self.parts:
+            left = [name for name in strengths if name not in there]
+            _check_matches(adapter, strengths, left, checkpoint, ignore_unmatched)
             for name in left:
-                del changes[name]
-            for name, (change, _) in changes.items():
-                if not deft_sum.same_weight(change.shape, there[name].shape):
+                del strengths[name]
+            for name in strengths:
+                shape = adapter.changes[name].shape
+                if not deft_sum.same_weight(shape, there[name].shape):
                     raise DeftError(
-                        f"{part.adapter.source}: {name} is of a weight of {change.shape}, {checkpoint.source} has one "
-                        f"of {there[name].shape}: it is for another model than this {checkpoint.architecture}"
+                        f"{adapter.source}: {name} is of a weight of {shape}, {checkpoint.source} has one of "
+                        f"{there[name].shape}: it is for another model than this {checkpoint.architecture}"
                     )
             self.left += left
-        self.names = {name for changes in self.changes for name in changes}
+        self.names = {name for _, strengths in self.parts for name in strengths}
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Factors | Callable[[Tensor], Tensor] | None:
         """As factors where they are such, otherwise as a function of the weight (m, n), float32."""
-        found = [changes[name] for changes in self.changes if name in changes]
+        found = [
+            (adapter, adapter.changes[name], strengths[name]) for adapter, strengths in self.parts if name in strengths
+        ]
         if not found:
             return None
-        factors = [change.scaled(strength) for change, strength in found if isinstance(change, Factors)]
+        factors = [change.scaled(strength) for _, change, strength in found if isinstance(change, Factors)]
         return deft_sum.added(factors) if len(factors) == len(found) else lambda W: deft_sum.change_of(W, found)
 
 
 def _check_matches(
-    adapter: Adapter, changes: Mapping[str, object], left: Sequence[str], checkpoint: Checkpoint, ignored: bool
+    adapter: Adapter, strengths: Mapping[str, float], left: Sequence[str], checkpoint: Checkpoint, ignored: bool
 ) -> None:
     """:raises DeftError: naming what does not fit, and what each looks made for"""
     made_for = f"{checkpoint.source} looks made for {checkpoint.architecture}, in the layout {checkpoint.layout}"
     if adapter.architecture and adapter.architecture != checkpoint.architecture:
         raise DeftError(f"{adapter.source} is for {adapter.architecture}, but {made_for}: give what fits each other")
-    if not left or (ignored and len(left) < len(changes)):
+    if not left or (ignored and len(left) < len(strengths)):
         return
-    if len(left) == len(changes):
+    if len(left) == len(strengths):
         raise DeftError(f"{adapter.source}: none of its layers, such as {left[0]}, is in it: {made_for}")
     texts = [name for name in left if not name.startswith(deft_blocks.DENOISER)]
     what = "--te_ratios 0 leaves the text encoders out" if len(texts) == len(left) else "--ignore_unmatched goes on"
     raise DeftError(
-        f"{adapter.source}: {len(left)} of its {len(changes)} layers, such as {left[0]}, are not there: {made_for}; "
+        f"{adapter.source}: {len(left)} of its {len(strengths)} layers, such as {left[0]}, are not there: {made_for}; "
         f"{what}"
     )
 

@@ -94,3 +94,15 @@ def test_balancing_keeps_small_factors_in_half_precision():
     balanced = (up * 2.0**-k).half().float() @ (down * 2.0**k).half().float()
     assert relative_error(balanced, up @ down) < 1e-3
     assert relative_error(up.half().float() @ down.half().float(), up @ down) > 5e-3  # why it is done
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64])
+def test_what_is_finite(dtype):
+    whole = torch.arange(12).reshape(3, 4).to(dtype)
+    assert deft_factors.is_finite(whole)
+    assert deft_factors.is_finite(whole[:0])
+    for value in (math.nan, math.inf, -math.inf) if dtype.is_floating_point else ():
+        broken = whole.float()
+        broken[1, 2] = value
+        if not broken.to(dtype).float().isfinite().all():  # that form of fp8 has no infinity
+            assert not deft_factors.is_finite(broken.to(dtype))

@@ -70,7 +70,7 @@ def test_name_to_path_to_name_is_the_identity_for_every_layer_of_the_published_m
             path = paths[target.layer]
             key, piece = deft_names.key_name(row, of, path)
             assert (key, piece) == (target.file_name, target.name.partition("-")[2]), path
-            assert deft_names.places(row, key, "diffusers")[int(piece or 0)] == (of, path)
+            assert deft_names.places(row, key, "diffusers")[int(piece or 0)] == (of, path, piece)
             for other in deft_names.places(row, key, "original"):
                 assert deft_names.key_name(row, of, other[1]) == (key, ""), other
             assert deft_names.key_name(row, of, key.removeprefix(f"{part.prefix}_")) == (key, "")
@@ -185,6 +185,40 @@ def test_every_algorithm_of_lycoris_does_what_lycoris_does():
         delta = expected[f"{name}.delta"]
         error = delta_of(change, expected.get(f"base.{delta.shape[1]}")) - delta
         assert error.norm() <= 1e-5 * delta.norm(), name  # theirs is a difference of float32 weights
+
+
+def merged_rows(change, W, piece, hidden):
+    """The rows of a change of a fused weight that are one of its pieces', by that piece's weight."""
+    if piece == "swapped":
+        return delta_of(change, W.roll(len(W) // 2, 0)).roll(len(W) // 2, 0)
+    first = int(piece or 0) * hidden
+    return delta_of(change, W)[first : first + len(W)]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(FOREIGN.glob("onetrainer_*.expected.safetensors")), ids=lambda f: f.name[11:-21]
+)
+def test_every_file_of_onetrainer_does_what_onetrainer_does(file):
+    facts = load_file(file)
+    flux = "_flux_" in file.name
+    row = deft_names.named(FLUX if flux else SD)
+    stem = file.name.removesuffix(".expected.safetensors")
+    paths = [key.removeprefix("base.").partition(".")[2] for key in facts if key.startswith("base.")]
+    formats = ("diffusers", "kohya", "legacy", "comfy", "original")
+    written_as = [file.with_name(f"{stem}_{format}.safetensors") for format in formats]
+    for written in (path for path in written_as if path.exists()):
+        found = deft_formats.read(written)
+        fused = "fused." if flux and written.stem.endswith(("kohya", "comfy", "original")) else ""
+        assert found.architecture == row.name
+        assert found.left == {}
+        names = {deft_names.key_name(row, deft_names.DENOISER, path)[0] for path in paths}
+        assert set(found.changes) == names, written
+        for path in paths:
+            name, piece = deft_names.key_name(row, deft_names.DENOISER, path)
+            part = "transformer" if flux else "unet"
+            W, delta = facts[f"base.{part}.{path}"], facts[f"{fused}delta.{part}.{path}"]
+            error = merged_rows(found.changes[name], W, piece, W.shape[1]) - delta
+            assert error.norm() <= 1e-5 * delta.norm(), (written.name, path)
 
 
 PEFT = {

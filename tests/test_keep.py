@@ -81,7 +81,7 @@ def test_inputs_are_what_the_weight_is_multiplied_with(layer):
 @pytest.mark.parametrize("options", [{}, {"split_qkv": "true"}], ids=str)
 def test_an_adapter_adds_nothing_in_its_kept_directions(file, tmp_path, options):
     net = kept_network(Flux(), file, **options)
-    directions = deft_io.read_kept(file)
+    directions = deft_keep.read_kept(file)
     assert {m.kept.shape[1] for m in net.all_modules} == {1, KEPT}
     for module in net.all_modules:
         up, down = module.lora_factors()
@@ -101,7 +101,7 @@ def test_gradients_equal_float64_autograd(file, batched):
     model(x).square().sum().backward()
     by_name = {m.lora_name.removeprefix("lora_unet_single_blocks_0_"): m for m in net.all_modules}
     leaves = {name: [t.detach().double().requires_grad_() for t in (m.P, m.R)] for name, m in by_name.items()}
-    directions = deft_io.read_kept(file)
+    directions = deft_keep.read_kept(file)
 
     def adapted(name: str, layer: nn.Linear, h):
         P, R = leaves[name]
@@ -141,8 +141,10 @@ def test_what_is_refused(file, tmp_path):
         kept_network(Flux(), file).load_weights(trained)
     with pytest.raises(DeftError, match="keep=x: what is removed does not stay out of its directions; use removal=0"):
         network(Flux(), removal="1", keep="x")
-    with pytest.raises(DeftError, match=r"no file of directions to keep; `python -m library.keep` makes one"):
-        kept_network(Flux(), trained)
+    neither = str(tmp_path / "neither.safetensors")
+    deft_io.write_safetensors({"x": torch.ones(2, 2)}, neither, {})
+    with pytest.raises(DeftError, match=r"no file of `python -m library.keep`, and no adapter"):
+        kept_network(Flux(), neither)
     with pytest.raises(DeftError, match="has 32 inputs, the file is made for a model with 24"):
         kept_network(Flux(dim=32), file)
     with pytest.raises(DeftError, match=r"keep=nowhere.safetensors: no such file"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from networks import deft, deft_io, deft_keep
+from networks import deft, deft_keep
 from networks.deft_config import DeftError
 from tests.conftest import in_two_processes, relative_error
 from tests.test_architectures import Flux
@@ -46,7 +46,7 @@ def test_the_samples_make_the_file_and_training_goes_by_it(tmp_path, args, optio
     draw(model)
     assert not file.exists()
     net.on_epoch_start(None, model)
-    directions = deft_io.read_kept(file)
+    directions = deft_keep.read_kept(file)
     for name, U in watch.directions().items():
         assert relative_error(directions[name] @ directions[name].mT, U.float() @ U.float().mT) < 1e-3
     assert len(directions) == 2
@@ -147,7 +147,7 @@ def test_two_processes_keep_what_both_have_drawn(tmp_path, args, split):
     layers = [m.target for m in deft.create_network(1.0, 1, 1, None, [], model).all_modules]
     with deft_keep.Watch(layers, deft_keep.DIRECTIONS) as watch, torch.no_grad():
         model(torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(7)))
-    directions = deft_io.read_kept(file)
+    directions = deft_keep.read_kept(file)
     assert one.keys() == two.keys() == watch.directions().keys() == directions.keys()
     for name, U in watch.directions().items():
         assert torch.equal(one[name], two[name])

@@ -27,7 +27,7 @@ from library.prompts import Prompt, read_prompts
 from library.training import given, start
 from library.training.adapter import DeftAdapter
 from library.training.samples import drawing
-from networks import deft, deft_io
+from networks import deft, deft_io, deft_keep
 from networks.deft_config import DeftError
 from tests import small_data
 from tests.conftest import arguments, in_two_processes, loaded, network_of, relative_error
@@ -188,7 +188,7 @@ def test_prompts_to_keep_become_directions_once_a_base_model(run, model_folder, 
     (file,) = (tmp_path / "out").glob("keep-*.safetensors")
     told = [line for line in caplog.messages if line.startswith(f"keep={prompts}: ")]
     assert ["drawing 2 pictures" in line for line in told] == [True, False]
-    directions = deft_io.read_kept(file)
+    directions = deft_keep.read_kept(file)
     for name in ("first", "second"):
         layers = deft_io.read_adapter(tmp_path / "out" / f"{name}.safetensors").layers
         assert any(bool(layer.down.any()) for layer in layers.values())

@@ -18,7 +18,7 @@ from library.models.family import Family
 from library.options.rooms import NetworkOptions, OptimizerOptions
 from library.prompts import Prompt
 from library.training.given import Given
-from networks import deft, deft_io
+from networks import deft, deft_io, deft_keep
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,9 @@ class DeftAdapter:
         network_args = dict(options.network_args)
         if given.to_keep:
             source = f"keep={network_args['keep']}"
-            network_args["keep"] = str(_directions(given.to_keep, source, model, accelerator, folder))
+            made = _directions(given.to_keep, source, model, accelerator, folder)
+            others = [file for file in deft_keep.files_of(network_args["keep"]) if not deft_keep.are_prompts(file)]
+            network_args["keep"] = ",".join([str(made), *others])
         if options.dim_from_weights and given.start is not None:
             self.module = deft.network_of_adapter(1.0, given.start, encoder, unet, **network_args)
         else:

@@ -18,7 +18,7 @@ from library.options.rooms import NetworkOptions, OptimizerOptions, Preservation
 from library.prompts import Prompt, read_prompts
 from library.training import optimizers, schedules, start, state
 from library.training.state import Position, Setting
-from networks import deft_io
+from networks import deft_io, deft_keep
 from networks.deft_config import DeftError, parse_options, user_options
 from networks.deft_io import AdapterFile
 
@@ -69,10 +69,11 @@ def _read(run: Run) -> Given:
     sizes = {} if network.dim_from_weights else {"dim": network.network_dim, "alpha": network.network_alpha}
     keep_file = parse_options(user_options(network.network_args) | sizes).keep
     to_keep: list[Prompt] = []
-    if keep_file is not None and deft_io.are_prompts(keep_file):
-        to_keep = keep.read_prompts(keep_file, size, "--network_args keep")
-    elif keep_file is not None:
-        deft_io.read_kept(keep_file)
+    for kept in deft_keep.files_of(keep_file) if keep_file else ():
+        if deft_keep.are_prompts(kept):
+            to_keep += keep.read_prompts(kept, size, "--network_args keep")
+        else:
+            deft_keep.read_kept(kept)
     adapter = None if network.network_weights is None else deft_io.read_adapter(network.network_weights)
     base = [(deft_io.read_adapter(file), strength) for file, strength in network.base_weights]
     schedules.check(run.optimizer)  # and the optimizer

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from networks import deft_io
+from networks import deft_io, deft_keep
 
 ROOT = Path(__file__).resolve().parents[2]
 SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR")
@@ -136,7 +136,7 @@ def check_moved(world: Path, name: str, share: float = 0.9) -> None:
 def check_kept(world: Path, name: str, file: Path) -> None:
     """The run's deltas are not 0, and none of them reaches a direction of that file of `keep`."""
     check_moved(world, name)
-    directions, adapter = deft_io.read_kept(file), deft_io.read_adapter(world / "out" / f"{name}.safetensors")
+    directions, adapter = deft_keep.read_kept(file), deft_io.read_adapter(world / "out" / f"{name}.safetensors")
     assert adapter.layers.keys() <= directions.keys()
     for layer, found in adapter.layers.items():
         assert float((found.down.flatten(1) @ directions[layer]).norm()) <= 1e-4 * float(found.down.norm()), layer
