@@ -100,9 +100,9 @@ def _any_in(tensor: Tensor, dim: int) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     """torch.isfinite(tensor).all(), in a twentieth of its time; of any dtype."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return bool(torch.isfinite(tensor).all())
     wide = tensor if tensor.element_size() > 1 else tensor.float()
+    if not wide.is_floating_point() or not wide.numel():
+        return bool(torch.isfinite(wide).all())
     return all(math.isfinite(float(value)) for value in wide.aminmax())
 
 

@@ -44,8 +44,8 @@ class Model:
     :param layers: pattern of the paths, as key names have them, of the layers that sd-scripts' LoRA can adapt
     :param further: of further matrices that adapters of other programs change
     :param renames: (pattern, replacement) from a path in the checkpoint to that of key names, all applied in this
-        order; `#k` at the end: the tensor is the k-th part of the layer's weight; `|` in the last word: the tensor
-        is several layers' weights of equal size, one above the other
+        order; `#k` at the end: the tensor is the k-th part of the layer's weight; `#swapped`: its halves are the
+        other way round; `|` in the last word: the tensor is several layers' weights of equal size, one above the other
     :param root: beginning of the paths of key names, which some checkpoints leave out
     """
 
@@ -83,7 +83,14 @@ _CLIP_LAYERS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|
 _T5_LAYERS = r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))$"
 _FLUX_LAYERS = r"(double|single)_blocks\.|(img_in|txt_in|(time|vector|guidance)_in\.(in|out)_layer)$"
 _FLUX_FURTHER = r"final_layer\.(linear|adaLN_modulation\.1)$|distilled_guidance_layer\."
-
+_SD3_LAYERS = (
+    r"joint_blocks\.|(context_embedder|x_embedder\.proj|[ty]_embedder\.mlp\.[02]"
+    r"|final_layer\.(linear|adaLN_modulation\.1))$"
+)
+_LUMINA_LAYERS = (
+    r"(layers|noise_refiner|context_refiner|final_layer)\.|(x_embedder|t_embedder\.mlp\.[02]|cap_embedder\.1)$"
+)
+_GEMMA_LAYERS = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$"
 
 # open_clip's names of a text encoder to transformers'
 _OPEN_CLIP_RENAMES = (
@@ -144,6 +151,27 @@ LAYOUTS = (
         ),
         (rf"{_SINGLE}double_blocks\.0\.img_attn\.qkv\.weight", rf"{_SINGLE}single_blocks\.0\.linear1\.weight"),
         without=rf"{_SINGLE}(?:double_stream_modulation|single_stream_modulation)",
+    ),
+    Layout(
+        "MMDiT single file",
+        "Stable Diffusion 3",
+        (
+            Model(_SINGLE, "lora_unet", _SD3_LAYERS),
+            _clip(r"text_encoders\.clip_l\.transformer\.", "lora_te1"),
+            _clip(r"text_encoders\.clip_g\.transformer\.", "lora_te2"),
+            _t5(r"text_encoders\.t5xxl\.transformer\."),
+        ),
+        (rf"{_SINGLE}joint_blocks\.0\.x_block\.attn\.qkv\.weight",),
+    ),
+    Layout(
+        "NextDiT single file",
+        "Lumina 2",
+        (
+            Model(_SINGLE, "lora_unet", _LUMINA_LAYERS),
+            Model(r"text_encoders\.gemma2_2b\.transformer\.model\.", "lora_te", _GEMMA_LAYERS),
+        ),
+        (rf"{_SINGLE}layers\.0\.attention\.qkv\.weight", rf"{_SINGLE}cap_embedder\.1\.weight"),
+        without=rf"{_SINGLE}(?:cap_pad_token|x_pad_token)",  # Z-Image
     ),
     Layout(
         "Diffusers",
@@ -273,9 +301,15 @@ def _named(layout: Layout, key: str, rows: int) -> Iterator[tuple[bool, str, int
         for k, word in enumerate(words):
             of_layer = f"{parent}{dot}{word}"
             layer = re.match(model.layers, of_layer) is not None
-            if (layer or re.match(model.further, of_layer)) and rows % len(words) == 0:
-                share = rows // len(words)
-                name = f"{model.prefix}_{of_layer}".replace(".", "_")
+            if not (layer or re.match(model.further, of_layer)) or rows % len(words):
+                continue
+            share = rows // len(words)
+            name = f"{model.prefix}_{of_layer}".replace(".", "_")
+            if number == "swapped":
+                half = rows // 2
+                yield not layer, name, 0, Piece(key, half, rows - half)
+                yield not layer, name, 1, Piece(key, 0, half)
+            else:
                 yield not layer, name, int(number or 0), Piece(key, k * share, share)
 
 

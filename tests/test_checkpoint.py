@@ -125,6 +125,16 @@ def test_layers_are_what_the_networks_adapt_with_the_models_own_weights(models, 
         assert any("vae" in key or "first_stage" in key for key in checkpoint.rest)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_further_matrices_are_the_same_in_a_folder_and_in_a_file(models, kind):
+    """Of which diffusers' converter, or its model, has made one from the other."""
+    with open_checkpoint(models(kind).folder) as folder, open_checkpoint(models(kind).single) as single:
+        assert folder.further.keys() == single.further.keys()
+        assert len(folder.further) == {"sdxl": 6, "flux": 2}.get(kind, 4)
+        for name in folder.further:
+            assert torch.equal(folder.weight(name), single.weight(name)), name
+
+
 def published(kind: str, part: str, of: type, config_of=None) -> torch.nn.Module:
     config = json.loads((CONFIGS / kind / part / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
@@ -172,6 +182,45 @@ def test_text_encoders_in_a_file_of_their_own(kind, part, of, config, prefix, nu
     encoder = next(p for a in ARCHITECTURES for p in a.text_encoders if p.prefix == prefix)
     assert layers.keys() == {target.file_name for target in targets(model, encoder, True)}
     assert len(layers) == number
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        (
+            "Stable Diffusion 3",
+            {
+                "model.diffusion_model.joint_blocks.0.x_block.attn.qkv": "lora_unet_joint_blocks_0_x_block_attn_qkv",
+                "model.diffusion_model.t_embedder.mlp.2": "lora_unet_t_embedder_mlp_2",
+                "model.diffusion_model.x_embedder.proj": "lora_unet_x_embedder_proj",
+                "text_encoders.clip_g.transformer.text_model.encoder.layers.3.mlp.fc1":
+                    "lora_te2_text_model_encoder_layers_3_mlp_fc1",
+                "text_encoders.t5xxl.transformer.encoder.block.1.layer.0.SelfAttention.q":
+                    "lora_te3_encoder_block_1_layer_0_SelfAttention_q",
+                "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.relative_attention_bias": None,
+                "first_stage_model.decoder.mid.attn_1.q": None,
+            },
+        ),
+        (
+            "Lumina 2",
+            {
+                "model.diffusion_model.layers.0.attention.qkv": "lora_unet_layers_0_attention_qkv",
+                "model.diffusion_model.cap_embedder.1": "lora_unet_cap_embedder_1",
+                "text_encoders.gemma2_2b.transformer.model.layers.3.mlp.up_proj": "lora_te_layers_3_mlp_up_proj",
+                "text_encoders.gemma2_2b.transformer.model.embed_tokens": None,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_layouts_of_models_that_only_sd_scripts_has(architecture, keys):
+    shapes = {f"{key}.weight": (6, 2) for key in keys}
+    layout = deft_layouts.recognise(shapes, "", "it")
+    assert layout.architecture == architecture
+    layers, further = deft_layouts.places(layout, shapes, "it")
+    assert {name: place.pieces[0].key.removesuffix(".weight") for name, place in layers.items()} == {
+        name: key for key, name in keys.items() if name
+    }
+    assert not further
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "text_encoder_2"])
@@ -443,6 +492,16 @@ def test_rows_of_a_fused_weight_change_alone(models, tmp_path):
             assert torch.equal(a[width:], b[width:])
 
 
+def test_a_weight_whose_halves_are_swapped_changes_by_its_rows(models, tmp_path):
+    name = "lora_unet_final_layer_adaLN_modulation_1"
+    with open_checkpoint(models("flux").folder) as before:
+        factors = random_factors(before.further[name].shape, 1)
+        rewrite(before, tmp_path / "o", lambda found, _: factors if found == name else None)
+        with open_checkpoint(tmp_path / "o") as after:
+            exact = before.weight(name).double() + product(factors)
+            assert relative_error(after.weight(name).double(), exact) < 1e-6
+
+
 @pytest.mark.parametrize("form", ["factors", "matrix", "weight-shaped", "on the weight"])
 @pytest.mark.parametrize("layout", ["folder", "single"])
 def test_forms_of_a_change(models, tmp_path, form, layout):
@@ -509,6 +568,25 @@ def test_scaled_fp8_becomes_plain_in_a_new_dtype(tmp_path, form, ending, shape, 
         assert torch.equal(value, weights[key].bfloat16() if key in weights else tensors[key])
 
 
+def test_scaled_fp8_of_both_kinds_becomes_plain_fp8_of_one(tmp_path):
+    """Where the dtype is that of some of the weights already, their scales go all the same."""
+    scaled_file(tmp_path / "a.safetensors", *FORMS[0])
+    other, _ = scaled_file(tmp_path / "b.safetensors", *FORMS[0], torch.float8_e5m2)
+    names = ("double_blocks.0.img_mlp.0", "double_blocks.0.img_mlp.2")
+    mixed = load_file(tmp_path / "a.safetensors") | {
+        key: value for key, value in other.items() if key.startswith(names)
+    }
+    save_file(mixed, tmp_path / "m.safetensors")
+    with open_checkpoint(tmp_path / "m.safetensors") as before:
+        rewrite(before, tmp_path / "o.safetensors", lambda name, shape: None, dtype=torch.float8_e4m3fn)
+        with open_checkpoint(tmp_path / "o.safetensors") as after:
+            assert not after.scales
+            for name in before.layers:
+                assert torch.equal(
+                    after.weight(name), deft_scaled.rounded(before.weight(name), torch.float8_e4m3fn, None).float()
+                )
+
+
 def test_fp8_is_for_the_layers_alone(tmp_path):
     flux_file(tmp_path / "m.safetensors", lambda key, value: {key: value.bfloat16()})
     with open_checkpoint(tmp_path / "m.safetensors") as before:
@@ -557,6 +635,11 @@ def test_shards_and_variants(models, tmp_path):
         assert before.layers.keys() == whole.layers.keys()
         rewrite(before, tmp_path / "out", every_other)
         rewrite(whole, tmp_path / "whole", every_other)
+        rewrite(before, tmp_path / "half", every_other, dtype=torch.float16)
+    half = json.loads((tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert half["weight_map"] == index["weight_map"]
+    assert half["metadata"]["total_size"] == sum(2 * value.numel() for value in tensors.values())
+    diffusers.UNet2DConditionModel.from_pretrained(str(tmp_path / "half" / "unet"), local_files_only=True)
     with open_checkpoint(tmp_path / "out") as a, open_checkpoint(tmp_path / "whole") as b:
         assert all(torch.equal(a.weight(name), b.weight(name)) for name in b.layers)
     expected = {p.relative_to(source) for p in source.rglob("*") if p.is_file()}
