@@ -59,7 +59,8 @@ def recognised(layers: Iterable[tuple[str, str]], text_widths: Collection[int], 
     names = [f"{model}_{path.replace('.', '_')}" for model, path in layers]
     width = {768: 1, 1024: 1, 2048: 2}.get(next(iter(text_widths), 0), 0)
     facts = [str(metadata.get(key, "")).lower() for key in ("ss_base_model_version", "modelspec.architecture")]
-    if re.match("sd_v[12]", facts[0]) and any(re.match("denoiser_(down|mid|up)_block", name) for name in names):
+    of_xl = any(re.match("text_encoder_2_|denoiser_(input|middle|output)_block", name) for name in names)  # mislabelled
+    if re.match("sd_v[12]", facts[0]) and not of_xl and any(re.match("denoiser_(down|mid|up)_b", n) for n in names):
         return "Stable Diffusion 1.x or 2.x"  # a smaller U-Net can have attention where SDXL alone has it
     for rows, texts in ((_CERTAIN, names), (_IN_METADATA, facts), (_LIKELY, names)):
         for architecture, pattern in rows:

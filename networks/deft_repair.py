@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from networks import deft_factors
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter
@@ -70,8 +71,8 @@ def repaired(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Repaired:
 def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """:raises DeftError: for NaN or infinite values, with the layer's name"""
     for key, tensor in tensors.items():
-        wrong = int((~torch.isfinite(tensor.float())).sum()) if tensor.is_floating_point() else 0
-        if wrong:
+        if not deft_factors.is_finite(tensor):
+            wrong = int((~torch.isfinite(tensor.float())).sum())
             layer, _, part = key.partition(".")
             raise DeftError(
                 f"{source}: {layer} has {wrong} values that are NaN or infinite (of {tensor.numel()} in {part}), which "
