@@ -44,8 +44,8 @@ class Model:
     :param layers: pattern of the paths, as key names have them, of the layers that sd-scripts' LoRA can adapt
     :param further: of further matrices that adapters of other programs change
     :param renames: (pattern, replacement) from a path in the checkpoint to that of key names, all applied in this
-        order; `#k` at the end: the tensor is the k-th part of the layer's weight; `|` in the last word: the tensor
-        is several layers' weights of equal size, one above the other
+        order; `#k` at the end: the tensor is the k-th part of the layer's weight; `#swapped`: its halves are the
+        other way round; `|` in the last word: the tensor is several layers' weights of equal size, one above the other
     :param root: beginning of the paths of key names, which some checkpoints leave out
     """
 
@@ -301,9 +301,15 @@ def _named(layout: Layout, key: str, rows: int) -> Iterator[tuple[bool, str, int
         for k, word in enumerate(words):
             of_layer = f"{parent}{dot}{word}"
             layer = re.match(model.layers, of_layer) is not None
-            if (layer or re.match(model.further, of_layer)) and rows % len(words) == 0:
-                share = rows // len(words)
-                name = f"{model.prefix}_{of_layer}".replace(".", "_")
+            if not (layer or re.match(model.further, of_layer)) or rows % len(words):
+                continue
+            share = rows // len(words)
+            name = f"{model.prefix}_{of_layer}".replace(".", "_")
+            if number == "swapped":
+                half = rows // 2
+                yield not layer, name, 0, Piece(key, half, rows - half)
+                yield not layer, name, 1, Piece(key, 0, half)
+            else:
                 yield not layer, name, int(number or 0), Piece(key, k * share, share)
 
 

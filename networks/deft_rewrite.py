@@ -444,8 +444,10 @@ class _Run:
         """What changes in a tensor."""
         if key not in self._parts:
             self._parts[key] = []
-            for name, first, rows, of_layer in self._at.get(key, []):
-                delta = self._delta(name, key)
+            pieces = self._at.get(key, [])
+            deltas = {name: self._delta(name, key) for name in dict.fromkeys(name for name, *_ in pieces)}
+            for name, first, rows, of_layer in pieces:
+                delta = deltas[name]
                 if delta is not None:
                     self._parts[key].append(_Part(first, rows, of_layer, delta))
         return self._parts[key]

@@ -125,6 +125,16 @@ def test_layers_are_what_the_networks_adapt_with_the_models_own_weights(models, 
         assert any("vae" in key or "first_stage" in key for key in checkpoint.rest)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_further_matrices_are_the_same_in_a_folder_and_in_a_file(models, kind):
+    """Of which diffusers' converter, or its model, has made one from the other."""
+    with open_checkpoint(models(kind).folder) as folder, open_checkpoint(models(kind).single) as single:
+        assert folder.further.keys() == single.further.keys()
+        assert len(folder.further) == {"sdxl": 6, "flux": 2}.get(kind, 4)
+        for name in folder.further:
+            assert torch.equal(folder.weight(name), single.weight(name)), name
+
+
 def published(kind: str, part: str, of: type, config_of=None) -> torch.nn.Module:
     config = json.loads((CONFIGS / kind / part / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
@@ -480,6 +490,16 @@ def test_rows_of_a_fused_weight_change_alone(models, tmp_path):
             width = a.shape[1]
             assert relative_error(b[:width].double(), a[:width].double() + product(factors)) < 1e-6
             assert torch.equal(a[width:], b[width:])
+
+
+def test_a_weight_whose_halves_are_swapped_changes_by_its_rows(models, tmp_path):
+    name = "lora_unet_final_layer_adaLN_modulation_1"
+    with open_checkpoint(models("flux").folder) as before:
+        factors = random_factors(before.further[name].shape, 1)
+        rewrite(before, tmp_path / "o", lambda found, _: factors if found == name else None)
+        with open_checkpoint(tmp_path / "o") as after:
+            exact = before.weight(name).double() + product(factors)
+            assert relative_error(after.weight(name).double(), exact) < 1e-6
 
 
 @pytest.mark.parametrize("form", ["factors", "matrix", "weight-shaped", "on the weight"])
