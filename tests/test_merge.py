@@ -274,34 +274,50 @@ def test_adapters_for_different_models_are_refused(tmp_path, capsys):
     assert "b.safetensors for Stable Diffusion 1.x" in line
 
 
-def adding_ups_and_downs(files: list[Path], ratios: list[float]) -> dict[str, Tensor]:
-    """The rule of sd-scripts' networks/merge_lora.py (commit 48d368fa, lines 157 to 190), in float64."""
+def added_by_sd_scripts(files: list[Path], ratios: list[float], concat: bool = False) -> dict[str, Tensor]:
+    """The deltas of what sd-scripts' networks/merge_lora.py (commit 48d368fa, lines 157 to 205) writes, float64."""
     whole: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for file, ratio in zip(files, ratios, strict=True):
-        tensors = {key: tensor.double() for key, tensor in load_file(file).items()}
+        tensors = {key: tensor.double().flatten(1) for key, tensor in load_file(file).items() if tensor.dim() > 1}
         for key, tensor in tensors.items():
             name, _, part = key.partition(".")
-            alpha = float(tensors[f"{name}.alpha"])
+            alpha = float(load_file(file)[f"{name}.alpha"])
             scale = math.sqrt(alpha / alphas.setdefault(name, alpha)) * ratio
-            if part != "alpha":
-                whole[key] = whole.get(key, 0) + tensor * (abs(scale) if "lora_up" in part else scale)
-    return {
-        name: whole[f"{name}.lora_up.weight"].flatten(1) @ whole[f"{name}.lora_down.weight"].flatten(1)
-        * alpha / len(whole[f"{name}.lora_down.weight"])
-        for name, alpha in alphas.items()
-    }  # fmt: skip
+            scaled = tensor * (abs(scale) if "lora_up" in part else scale)
+            if key not in whole:
+                whole[key] = scaled
+            elif concat:
+                whole[key] = torch.cat([whole[key], scaled], 1 if "lora_up" in part else 0)
+            else:
+                whole[key] = whole[key] + scaled
+    down = {name: whole[f"{name}.lora_down.weight"] for name in alphas}
+    return {name: whole[f"{name}.lora_up.weight"] @ down[name] * alphas[name] / len(down[name]) for name in alphas}
 
 
 def test_adding_ups_and_downs_is_no_sum(tmp_path):
-    """As sd-scripts' merge_lora.py without --concat does: (u1 + u2)(d1 + d2) has cross terms as large as the sum."""
+    """As sd-scripts' merge_lora.py does: (u1 + u2)(d1 + d2) has cross terms as large as the sum."""
     files = [adapter(tmp_path / "a.safetensors"), adapter(tmp_path / "b.safetensors")]
-    ours, theirs = deltas(sum_of(tmp_path, "--models", *files)), adding_ups_and_downs(files, [1, 1])
+    ours, theirs = deltas(sum_of(tmp_path, "--models", *files)), added_by_sd_scripts(files, [1, 1])
     parts = [deltas(file) for file in files]
     for name in SHAPES:
         exact = parts[0][name] + parts[1][name]
         assert relative_error(ours[name], exact) < 1e-6
         assert relative_error(theirs[name], exact) > 0.5
+
+
+def test_concatenating_without_alpha_is_no_sum(tmp_path):
+    """With --concat its alpha stays that of one file under twice the rank, which halves the sum; and its ratio, which
+    goes to up and to down, is squared."""
+    files = [adapter(tmp_path / "a.safetensors"), adapter(tmp_path / "b.safetensors")]
+    ours, theirs = deltas(sum_of(tmp_path, "--models", *files)), added_by_sd_scripts(files, [1, 1], concat=True)
+    weaker = added_by_sd_scripts(files[:1], [0.5])
+    parts = [deltas(file) for file in files]
+    for name in SHAPES:
+        exact = parts[0][name] + parts[1][name]
+        assert relative_error(ours[name], exact) < 1e-6
+        assert relative_error(theirs[name], exact / 2) < 1e-6
+        assert relative_error(weaker[name], parts[0][name] / 4) < 1e-6
 
 
 def clamped(D: Tensor, rank: int) -> Tensor:
