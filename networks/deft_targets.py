@@ -149,7 +149,7 @@ def _sdxl_block(name: str) -> int | None:
     return 0 if re.search("_(time_embed|label_emb)_", name) else 22 if "_unet_out_" in name else None
 
 
-def _sdxl_renames() -> tuple[tuple[str, str], ...]:
+def sdxl_renames() -> tuple[tuple[str, str], ...]:
     """Diffusers' paths of an SDXL U-Net to the original's."""
     kinds = (("resnets", 0), ("attentions", 1))
     down = [(rf"^down_blocks\.{i}\.{kind}\.{j}\b", f"input_blocks.{3 * i + j + 1}.{k}")
@@ -166,7 +166,7 @@ def _sdxl_renames() -> tuple[tuple[str, str], ...]:
 
 
 # Diffusers' paths of a FLUX.1 transformer to the original's.
-_FLUX_RENAMES = (
+FLUX_RENAMES = (
     (r"^transformer_blocks\.(\d+)\.attn\.to_q$", r"double_blocks.\1.img_attn.qkv#0"),
     (r"^transformer_blocks\.(\d+)\.attn\.to_k$", r"double_blocks.\1.img_attn.qkv#1"),
     (r"^transformer_blocks\.(\d+)\.attn\.to_v$", r"double_blocks.\1.img_attn.qkv#2"),
@@ -257,7 +257,7 @@ ARCHITECTURES = (
                 ("UNet2DConditionModel with text_time",),  # see `recognise`
                 _UNET_CONTAINERS,
                 _UNET_CONV_CONTAINERS,
-                renames=_sdxl_renames(),
+                renames=sdxl_renames(),
                 base=_SDXL_BASE,
             ),
         ),
@@ -273,7 +273,7 @@ ARCHITECTURES = (
                 "lora_unet",
                 ("FluxTransformer2DModel",),
                 ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
-                renames=_FLUX_RENAMES,
+                renames=FLUX_RENAMES,
                 base=_flux_base,
             ),
         ),

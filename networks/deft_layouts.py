@@ -1,0 +1,306 @@
+"""Checkpoint layouts as data: how a file or folder is recognised, and which of its tensors is which layer.
+
+Layers go by the key names of sd-scripts' networks.lora (commit 48d368fa), as in `deft_targets`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from networks import deft_targets
+from networks.deft_config import DeftError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a layer's weight as they stand in a checkpoint.
+
+    :param key: the tensor's
+    :param first: the first of its rows
+    :param rows: how many; row by row, the pieces of a layer give its weight
+    """
+
+    key: str
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's weight of `shape` (m, in[, kh, kw]) stands in a checkpoint."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model in a checkpoint.
+
+    :param start: pattern of the beginning of its keys
+    :param prefix: of the key names
+    :param layers: pattern of the paths, as key names have them, of the layers that sd-scripts' LoRA can adapt
+    :param further: of further matrices that adapters of other programs change
+    :param renames: (pattern, replacement) from a path in the checkpoint to that of key names, all applied in this
+        order; `#k` at the end: the tensor is the k-th part of the layer's weight; `|` in the last word: the tensor
+        is several layers' weights of equal size, one above the other
+    :param root: beginning of the paths of key names, which some checkpoints leave out
+    """
+
+    start: str
+    prefix: str
+    layers: str
+    further: str = r"(?!)"
+    renames: tuple[tuple[str, str], ...] = ()
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of a checkpoint.
+
+    :param architecture: name of a row of `deft_targets.ARCHITECTURES`
+    :param signs: patterns of keys that it has
+    :param without: pattern of keys that it has not
+    :param pipelines: beginning of the class name in a Diffusers folder's model_index.json; "" of what is no folder
+    """
+
+    name: str
+    architecture: str
+    models: tuple[Model, ...]
+    signs: tuple[str, ...]
+    without: str = r"(?!)"
+    pipeline: str = ""
+
+
+_SD_LAYERS = r"(down_blocks|up_blocks)\.\d+\.(attentions|resnets|downsamplers|upsamplers)\.|mid_block\."
+_SD_FURTHER = r"(conv_in|conv_out|(time|add|class)_embedding\.linear_[12])$"
+_SDXL_LAYERS = r"(input_blocks\.[1-9]\d*|middle_block|output_blocks\.\d+)\."
+_SDXL_FURTHER = r"(input_blocks\.0\.0|out\.2|time_embed\.[02]|label_emb\.0\.[02])$"
+_CLIP_LAYERS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$"
+_T5_LAYERS = r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))$"
+_FLUX_LAYERS = r"(double|single)_blocks\.|(img_in|txt_in|(time|vector|guidance)_in\.(in|out)_layer)$"
+_FLUX_FURTHER = r"final_layer\.(linear|adaLN_modulation\.1)$|distilled_guidance_layer\."
+
+
+def _ldm_renames() -> tuple[tuple[str, str], ...]:
+    """The original's paths of a Stable Diffusion 1.x or 2.x U-Net to Diffusers', which are kohya's there.
+
+    As `convert_ldm_unet_checkpoint` of diffusers 0.32: three blocks a level, on the way up the sampler in the last.
+    """
+    kinds = (("resnets", 0), ("attentions", 1))
+    down = [(rf"^input_blocks\.{3 * i + j + 1}\.{k}\b", f"down_blocks.{i}.{kind}.{j}")
+            for i in range(4) for j in range(2) for kind, k in kinds]  # fmt: skip
+    down += [(rf"^input_blocks\.{3 * i + 3}\.0\.op$", f"down_blocks.{i}.downsamplers.0.conv") for i in range(3)]
+    up = [(rf"^output_blocks\.{3 * i + 2}\.[12]\.conv$", f"up_blocks.{i}.upsamplers.0.conv") for i in range(3)]
+    up += [(rf"^output_blocks\.{3 * i + j}\.{k}\b", f"up_blocks.{i}.{kind}.{j}")
+           for i in range(4) for j in range(3) for kind, k in kinds]  # fmt: skip
+    middle = [(r"^middle_block\.0\b", "mid_block.resnets.0"), (r"^middle_block\.1\b", "mid_block.attentions.0"),
+              (r"^middle_block\.2\b", "mid_block.resnets.1")]  # fmt: skip
+    inside = [(r"\.in_layers\.2$", ".conv1"), (r"\.out_layers\.3$", ".conv2"), (r"\.emb_layers\.1$", ".time_emb_proj"),
+              (r"\.skip_connection$", ".conv_shortcut")]  # fmt: skip
+    outside = [(r"^input_blocks\.0\.0$", "conv_in"), (r"^out\.2$", "conv_out"),
+               (r"^time_embed\.0$", "time_embedding.linear_1"),
+               (r"^time_embed\.2$", "time_embedding.linear_2")]  # fmt: skip
+    return (*down, *up, *middle, *inside, *outside)
+
+
+# open_clip's names of a text encoder to transformers'
+_OPEN_CLIP_RENAMES = (
+    (r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_weight$",
+     r"text_model.encoder.layers.\1.self_attn.q_proj|k_proj|v_proj"),
+    (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj$", r"text_model.encoder.layers.\1.self_attn.out_proj"),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc$", r"text_model.encoder.layers.\1.mlp.fc1"),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj$", r"text_model.encoder.layers.\1.mlp.fc2"),
+)  # fmt: skip
+
+_SDXL_OUTSIDE_RENAMES = (
+    (r"^conv_in$", "input_blocks.0.0"), (r"^conv_out$", "out.2"),
+    (r"^time_embedding\.linear_1$", "time_embed.0"), (r"^time_embedding\.linear_2$", "time_embed.2"),
+    (r"^add_embedding\.linear_1$", "label_emb.0.0"), (r"^add_embedding\.linear_2$", "label_emb.0.2"),
+)  # fmt: skip
+
+
+def _clip(start: str, prefix: str) -> Model:
+    return Model(start, prefix, _CLIP_LAYERS, root="text_model.")
+
+
+def _open_clip(start: str, prefix: str) -> Model:
+    return Model(start, prefix, _CLIP_LAYERS, renames=_OPEN_CLIP_RENAMES)
+
+
+def _t5(start: str) -> Model:
+    return Model(start, "lora_te3", _T5_LAYERS)
+
+
+_SINGLE = r"(?:model\.diffusion_model\.|diffusion_model\.|)"  # before a denoiser's keys, or nothing
+_SDXL_RENAMES = (*deft_targets.sdxl_renames(), *_SDXL_OUTSIDE_RENAMES)
+_FLUX = Model(_SINGLE, "lora_unet", _FLUX_LAYERS, _FLUX_FURTHER)
+_CLIP_KEY = r"(?:text_model\.)?encoder\.layers\.{}\.mlp\.fc1\.weight"
+
+LAYOUTS = (
+    Layout(
+        "SGM single file",
+        "SDXL",
+        (
+            Model(_SINGLE, "lora_unet", _SDXL_LAYERS, _SDXL_FURTHER),
+            _clip(r"conditioner\.embedders\.0\.transformer\.", "lora_te1"),
+            _open_clip(r"conditioner\.embedders\.1\.model\.", "lora_te2"),
+        ),
+        (rf"{_SINGLE}label_emb\.0\.0\.weight", rf"{_SINGLE}output_blocks\.8\.0\.in_layers\.2\.weight"),
+        without=rf"conditioner\.embedders\.0\.model\.|cond_stage_model\.|{_SINGLE}output_blocks\.9\.",
+    ),
+    Layout(
+        "LDM single file",
+        "Stable Diffusion 1.x or 2.x",
+        (
+            Model(_SINGLE, "lora_unet", _SD_LAYERS, _SD_FURTHER, _ldm_renames()),
+            _clip(r"cond_stage_model\.transformer\.", "lora_te"),
+            _open_clip(r"cond_stage_model\.model\.", "lora_te"),
+        ),
+        (rf"{_SINGLE}input_blocks\.1\.1\.transformer_blocks\.0\.attn1\.to_q\.weight",),
+        without=rf"conditioner\.|{_SINGLE}.*\.time_stack\.",
+    ),
+    Layout(
+        "BFL single file",
+        "FLUX.1 or Chroma",
+        (
+            _FLUX,
+            _clip(r"text_encoders\.clip_l\.transformer\.", "lora_te1"),
+            _t5(r"text_encoders\.t5xxl\.transformer\."),
+        ),
+        (rf"{_SINGLE}double_blocks\.0\.img_attn\.qkv\.weight", rf"{_SINGLE}single_blocks\.0\.linear1\.weight"),
+        without=rf"{_SINGLE}(?:double_stream_modulation|single_stream_modulation)",
+    ),
+    Layout(
+        "Diffusers",
+        "SDXL",
+        (
+            Model(r"(?:unet/|)", "lora_unet", _SDXL_LAYERS, _SDXL_FURTHER, _SDXL_RENAMES),
+            _clip("text_encoder/", "lora_te1"),
+            _clip("text_encoder_2/", "lora_te2"),
+        ),
+        (r"(?:unet/|)add_embedding\.linear_1\.weight", r"(?:unet/|)down_blocks\.0\.resnets\.0\.conv1\.weight"),
+        pipeline="StableDiffusionXL",
+    ),
+    Layout(
+        "Diffusers",
+        "Stable Diffusion 1.x or 2.x",
+        (
+            Model(r"(?:unet/|)", "lora_unet", _SD_LAYERS, _SD_FURTHER),
+            _clip("text_encoder/", "lora_te"),
+        ),
+        (r"(?:unet/|)(?:mid_block|down_blocks\.\d)\.attentions\.0\.transformer_blocks\.0\.attn1\.to_q\.weight",),
+        without=r"(?:unet/|)(?:add_embedding|.*temporal_transformer_block)",
+        pipeline="StableDiffusion",
+    ),
+    Layout(
+        "Diffusers",
+        "FLUX.1 or Chroma",
+        (
+            Model(r"(?:transformer/|)", "lora_unet", _FLUX_LAYERS, _FLUX_FURTHER, deft_targets.FLUX_RENAMES),
+            _clip("text_encoder/", "lora_te1"),
+            _t5("text_encoder_2/"),
+        ),
+        (
+            r"(?:transformer/|)transformer_blocks\.0\.attn\.add_q_proj\.weight",
+            r"(?:transformer/|)single_transformer_blocks\.0\.proj_mlp\.weight",
+        ),
+        pipeline="Flux",
+    ),
+    Layout(
+        "CLIP-G text encoder", "SDXL", (_clip("", "lora_te2"),), (_CLIP_KEY.format(31),), without=_CLIP_KEY.format(32)
+    ),
+    Layout(
+        "CLIP-L text encoder",
+        "FLUX.1 or Chroma",
+        (_clip("", "lora_te1"),),
+        (_CLIP_KEY.format(0),),
+        without=_CLIP_KEY.format(12),
+    ),
+    Layout(
+        "T5 text encoder",
+        "FLUX.1 or Chroma",
+        (_t5(""),),
+        (r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight",),
+    ),
+)
+
+
+def recognise(keys: Collection[str], pipeline: str, source: str) -> Layout:
+    """The layout of a checkpoint.
+
+    :param pipeline: the class name in its model_index.json, or ""
+    :raises DeftError: when it is none of `LAYOUTS`
+    """
+    for layout in LAYOUTS:
+        if all(_any(sign, keys) for sign in layout.signs) and not _any(layout.without, keys, whole=False):
+            return layout
+    for layout in LAYOUTS:
+        if layout.pipeline and pipeline.startswith(layout.pipeline):
+            return layout
+    if _any(r"lora_(up|down)\.|lora_[AB]\.|hada_w|lokr_w|\.oft_|\.deft_E0", keys, whole=False, anywhere=True):
+        raise DeftError(f"{source}: this is an adapter (LoRA or the like), where a model's checkpoint is to be given")
+    known = ", ".join(dict.fromkeys(f"{layout.architecture} ({layout.name})" for layout in LAYOUTS))
+    raise DeftError(f"{source}: its keys are in no layout of a checkpoint that is known here: {known}")
+
+
+def _any(pattern: str, keys: Collection[str], whole: bool = True, anywhere: bool = False) -> bool:
+    compiled = re.compile(pattern)
+    fits = compiled.fullmatch if whole else compiled.search if anywhere else compiled.match
+    return any(fits(key) for key in keys)
+
+
+def places(
+    layout: Layout, shapes: Mapping[str, tuple[int, ...]], source: str
+) -> tuple[dict[str, Place], dict[str, Place]]:
+    """Key name -> place, of the layers and of the further matrices, in the order of the checkpoint's keys.
+
+    :param shapes: of all of its tensors
+    :raises DeftError: when a layer is there twice, or in part
+    """
+    parts: tuple[dict[str, dict[int, Piece]], ...] = ({}, {})
+    for key, shape in shapes.items():
+        if len(shape) not in (2, 4) or not key.endswith("weight"):
+            continue
+        for further, name, number, piece in _named(layout, key, shape[0]):
+            of_layer = parts[further].setdefault(name, {})
+            if number in of_layer:
+                raise DeftError(f"{source}: {of_layer[number].key} and {key} are the same layer, {name}")
+            of_layer[number] = piece
+    layers, others = ({name: _place(name, found, shapes, source) for name, found in part.items()} for part in parts)
+    return layers, others
+
+
+def _named(layout: Layout, key: str, rows: int) -> Iterator[tuple[bool, str, int, Piece]]:
+    """(whether no layer of sd-scripts, key name, number of the part, piece) of what a tensor holds."""
+    for model in layout.models:
+        start = re.match(model.start, key)
+        if start is None:
+            continue
+        path = key[start.end() :].removesuffix(".weight")
+        if model.root and not path.startswith(model.root):
+            path = model.root + path
+        for pattern, replacement in model.renames:
+            path = re.sub(pattern, replacement, path)
+        path, _, number = path.partition("#")
+        parent, dot, last = path.rpartition(".")
+        words = last.split("|")
+        for k, word in enumerate(words):
+            of_layer = f"{parent}{dot}{word}"
+            layer = re.match(model.layers, of_layer) is not None
+            if (layer or re.match(model.further, of_layer)) and rows % len(words) == 0:
+                share = rows // len(words)
+                name = f"{model.prefix}_{of_layer}".replace(".", "_")
+                yield not layer, name, int(number or 0), Piece(key, k * share, share)
+
+
+def _place(name: str, found: Mapping[int, Piece], shapes: Mapping[str, tuple[int, ...]], source: str) -> Place:
+    pieces = tuple(found[k] for k in sorted(found))
+    kernels = {shapes[piece.key][1:] for piece in pieces}
+    if sorted(found) != list(range(len(found))) or len(kernels) != 1:
+        held = ", ".join(piece.key for piece in pieces)
+        raise DeftError(f"{source}: of the layer {name} only {held} are there, or their shapes do not fit")
+    return Place((sum(piece.rows for piece in pieces), *kernels.pop()), pieces)
