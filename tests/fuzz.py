@@ -17,6 +17,7 @@ import pickle
 import random
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -25,12 +26,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from networks import deft_formats, deft_io
+from networks.deft_checkpoint import open_checkpoint
 from networks.deft_config import DeftError
 from networks.deft_progress import progress
 
 HUGE = (0, -1, 1, 3, 2**31, 2**53, 2**63 - 1, 2**64, 10**30, 1.5, True, None, "8", [], {})
-WORDS = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "lora_A.weight", "lora_B.weight", "dora_scale",
-         "hada_w1_a", "lokr_w1", "lokr_w2_a", "oft_blocks", "diff", "deft_P", "deft_E0", "weight", "scale_weight", "")  # fmt: skip
+WORDS = (
+    *("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "lora_A.weight", "lora_B.weight", "diff"),
+    *("dora_scale", "hada_w1_a", "lokr_w1", "lokr_w2_a", "oft_blocks", "deft_P", "deft_E0"),
+    *("weight", "scale_weight", ""),
+)
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "U8", "F8_E4M3", "BOOL", "F128", "", None, 7)
 
 
@@ -68,7 +73,7 @@ def whole_files() -> list[tuple[dict[str, Tensor], dict[str, str]]]:
         (lora, recorded),
         (own, recorded),
         ({f"{layer}.lora_A.weight": some(2, 8), f"{layer}.lora_B.weight": some(8, 2)}, {}),
-        ({f"{q}.hada_{w}": some(*s) for w, s in (("w1_a", (8, 2)), ("w1_b", (2, 8)), ("w2_a", (8, 2)), ("w2_b", (2, 8)))}, {}),
+        ({f"{q}.hada_w{i}_{w}": some(*s) for i in (1, 2) for w, s in (("a", (8, 2)), ("b", (2, 8)))}, {}),
         ({f"{q}.lokr_w1": some(2, 2), f"{q}.lokr_w2_a": some(4, 2), f"{q}.lokr_w2_b": some(2, 4)}, {}),
         ({f"{q}.oft_blocks": some(2, 4, 4)}, {}),
         ({f"{q}.lora_up.weight": some(8, 2), f"{q}.lora_down.weight": some(2, 8), f"{q}.dora_scale": some(8, 1)}, {}),
@@ -214,6 +219,7 @@ def readers() -> Mapping[str, Callable[[Path], object]]:
         "adapter": deft_io.read_adapter,
         "kept": deft_io.read_kept,
         "formats": _all_changes,
+        "checkpoint": _all_weights,
     }
 
 
@@ -223,6 +229,14 @@ def _all_changes(path: Path) -> None:
             change.delta(torch.ones(change.shape[0], math.prod(change.shape[1:])))
         else:
             change.delta()
+
+
+def _all_weights(path: Path) -> None:
+    with open_checkpoint(path) as checkpoint:
+        for name in (*checkpoint.layers, *checkpoint.further):
+            checkpoint.weight(name)
+        for key in checkpoint.rest:
+            checkpoint.tensor(key)
 
 
 def outcomes(first: int, number: int, folder: Path) -> Iterator[tuple[str, str]]:
@@ -239,7 +253,8 @@ def outcomes(first: int, number: int, folder: Path) -> Iterator[tuple[str, str]]
                 read(path)
             except DeftError as error:
                 line = str(error)
-                assert line and "\n" not in line and len(line) < 1000, f"file {k}, {name}: not one line: {line[:2000]}"
+                if not line or "\n" in line or len(line) > 1000:
+                    raise AssertionError(f"file {k}, {name}: not one line: {line[:2000]}") from error
                 yield name, "refused"
             except Exception as error:
                 raise AssertionError(f"file {k}, {name}: {type(error).__name__}: {error}") from error
@@ -254,6 +269,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         counted = collections.Counter(outcomes(args.first, args.number, Path(folder)))
     for (name, what), count in sorted(counted.items()):
