@@ -24,6 +24,7 @@ import copy
 import io
 import itertools
 import json
+import os
 import random
 import sys
 import time
@@ -135,7 +136,8 @@ def write(lane: Lane, file: Path) -> None:
     for key, name in names_of(adapter.unet).items():  # alpha is the rank: scale 1
         up, down = (peft_layers[f"{name}.{side}.default"].weight.detach().cpu() for side in ("lora_B", "lora_A"))
         layers[key] = Factors(up.flatten(1), down.flatten(1), tuple(down.shape[1:]))
-    deft_io.write_safetensors(deft_io.lora_tensors(layers, torch.float32, True)[0], file, {})
+    told = {"ss_base_model_version": "sd_v1"}
+    deft_io.write_safetensors(deft_io.lora_tensors(layers, torch.float32, True)[0], file, told)
 
 
 _names: dict[str, str] = {}
@@ -338,7 +340,7 @@ def run(args: argparse.Namespace, data: dict[str, Any]) -> None:
     _, concepts = measuring.concept_seeds(0, args.concepts)
     data["concepts"] = concepts
     data["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    scratch = args.folder / f"composed-{'-'.join(map(str, args.seeds))}.safetensors"
+    scratch = args.folder / f"composed-{os.getpid()}.safetensors"
     for kind, seed in itertools.product(args.kinds, args.seeds):
         there = Trainings(bench, args.folder, seed, args.steps)
         start = time.time()

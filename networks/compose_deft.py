@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from networks import deft_checkpoint, deft_factors, deft_io, deft_tools, merge_deft
+from networks import deft_checkpoint, deft_factors, deft_io, deft_sum, deft_tools, merge_deft
 from networks.deft_blocks import block_of
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Decomposed, Factors
@@ -199,20 +199,32 @@ def compose(
     :param weight: of the base model, where some change depends on it
     :raises DeftError: when a change depends on the base model and there is none
     """
-    changes = [part.changes() for part in parts]
-    names = list(dict.fromkeys(name for many in changes for name in many))
+    strengths = [part.strengths() for part in parts]
+    names = list(dict.fromkeys(name for many in strengths for name in many))
     if not names:
         raise DeftError("--ratios leave no layer of the adapters with a strength but 0")
     layers, common = {}, {}
     for name in progress(names, "composing", "layers"):
         found = [
-            (f"{part.adapter.source}: {name}", *many[name]) if name in many else None
-            for part, many in zip(parts, changes, strict=True)
+            (f"{part.adapter.source}: {name}", part.adapter.changes[name], many[name]) if name in many else None
+            for part, many in zip(parts, strengths, strict=True)
         ]
+        _check_shapes(name, [(part, part.adapter.changes[name]) for part in parts if name in part.adapter.changes])
         needed = weight is not None and any(f is not None and isinstance(f[1], OnBase) for f in found)
         whole, common[name] = composed(found, weight(name) if needed and weight else None, options)
         layers[name] = replace(whole, up=whole.up.float(), down=whole.down.float())
     return layers, common
+
+
+def _check_shapes(name: str, changes: Sequence[tuple[Part, Change]]) -> None:
+    """:raises DeftError: when they are of different weights"""
+    (first, one), *others = changes
+    for part, other in others:
+        if not deft_sum.same_weight(one.shape, other.shape):
+            raise DeftError(
+                f"{name} has the shape {one.shape} in {first.adapter.source} and {other.shape} in "
+                f"{part.adapter.source}: give adapters for one model"
+            )
 
 
 def truncated(layers: Mapping[str, Factors], rank: int) -> tuple[dict[str, Factors], float, float]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from networks import deft_layouts, deft_scaled
 from networks.deft_config import DeftError, read_text, reason_of
+from networks.deft_gguf import GgufEntry, GgufFile
 from networks.deft_layouts import Place
 from networks.deft_scaled import FLOATS, KNOWN_FORMATS, Scale
 
@@ -42,7 +44,7 @@ _MARKS = "_quantization_metadata"  # the same of all layers, in a file's metadat
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor in a file.
 
     :param name: its key in the file
@@ -115,12 +117,12 @@ class TensorFile:
         self.header_size = 8 + length
         self.entries = self._entries(self._handle.read(length))
 
-    def _entries(self, header: bytes) -> dict[str, Entry]:
+    def _entries(self, header: bytes) -> dict[str, TensorEntry]:
         try:
             fields = json.loads(header, object_pairs_hook=_without_doubles)
             fields.pop("__metadata__", None)
             return {
-                key: Entry(
+                key: TensorEntry(
                     self,
                     key,
                     DTYPES[about["dtype"]],
@@ -170,7 +172,10 @@ def _check_kind(path: Path) -> None:
             f"ComfyUI save it as such), or take the .safetensors that most models come in too"
         )
     if ending != ".safetensors":
-        raise DeftError(f"{path}: give a .safetensors file or a Diffusers folder")
+        raise DeftError(f"{path}: give a .safetensors file, a .gguf file or a Diffusers folder")
+
+
+Entry: TypeAlias = TensorEntry | GgufEntry
 
 
 class Checkpoint:
@@ -185,7 +190,7 @@ class Checkpoint:
     :ivar metadata: of a single file
     """
 
-    def __init__(self, source: Path, files: Sequence[tuple[str, TensorFile]], pipeline: str) -> None:
+    def __init__(self, source: Path, files: Sequence[tuple[str, TensorFile | GgufFile]], pipeline: str) -> None:
         """:param files: with what stands before their keys"""
         self.source = source
         self.files = files
@@ -300,9 +305,11 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """
     path = Path(path)
     chosen = _of_folder(path) if path.is_dir() else [("", path)]
-    files: list[tuple[str, TensorFile]] = []
+    files: list[tuple[str, TensorFile | GgufFile]] = []
     try:
-        files.extend((before, TensorFile(file)) for before, file in chosen)
+        for before, found in chosen:
+            is_gguf = found.suffix.lower() == ".gguf" and found.is_file()
+            files.append((before, GgufFile(found) if is_gguf else TensorFile(found)))
         return Checkpoint(path, files, (_pipeline(path) or _pipeline(path.parent)) if path.is_dir() else "")
     except BaseException:
         for _, file in files:

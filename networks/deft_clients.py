@@ -79,7 +79,8 @@ SET = Kind("weights in full", (".set_weight",))
 DEFT = Kind("DEFT (save_format=deft)", (".deft_E0",), (), (".deft_P", ".deft_R", ".deft_g"))
 LORAS = (LORA, PEFT, PROCESSOR, DOTTED, ENCODER, NAMED)
 KINDS = (*LORAS, LOHA, LOKR, OFT, OLD_OFT, FULL, BIAS, NORM, GLORA, IA3, SET, DEFT)
-SCALES = (".alpha", ".dora_scale")
+DORA_SCALE = ".dora_scale"
+SCALES = (".alpha", DORA_SCALE)
 _SUFFIXES = tuple(sorted({*SCALES, ".reshape_weight", *(s for kind in KINDS for s in kind.all)}, key=len, reverse=True))
 
 
@@ -139,6 +140,7 @@ class Client:
     :param strict: it takes no 1x1 convolution for a matrix, or the other way round
     :param misfit: what it does about a layer of another shape: "refuses" the file or "leaves out" the layer
     :param order: where it multiplies up and down: "float32", "model" (in the model's dtype) or "file" (in the file's)
+    :param zero_alpha: an alpha of 0 is to it none
     :param dora: how it reads a DoRA: "inputs" (norms over the outputs, whatever the file means), "file" (as the file
         means), "plain" (as a LoRA, its magnitudes dropped) or "" (not at all)
     """
@@ -152,6 +154,7 @@ class Client:
     misfit: str
     order: str
     dora: str
+    zero_alpha: bool = False
 
 
 # What each client calls the layers
@@ -573,7 +576,7 @@ CLIENTS = (
     Client("InvokeAI", "8e71a8a5", _ALL, lambda k: _named(k, _invoke_names), _invoke, False, "refuses", "model",
            "inputs"),
     Client("sd-scripts", "0.10", _ALL, lambda k: _named(k, _trainer_names), _sd_scripts, True, "refuses", "float32",
-           "plain"),
+           "plain", zero_alpha=True),
     Client("musubi-tuner", "30c658c", ("flux",), lambda k: _named(k, _musubi_names), _musubi, False, "refuses", "file",
            "plain"),
 )  # fmt: skip
@@ -585,20 +588,31 @@ CLIENTS = (
 def made_for(file: Outline) -> Inventory | None:
     """The model whose layers a file names, and whose widths it has; None if it is none that is known here."""
     groups = grouped(file.shapes)
-    best, found = (0, 0, 0), None
+    best, found = (False, 0, 0, False), None
     for name in NAMES:
         known = inventory(name)
-        names = _all_names(name)
+        names = all_names(name)
         named = [(names[stem], rests) for stem, rests in groups.items() if stem in names]
         wanted = "True" if name == "sd2" else "False"
         fits = sum(_fits(layer, rests, file, strict=False) is True for layer, rests in named)
-        score = (len(named), fits, int(file.metadata.get("ss_v2", "") == wanted))
+        version = file.metadata.get("ss_base_model_version", "")
+        told = bool(version) and version.startswith({"sd1": "sd_v1", "sd2": "sd_v2"}.get(name, name))
+        score = (told and 2 * len(named) >= len(groups), len(named), fits, file.metadata.get("ss_v2", "") == wanted)
         if score > best:
             best, found = score, known
-    return found if found and 2 * best[0] >= len(groups) else None
+    return found if found and 2 * best[1] >= len(groups) else None
 
 
-def _all_names(name: str) -> Known:
+def is_published(file: Outline, known: Inventory) -> bool:
+    """Whether a file's layers are all of the published model, or at least as wide as those."""
+    names = all_names(known.name)
+    groups = grouped(file.shapes)
+    fits = [_fits(names[stem], rests, file, strict=False) for stem, rests in groups.items() if stem in names]
+    return len(fits) == len(groups) or 2 * fits.count(False) <= len(fits)
+
+
+def all_names(name: str) -> Known:
+    """What any client calls the layers of a model."""
     known = inventory(name)
     together: dict[str, Layer] = {}
     for client in CLIENTS:

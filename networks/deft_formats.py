@@ -356,13 +356,15 @@ def _bare_model(path: str) -> str:
 
 def _without_processor(path: str) -> str:
     """The layer that an attention processor of diffusers before 0.22, or of XLabs, has its matrices for."""
-    found = re.match(r"^((?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)$", path)
+    found = re.match(r"^((?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)(?:_lora([12]?))?$", path)
     if found:
         block, what, number = found.groups()
         if block.startswith("single"):
             return f"{block}.linear1#012" if what == "qkv" else f"{block}.linear2"
         return f"{block}.{'txt' if number == '2' else 'img'}_attn.{what}"
-    return re.sub(r"\.processor\.(to_[qkv]|to_out)$", r".\1", path).replace(".to_out#", ".to_out.0")
+    path = re.sub(r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj", path)
+    path = re.sub(r"\.self_attn\.to_out$", ".self_attn.out_proj", path)
+    return re.sub(r"(?:\.processor)?\.to_out$", ".to_out.0", path).replace(".processor.to_", ".to_")
 
 
 def _makers(
@@ -383,7 +385,7 @@ def _makers(
     pieces: dict[str, dict[str, Callable[[], Change]]] = {}
     for layer, parts in layers.items():
         format, model, path = models[layer]
-        path, _, given = path.partition("#")
+        path, _, given = re.sub(r"-(\d+)$", r"#\1", path).partition("#")  # a part by our own files' names
         try:
             name, piece = (layer, "") if model == "kept" else deft_names.key_name(row, model, path)
         except KeyError:
@@ -400,14 +402,28 @@ def _makers(
         if piece in pieces.setdefault(name, {}) or (pieces[name] and "" in (piece, *pieces[name])):
             raise DeftError(f"{source}: {layer} is there twice, under another name also")
         pieces[name][piece] = make
-    return {name: _assembling(found, source) if "" not in found else found[""] for name, found in pieces.items()}
+    return _wholes(pieces, source)
+
+
+def _wholes(pieces: Mapping[str, Mapping[str, Callable[[], Change]]], source: str) -> dict[str, Callable[[], Change]]:
+    """:raises DeftError: when pieces of one weight do not fit each other"""
+    behind = [found["3"]().shape[0] for found in pieces.values() if "3" in found]
+    makers: dict[str, Callable[[], Change]] = {}
+    for name, found in pieces.items():
+        makers[name] = found.get("") or _assembling(found, name.endswith("_linear1"), max(behind, default=None))
+        if "" not in found:
+            try:
+                makers[name]()
+            except (ValueError, RuntimeError) as error:
+                raise DeftError(f"{source}: {name} is damaged ({reason_of(error)})") from None
+    return makers
 
 
 def _is_second(layers: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> bool:
     """Whether a Stable Diffusion is 2.x, by its text's width or metadata."""
     said = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
     downs = [p["lora_down.weight"] for layer, p in layers.items() if layer.endswith("to_k") and "lora_down.weight" in p]
-    return "v2" in said or metadata.get("ss_v2") == "True" or any(down.shape[-1] == 1024 for down in downs)
+    return "v2" in said or metadata.get("ss_v2") == "True" or any(down.shape[1:2] == (1024,) for down in downs)
 
 
 def _kernel(name: str, first_generation: bool) -> tuple[int, int] | None:
@@ -423,7 +439,7 @@ def _maker(layer: str, parts: Mapping[str, Tensor], facts: Facts, source: str) -
             return change_of(parts, facts)
         except KeyError as missing:
             raise DeftError(f"{source}: {layer} is of no kind of adapter that is known here ({missing})") from None
-        except (ValueError, RuntimeError, IndexError) as error:
+        except (ValueError, RuntimeError, IndexError, TypeError, ArithmeticError) as error:
             raise DeftError(f"{source}: {layer} is damaged ({reason_of(error)})") from None
 
     return make
@@ -474,27 +490,46 @@ def _with_alpha(
 # --- weights that some programs have in pieces ------------------------------------------------------------------------
 
 
-def _assembling(pieces: Mapping[str, Callable[[], Change]], source: str) -> Callable[[], Change]:
-    def assemble() -> Change:
-        return assembled({piece: make() for piece, make in pieces.items()})
+def _assembling(
+    pieces: Mapping[str, Callable[[], Change]], with_mlp: bool, mlp_rows: int | None
+) -> Callable[[], Change]:
+    return lambda: assembled({piece: make() for piece, make in pieces.items()}, with_mlp, mlp_rows)
 
-    return assemble
 
-
-def assembled(pieces: Mapping[str, Change]) -> Change:
+def assembled(pieces: Mapping[str, Change], with_mlp: bool = False, mlp_rows: int | None = None) -> Change:
     """The change of a fused weight by those of its pieces: "0", "1", "2" are queries, keys and values of equal size,
-    "012" all three, "3" the fully connected layer behind them, four times as large where it is not there.
+    "012" all three, "3" the fully connected layer behind them; a piece that is not there does not change.
 
+    :param with_mlp: whether that layer stands behind them
+    :param mlp_rows: its outputs where it is not there; None for four times the queries', as in FLUX.1
     :raises ValueError: when their shapes do not fit
     """
     if "swapped" in pieces:
         return _swapped(pieces["swapped"])
-    hidden = next((c.shape[0] // len(piece) for piece, c in pieces.items() if piece != "3"), 0)
-    some = next(iter(pieces.values()))
-    hidden = hidden or some.shape[1]
+    inputs = {change.shape[1:] for change in pieces.values() if 0 not in change.shape[1:]}
+    sizes = {c.shape[0] / len(piece) for piece, c in pieces.items() if piece != "3" and c.shape[0]}
+    if len(inputs) > 1 or len(sizes) > 1 or sizes - {1.0 * size for size in map(int, sizes)}:
+        shapes = " and ".join(str(tuple(change.shape)) for change in pieces.values())
+        raise ValueError(f"changes of {shapes} are no pieces of one weight")
+    if not all(change.shape[0] for change in pieces.values()):  # of these kinds, only the weight tells how large
+        kind = next(change.kind for change in pieces.values() if isinstance(change, OnBase))
+        return OnBase(kind, (0, *next(iter(inputs), (0,))), lambda W: _by_weight(pieces, W))
+    hidden = int(next(iter(sizes), 0)) or next(iter(inputs), (0,))[0]
+    behind = pieces["3"].shape[0] if "3" in pieces else (mlp_rows or 4 * hidden) if with_mlp else 0
     first = {"0": 0, "1": hidden, "2": 2 * hidden, "012": 0, "3": 3 * hidden}
-    total = 3 * hidden + (pieces["3"].shape[0] if "3" in pieces else 0)
-    return _stacked([(pieces[piece], first[piece]) for piece in sorted(pieces)], total)
+    return _stacked([(pieces[piece], first[piece]) for piece in sorted(pieces)], 3 * hidden + behind)
+
+
+def _by_weight(pieces: Mapping[str, Change], W: Tensor) -> Tensor:
+    """The change of a fused weight (m, n) whose queries are n, as many as its inputs."""
+    n = W.shape[1]
+    rows = {"0": (0, n), "1": (n, n), "2": (2 * n, n), "012": (0, 3 * n), "3": (3 * n, len(W) - 3 * n)}
+    whole = torch.zeros_like(W)
+    for piece, change in pieces.items():
+        first, number = rows[piece]
+        part = slice(first, first + number)
+        whole[part] = change.delta(W[part]) if isinstance(change, OnBase) else change.delta()
+    return whole
 
 
 def _swapped(change: Change) -> Change:

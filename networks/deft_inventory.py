@@ -87,13 +87,13 @@ class _UNet:
         for i, out in enumerate(self.widths):
             for j in range(2):
                 yield from self._resnet(f"input_blocks.{3 * i + j + 1}.0", f"down_blocks.{i}.resnets.{j}", width, out)
-                place = (f"input_blocks.{3 * i + j + 1}.1", f"down_blocks.{i}.attentions.{j}")
-                yield from self._attention(*place, out, self.depths[i])
+                pair = (f"input_blocks.{3 * i + j + 1}.1", f"down_blocks.{i}.attentions.{j}")
+                yield from self._attention(*pair, out, self.depths[i])
                 width = out
                 skips.append(out)
             if i < levels - 1:
-                places = (f"input_blocks.{3 * i + 3}.0.op", f"down_blocks.{i}.downsamplers.0.conv")
-                yield _layer(*places, (out, out, 3, 3))
+                down = (f"input_blocks.{3 * i + 3}.0.op", f"down_blocks.{i}.downsamplers.0.conv")
+                yield _layer(*down, (out, out, 3, 3))
                 skips.append(out)
         yield from self._resnet("middle_block.0", "mid_block.resnets.0", width, width)
         yield from self._attention("middle_block.1", "mid_block.attentions.0", width, self.depths[-1] or 1)
@@ -101,13 +101,13 @@ class _UNet:
         for i, out in enumerate(reversed(self.widths)):
             depth = self.depths[levels - 1 - i]
             for j in range(3):
-                place, other = f"output_blocks.{3 * i + j}", f"up_blocks.{i}"
-                yield from self._resnet(f"{place}.0", f"{other}.resnets.{j}", width + skips.pop(), out)
-                yield from self._attention(f"{place}.1", f"{other}.attentions.{j}", out, depth)
+                place, level = f"output_blocks.{3 * i + j}", f"up_blocks.{i}"
+                yield from self._resnet(f"{place}.0", f"{level}.resnets.{j}", width + skips.pop(), out)
+                yield from self._attention(f"{place}.1", f"{level}.attentions.{j}", out, depth)
                 width = out
             if i < levels - 1:
-                places = (f"output_blocks.{3 * i + 2}.{2 if depth else 1}.conv", f"up_blocks.{i}.upsamplers.0.conv")
-                yield _layer(*places, (out, out, 3, 3))
+                up = (f"output_blocks.{3 * i + 2}.{2 if depth else 1}.conv", f"up_blocks.{i}.upsamplers.0.conv")
+                yield _layer(*up, (out, out, 3, 3))
         yield _outside("out.0", "conv_norm_out", (first,))
         yield _outside("out.2", "conv_out", (4, first, 3, 3))
 

@@ -214,7 +214,7 @@ def parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | Non
     """
     parts = dict(parts)
     for name, tensor in parts.items():
-        if not torch.isfinite(tensor.float()).all():
+        if not deft_factors.is_finite(tensor):
             raise ValueError(f"{name} has non-finite values")
     alpha = None
     if "alpha" in parts:
@@ -366,7 +366,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not deft_factors.is_finite(tensor):
             raise DeftError(
                 f"{path}: not saved, since {name} is not finite in {tensor.dtype}; what was there is untouched"
             )

@@ -28,7 +28,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from networks import deft_io, deft_math
+from networks import deft_factors, deft_io, deft_math
 from networks.deft_factors import Factors
 from networks.deft_io import DeftLayer
 
@@ -108,7 +108,7 @@ def change_of(parts: Mapping[str, Tensor], facts: Facts) -> Change:
     """
     rest = dict(parts)
     for name, tensor in rest.items():
-        if not bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()):
+        if not deft_factors.is_finite(tensor):
             raise ValueError(f"{name} has non-finite values")
     kind = next((kind for kind in KINDS if kind.sign in rest), None)
     if kind is None:

@@ -44,8 +44,8 @@ class Model:
     :param layers: pattern of the paths, as key names have them, of the layers that sd-scripts' LoRA can adapt
     :param further: of further matrices that adapters of other programs change
     :param renames: (pattern, replacement) from a path in the checkpoint to that of key names, all applied in this
-        order; `#k` at the end: the tensor is the k-th part of the layer's weight; `|` in the last word: the tensor
-        is several layers' weights of equal size, one above the other
+        order; `#k` at the end: the tensor is the k-th part of the layer's weight; `#swapped`: its halves are the
+        other way round; `|` in the last word: the tensor is several layers' weights of equal size, one above the other
     :param root: beginning of the paths of key names, which some checkpoints leave out
     """
 
@@ -83,7 +83,14 @@ _CLIP_LAYERS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|
 _T5_LAYERS = r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))$"
 _FLUX_LAYERS = r"(double|single)_blocks\.|(img_in|txt_in|(time|vector|guidance)_in\.(in|out)_layer)$"
 _FLUX_FURTHER = r"final_layer\.(linear|adaLN_modulation\.1)$|distilled_guidance_layer\."
-
+_SD3_LAYERS = (
+    r"joint_blocks\.|(context_embedder|x_embedder\.proj|[ty]_embedder\.mlp\.[02]"
+    r"|final_layer\.(linear|adaLN_modulation\.1))$"
+)
+_LUMINA_LAYERS = (
+    r"(layers|noise_refiner|context_refiner|final_layer)\.|(x_embedder|t_embedder\.mlp\.[02]|cap_embedder\.1)$"
+)
+_GEMMA_LAYERS = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$"
 
 # open_clip's names of a text encoder to transformers'
 _OPEN_CLIP_RENAMES = (
@@ -144,6 +151,27 @@ LAYOUTS = (
         ),
         (rf"{_SINGLE}double_blocks\.0\.img_attn\.qkv\.weight", rf"{_SINGLE}single_blocks\.0\.linear1\.weight"),
         without=rf"{_SINGLE}(?:double_stream_modulation|single_stream_modulation)",
+    ),
+    Layout(
+        "MMDiT single file",
+        "Stable Diffusion 3",
+        (
+            Model(_SINGLE, "lora_unet", _SD3_LAYERS),
+            _clip(r"text_encoders\.clip_l\.transformer\.", "lora_te1"),
+            _clip(r"text_encoders\.clip_g\.transformer\.", "lora_te2"),
+            _t5(r"text_encoders\.t5xxl\.transformer\."),
+        ),
+        (rf"{_SINGLE}joint_blocks\.0\.x_block\.attn\.qkv\.weight",),
+    ),
+    Layout(
+        "NextDiT single file",
+        "Lumina 2",
+        (
+            Model(_SINGLE, "lora_unet", _LUMINA_LAYERS),
+            Model(r"text_encoders\.gemma2_2b\.transformer\.model\.", "lora_te", _GEMMA_LAYERS),
+        ),
+        (rf"{_SINGLE}layers\.0\.attention\.qkv\.weight", rf"{_SINGLE}cap_embedder\.1\.weight"),
+        without=rf"{_SINGLE}(?:cap_pad_token|x_pad_token)",  # Z-Image
     ),
     Layout(
         "Diffusers",
@@ -234,15 +262,26 @@ def places(
     """
     parts: tuple[dict[str, dict[int, Piece]], ...] = ({}, {})
     for key, shape in shapes.items():
-        if len(shape) not in (2, 4) or not key.endswith("weight"):
+        if len(shape) not in (2, 4) or not key.endswith((".weight", ".in_proj_weight")):
             continue
         for further, name, number, piece in _named(layout, key, shape[0]):
             of_layer = parts[further].setdefault(name, {})
             if number in of_layer:
                 raise DeftError(f"{source}: {of_layer[number].key} and {key} are the same layer, {name}")
             of_layer[number] = piece
-    layers, others = ({name: _place(name, found, shapes, source) for name, found in part.items()} for part in parts)
+    whole: dict[str, int] = {}  # how many parts the layers of a kind have
+    for name, found in (*parts[0].items(), *parts[1].items()):
+        whole[_alike(name)] = max(len(found), whole.get(_alike(name), 0))
+    layers, others = (
+        {name: _place(name, found, whole[_alike(name)], shapes, source) for name, found in part.items()}
+        for part in parts
+    )
     return layers, others
+
+
+def _alike(name: str) -> str:
+    """The same for the same layer of every block."""
+    return re.sub(r"(?<=_)\d+(?=_|$)", "#", name)
 
 
 def _named(layout: Layout, key: str, rows: int) -> Iterator[tuple[bool, str, int, Piece]]:
@@ -262,16 +301,25 @@ def _named(layout: Layout, key: str, rows: int) -> Iterator[tuple[bool, str, int
         for k, word in enumerate(words):
             of_layer = f"{parent}{dot}{word}"
             layer = re.match(model.layers, of_layer) is not None
-            if (layer or re.match(model.further, of_layer)) and rows % len(words) == 0:
-                share = rows // len(words)
-                name = f"{model.prefix}_{of_layer}".replace(".", "_")
+            if not (layer or re.match(model.further, of_layer)) or rows % len(words):
+                continue
+            share = rows // len(words)
+            name = f"{model.prefix}_{of_layer}".replace(".", "_")
+            if number == "swapped":
+                half = rows // 2
+                yield not layer, name, 0, Piece(key, half, rows - half)
+                yield not layer, name, 1, Piece(key, 0, half)
+            else:
                 yield not layer, name, int(number or 0), Piece(key, k * share, share)
 
 
-def _place(name: str, found: Mapping[int, Piece], shapes: Mapping[str, tuple[int, ...]], source: str) -> Place:
+def _place(
+    name: str, found: Mapping[int, Piece], number: int, shapes: Mapping[str, tuple[int, ...]], source: str
+) -> Place:
+    """:param number: of the parts that the layer has to have"""
     pieces = tuple(found[k] for k in sorted(found))
     kernels = {shapes[piece.key][1:] for piece in pieces}
-    if sorted(found) != list(range(len(found))) or len(kernels) != 1:
+    if sorted(found) != list(range(number)) or len(kernels) != 1:
         held = ", ".join(piece.key for piece in pieces)
-        raise DeftError(f"{source}: of the layer {name} only {held} are there, or their shapes do not fit")
+        raise DeftError(f"{source}: of the layer {name} only {held} is there, or the shapes do not fit each other")
     return Place((sum(piece.rows for piece in pieces), *kernels.pop()), pieces)

@@ -21,8 +21,7 @@ DENOISER = "denoiser"  # the other models are text encoders: "text_encoder", "te
 _CERTAIN = (
     ("Stable Diffusion 3", r"^denoiser_joint_blocks_"),
     ("HunyuanImage 2.1", r"_(img|txt)_mlp_fc\d$|_(img|txt)_mod_linear$|_single_blocks_\d+_modulation_linear$"),
-    ("SDXL", r"transformer_blocks_[1-9]_attn[12]_|(^denoiser_up|_output)_blocks_0_(attentions|1_transformer)|label_emb_"
-             r"|add_embedding_|^text_encoder_2_text_model_"),
+    ("SDXL", r"transformer_blocks_[1-9]_attn[12]_|label_emb_|add_embedding_|^text_encoder_2_text_model_"),
     ("Stable Diffusion 1.x or 2.x", r"^denoiser_(down_blocks_(0_attentions|3_)|up_blocks_3_)"
                                     r"|^denoiser_(input_blocks_[12]_1|(input|output)_blocks_(9|1\d))_"),
     ("FLUX.1 or Chroma", r"^denoiser_(double|single)_blocks_|^text_encoder_[23]_encoder_block_"
@@ -31,7 +30,8 @@ _CERTAIN = (
     ("Anima", r"^denoiser_(llm_adapter_)?blocks_\d+_.*(q|k|v|output)_proj$"),
 )  # fmt: skip
 _LIKELY = (
-    ("SDXL", r"^denoiser_(input|middle|output)_block"),
+    # small models of other families have attention there too, and their files say what they are
+    ("SDXL", r"^denoiser_(input|middle|output)_block|^denoiser_up_blocks_0_attentions_"),
     ("Stable Diffusion 1.x or 2.x", r"^denoiser_(down_blocks|mid_block|up_blocks)_|^text_encoder_text_model_"),
 )
 _IN_METADATA = (
@@ -59,6 +59,8 @@ def recognised(layers: Iterable[tuple[str, str]], text_widths: Collection[int], 
     names = [f"{model}_{path.replace('.', '_')}" for model, path in layers]
     width = {768: 1, 1024: 1, 2048: 2}.get(next(iter(text_widths), 0), 0)
     facts = [str(metadata.get(key, "")).lower() for key in ("ss_base_model_version", "modelspec.architecture")]
+    if re.match("sd_v[12]", facts[0]) and any(re.match("denoiser_(down|mid|up)_block", name) for name in names):
+        return "Stable Diffusion 1.x or 2.x"  # a smaller U-Net can have attention where SDXL alone has it
     for rows, texts in ((_CERTAIN, names), (_IN_METADATA, facts), (_LIKELY, names)):
         for architecture, pattern in rows:
             if any(re.search(pattern, text) for text in texts):

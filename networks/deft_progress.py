@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,17 @@ T = TypeVar("T")
 def progress(items: Sequence[T], what: str, unit: str = "it") -> Iterable[T]:
     """The items, one by one, with a bar beside them."""
     return items if tqdm is None else tqdm(items, **_shown(what, unit))
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Torch with one thread: on many small tensors several wait for one another, which costs more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Bar:

@@ -24,8 +24,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from networks import deft_scaled
-from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Entry, Scratch, TensorFile
+from networks import deft_progress, deft_scaled
+from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Scratch, TensorEntry, TensorFile
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 from networks.deft_progress import Bar
@@ -37,7 +37,7 @@ Changes: TypeAlias = Callable[[str, tuple[int, ...]], Change | None]
 
 _ROWS_SIZE = 1 << 21  # elements that are computed at once: 8 MiB in float32
 _COPY_SIZE = 1 << 26  # bytes that are copied at once
-_WORKERS = 2
+_WORKERS = min(4, os.cpu_count() or 1)  # each with one thread of torch's: its own would wait for one another
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".msgpack", ".onnx", ".onnx_data", ".h5")  # not copied along
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -64,21 +64,24 @@ def rewrite(
         or there is no space; nothing is left of it then
     """
     output = Path(output)
+    files = _files(checkpoint)
     _check_output(checkpoint, output)
     partial = _partial(output)
     folder = checkpoint.source.is_dir()
-    files = [
-        (before, file, partial / file.path.relative_to(checkpoint.source) if folder else partial)
-        for before, file in checkpoint.files
-    ]
-    plans = [_planned(checkpoint, before, file, path, dtype, metadata) for before, file, path in files]
+    plans = []
+    for before, file in files:
+        path = partial / file.path.relative_to(checkpoint.source) if folder else partial
+        plans.append(_planned(checkpoint, before, file, path, dtype, metadata))
     others = _other_files(checkpoint) if folder else []
     _check_space(output, sum(plan.size for plan in plans) + sum(path.stat().st_size for path in others))
     try:
         for path in others:
             to = partial / path.relative_to(checkpoint.source)
             to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, to)
+            if dtype is not None and ".safetensors.index" in path.name:
+                to.write_text(_index(path, plans), encoding="utf-8")
+            else:
+                shutil.copyfile(path, to)
         _Run(checkpoint, plans, change, seed).run()
         os.replace(partial, output)
     except OSError as error:
@@ -87,12 +90,19 @@ def rewrite(
         _remove(partial)
 
 
+def _files(checkpoint: Checkpoint) -> list[tuple[str, TensorFile]]:
+    """:raises DeftError: for a checkpoint in GGUF"""
+    found = [(before, file) for before, file in checkpoint.files if isinstance(file, TensorFile)]
+    if len(found) < len(checkpoint.files):
+        raise DeftError(
+            f"{checkpoint.source}: GGUF is read and not written; merge into the model's bf16 or fp16 file, then "
+            f"quantise that"
+        )
+    return found
+
+
 def _check_output(checkpoint: Checkpoint, output: Path) -> None:
     source = checkpoint.source
-    if not all(isinstance(file, TensorFile) for _, file in checkpoint.files):
-        raise DeftError(
-            f"{source}: GGUF is read and not written; merge into the model's bf16 or fp16 file, then quantise that"
-        )
     inputs = (source, *(file.path for _, file in checkpoint.files))
     if any(output.exists() and os.path.samefile(output, path) for path in inputs):
         raise DeftError(f"{output}: this is an input, which is never overwritten; give another name")
@@ -167,9 +177,21 @@ def _other_files(checkpoint: Checkpoint) -> list[Path]:
 
 def _lists(index: Path, used: set[str]) -> bool:
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) <= used
+        return set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()) <= used
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return False
+
+
+def _index(path: Path, plans: Sequence[_Plan]) -> str:
+    """A list of shards, of what is in them in another dtype; it could be read when the checkpoint was opened."""
+    of_part = [plan for plan in plans if plan.file.path.parent == path.parent]
+    index = json.loads(path.read_text(encoding="utf-8-sig"))
+    kept = {key.removeprefix(plan.before) for plan in of_part for key in plan.places}
+    index["weight_map"] = {key: file for key, file in index["weight_map"].items() if key in kept}
+    size = sum(place.size for plan in of_part for place in plan.places.values())
+    about = index.get("metadata")
+    index["metadata"] = (about if isinstance(about, dict) else {}) | {"total_size": size}
+    return json.dumps(index, indent=2) + "\n"
 
 
 @dataclass(frozen=True)
@@ -365,7 +387,10 @@ class _Run:
         whole = False
         try:
             outputs += map(_Output, self._plans)
-            with Bar(sum(plan.size for plan in self._plans), "writing", "B", unit_scale=True) as bar:
+            with (
+                deft_progress.single_threaded(),
+                Bar(sum(plan.size for plan in self._plans), "writing", "B", unit_scale=True) as bar,
+            ):
                 self._write(outputs, bar)
             whole = True
         finally:
@@ -395,10 +420,11 @@ class _Run:
             for entry in sorted(plan.file.entries.values(), key=lambda entry: entry.start):
                 key = plan.before + entry.name
                 place = plan.places.get(key)
-                if place is None:
+                if place is None or not entry.size:
                     continue
                 parts = self._parts_of(self._weight_of.get(key, key))
-                converted = place.dtype != entry.dtype
+                scale = self._checkpoint.scales.get(key)
+                converted = place.dtype != entry.dtype or (scale is not None and scale.key not in plan.places)
                 if key in self._weight_of and parts and not converted:
                     continue  # a scale, which is written with its weight
                 if not parts and not converted:
@@ -418,8 +444,10 @@ class _Run:
         """What changes in a tensor."""
         if key not in self._parts:
             self._parts[key] = []
-            for name, first, rows, of_layer in self._at.get(key, []):
-                delta = self._delta(name, key)
+            pieces = self._at.get(key, [])
+            deltas = {name: self._delta(name, key) for name in dict.fromkeys(name for name, *_ in pieces)}
+            for name, first, rows, of_layer in pieces:
+                delta = deltas[name]
                 if delta is not None:
                     self._parts[key].append(_Part(first, rows, of_layer, delta))
         return self._parts[key]
@@ -457,14 +485,17 @@ class _Job:
     generator: torch.Generator | None
 
     @property
-    def entry(self) -> Entry:
-        return self.checkpoint.entries[self.key]
+    def entry(self) -> TensorEntry:
+        found = self.checkpoint.entries[self.key]
+        assert isinstance(found, TensorEntry)
+        return found
 
     def __call__(self) -> None:
-        same = self.place.dtype == self.entry.dtype
-        if same and self.scales is not None:
-            self._write_scaled(self.scales, self.checkpoint.scales[self.key].blocks)
+        same, scale = self.place.dtype == self.entry.dtype, self.checkpoint.scales.get(self.key)
+        if same and scale is not None and self.scales is not None:
+            self._write_scaled(self.scales, scale.blocks)
             return
+        same = same and scale is None
         end = 0
         for first, rows in self._ranges() if same else [(0, self._rows)]:
             self._copy(end, first - end)
@@ -558,7 +589,7 @@ def _scratch() -> Scratch:
     return found
 
 
-def _chunks(first: int, rows: int, entry: Entry) -> Iterator[tuple[int, int]]:
+def _chunks(first: int, rows: int, entry: TensorEntry) -> Iterator[tuple[int, int]]:
     """(first, number) of rows that are computed at once."""
     step = max(1, _ROWS_SIZE // max(1, entry.row_size // entry.dtype.itemsize))
     for at in range(first, first + rows, step):

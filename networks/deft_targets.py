@@ -276,6 +276,15 @@ _FLUX_DIFFUSERS_WORDS = (
     "time_text_embed timestep_embedder guidance_embedder text_embedder linear_1 linear_2 norm_out"
 )
 
+_SD3_WORDS = (
+    "joint_blocks context_block x_block attn attn2 qkv proj mlp fc1 fc2 adaLN_modulation context_embedder x_embedder "
+    "t_embedder y_embedder final_layer linear"
+)
+_LUMINA_WORDS = (
+    "layers noise_refiner context_refiner attention qkv out feed_forward w1 w2 w3 adaLN_modulation x_embedder "
+    "t_embedder cap_embedder mlp final_layer linear"
+)
+
 _CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 
 
@@ -401,7 +410,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "Stable Diffusion 3",
-        (Part("lora_unet", ("MMDiT",), ("SingleDiTBlock",), base=_sd3_base),),
+        (Part("lora_unet", ("MMDiT",), ("SingleDiTBlock",), base=_sd3_base, words=_SD3_WORDS),),
         (_clip("lora_te1", "clip_l"), _clip("lora_te2", "clip_g"), _T5),
         kinds={
             "context_attn_dim": ("context_block", "attn"),
@@ -434,6 +443,7 @@ ARCHITECTURES = (
                 ("NextDiT",),
                 ("JointTransformerBlock", "FinalLayer"),
                 base=_base("lumina2", "lumina-2"),
+                words=_LUMINA_WORDS,
             ),
         ),
         (

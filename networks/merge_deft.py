@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from networks import deft_blocks, deft_formats, deft_io, deft_sum, deft_tools
+from networks import deft_blocks, deft_formats, deft_io, deft_progress, deft_sum, deft_tools
 from networks.deft_blocks import Strength
 from networks.deft_checkpoint import Checkpoint, open_checkpoint
 from networks.deft_config import DeftError
@@ -271,12 +271,13 @@ def merge(
     output = (
         Path(save_to) if folder else deft_tools.output_path("--save_to", save_to, [*inputs, *filter(None, [sd_model])])
     )
-    parts = read()
-    say_what_is_left(parts)
-    if sd_model is None:
-        save_sum(parts, rank, output, dtype or saved_dtype(parts[0].adapter))
-    else:
-        save_merged(parts, sd_model, output, dtype, seed, ignore_unmatched)
+    with deft_progress.single_threaded():
+        parts = read()
+        say_what_is_left(parts)
+        if sd_model is None:
+            save_sum(parts, rank, output, dtype or saved_dtype(parts[0].adapter))
+        else:
+            save_merged(parts, sd_model, output, dtype, seed, ignore_unmatched)
 
 
 def saved_dtype(adapter: Adapter) -> torch.dtype:

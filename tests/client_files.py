@@ -1,4 +1,4 @@
-"""Adapter files, good and odd, for the models whose layers are known: by kohya's names, of rank 1 where nothing is said."""
+"""Adapter files, good and odd, for the models whose layers are known: by kohya's names, mostly of rank 1."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def without(tensors: Tensors, pattern: str) -> Tensors:
     return {key: tensor for key, tensor in tensors.items() if not re.search(pattern, key)}
 
 
+def with_alphas(tensors: Tensors, pattern: str) -> Tensors:
+    """With an alpha of 8 where a key has the pattern."""
+    return {key: torch.tensor(8.0) if re.search(pattern, key) else tensor for key, tensor in tensors.items()}
+
+
 def renamed(tensors: Tensors, pattern: str, to: str) -> Tensors:
     return {re.sub(pattern, to, key): tensor for key, tensor in tensors.items()}
 
@@ -65,7 +70,7 @@ def in_diffusers_blocks(tensors: Tensors, pattern: str = "") -> Tensors:
 
 
 def dotted(name: str, tensors: Tensors, style: str) -> Tensors:
-    """Without alphas, under paths with dots: Diffusers' ("diffusers", peft's matrices' names) or ComfyUI's ("comfy")."""
+    """Without alphas, under paths with dots: Diffusers' ("diffusers", in peft's names) or ComfyUI's ("comfy")."""
     known = inventory(name)
     component = {"unet": "transformer" if name == "flux" else "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
     by_key = {known.key(layer): layer for layer in known.layers}
@@ -110,7 +115,11 @@ def odd(name: str) -> dict[str, Tensors]:
     attention = next(key for key in plain if "attn" in key).split(".")[0]
     conv = {k for k, t in plain.items() if t.dim() == 4 and k.endswith("down.weight") and t.shape[2:] == (1, 1)}
     pairs = {conv_key.replace("lora_down", "lora_up") for conv_key in conv}
-    ups = {k: t for k, t in plain.items() if k.endswith("up.weight") and t.shape[0] != plain[k.replace("lora_up", "lora_down")].shape[1]}
+    ups = {
+        k: t
+        for k, t in plain.items()
+        if k.endswith("up.weight") and t.shape[0] != plain[k.replace("lora_up", "lora_down")].shape[1]
+    }
     found = {
         "plain": plain,
         "U-Net only": without(plain, "^lora_te"),
@@ -124,8 +133,8 @@ def odd(name: str) -> dict[str, Tensors]:
         "mixed ranks, one alpha": {
             k: torch.tensor(1.0) if k.endswith("alpha") else t for k, t in lora(name, few, attn=2, ff=3).items()
         },
-        "mixed alphas": {k: torch.tensor(8.0) if re.search("(proj|lin|fc1).*alpha", k) else t for k, t in plain.items()},
-        "mixed alphas in attention": {k: torch.tensor(8.0) if re.search("attn.*alpha", k) else t for k, t in plain.items()},
+        "mixed alphas": with_alphas(plain, "(proj|lin|fc1).*alpha"),
+        "mixed alphas in attention": with_alphas(plain, "attn.*alpha"),
         "an unknown layer": plain | {f"lora_unet_nothing_here.{p}": plain[f"{first}.{p}"] for p in
                                      ("lora_down.weight", "lora_up.weight", "alpha")},
         "an unknown part": plain | {f"{first}.something": torch.ones(1)},

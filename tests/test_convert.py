@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from networks import convert_deft, deft_io, deft_rebase, deft_targets
+from networks import convert_deft, deft, deft_io, deft_rebase, deft_targets
 from networks.deft_checkpoint import open_checkpoint
 from tests import small_flux, small_models
 from tests.conftest import ROOT, deltas, largest_error, loaded, network_of, relative_error
@@ -32,11 +33,14 @@ def bases(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def lora(bases, tmp_path_factory) -> Path:
-    """A LoRA of the first, of mixed ranks, padded, in float32."""
+    """A LoRA of some layers of the first, of mixed ranks, padded, in float32."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("lora") / "cat.safetensors"
     network = network_of(loaded(bases[0]), removal="0", **CONVOLUTIONS)
     network.save_weights(str(path), torch.float32, {"ss_output_name": "cat", "ss_network_dim": "4"})
+    some = re.compile(r"_layers_[023]_|_unet_(input_blocks_[47]_|middle_block_2|output_blocks_[25]_)")
+    tensors = {key: tensor for key, tensor in load_file(path).items() if some.search(key)}
+    save_file(tensors, path, metadata_of(path))
     return path
 
 
@@ -150,6 +154,33 @@ def test_diffusers_loads_every_layer(lora, bases, tmp_path, to):
     pipeline.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
     for name in parts:
         assert largest_error(adapted(getattr(pipeline, name)), expected[name]) < 1e-5
+
+
+def test_a_network_takes_over_what_is_written_as_deft(lora, bases, tmp_path):
+    convert(lora, "--save_to", tmp_path / "x.safetensors", "--to", "deft")
+    model = loaded(bases[0])
+    network, tensors = deft.create_network_from_weights(
+        1.0, str(tmp_path / "x.safetensors"), None, model.text_encoders, model.denoiser
+    )
+    network.apply_to(model.text_encoders, model.denoiser)
+    network.load_weights(str(tmp_path / "x.safetensors"))
+    assert any(key.endswith(".deft_E0") for key in tensors)
+    assert largest_error(deltas(network), {name: delta.float() for name, delta in products(lora).items()}) < 1e-5
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_flux_in_diffusers_and_peft(flux, flux_lora, tmp_path, to):
+    """What kohya's form has fused goes to each of its layers."""
+    output = tmp_path / ("x" if to == "peft" else "x.safetensors")
+    convert(flux_lora, "--save_to", output, "--to", to)
+    pipeline = diffusers.FluxPipeline.from_pretrained(flux)
+    expected = by_path(pipeline.transformer, deft_targets.recognise(pipeline.transformer)[1], products(flux_lora))
+    if to == "peft":
+        model = peft.PeftModel.from_pretrained(pipeline.transformer, output / "transformer")
+    else:
+        pipeline.load_lora_weights(str(tmp_path), weight_name="x.safetensors")
+        model = pipeline.transformer
+    assert largest_error(adapted(model), expected) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -269,6 +300,23 @@ def test_a_repaired_file_has_every_delta_and_no_fault(lora, tmp_path, capsys):
         assert said in told, said
 
 
+@pytest.mark.parametrize(("width", "dims", "version"), [(768, 4, "sd_v1"), (1024, 2, "sd_v2"), (640, 2, None)])
+def test_projections_are_convolutions_in_stable_diffusion_1_alone(tmp_path, width, dims, version):
+    """Which it is shows in the width of the text; where it does not, the shape stays."""
+    block = "lora_unet_down_blocks_0_attentions_0_"
+    shapes = {f"{block}proj_in": (8, 8), f"{block}transformer_blocks_0_attn2_to_k": (8, width)}
+    tensors = {}
+    for name, (m, n) in shapes.items():
+        tensors |= {f"{name}.lora_up.weight": torch.randn(m, 2), f"{name}.lora_down.weight": torch.randn(2, n)}
+    save_file(tensors, tmp_path / "bad.safetensors")
+    convert(tmp_path / "bad.safetensors", "--save_to", tmp_path / "good.safetensors", "--repair")
+    found = load_file(tmp_path / "good.safetensors")
+    assert found[f"{block}proj_in.lora_down.weight"].dim() == dims
+    assert found[f"{block}transformer_blocks_0_attn2_to_k.lora_down.weight"].dim() == 2
+    assert metadata_of(tmp_path / "good.safetensors").get("ss_base_model_version") == version
+    assert largest_error(products(tmp_path / "good.safetensors"), products(tmp_path / "bad.safetensors")) < 1e-6
+
+
 def test_repair_changes_nothing_where_nothing_is_wrong(lora, tmp_path, capsys):
     convert(lora, "--save_to", tmp_path / "x.safetensors", "--repair")
     assert "nothing to mend" in capsys.readouterr().out
@@ -287,7 +335,7 @@ def test_scales_that_are_powers_of_two_cost_half_precision_nothing(lora, tmp_pat
 
 def test_nan_is_refused_by_the_layers_name(lora, tmp_path, capsys):
     tensors = load_file(lora)
-    name = "lora_unet_middle_block_1_proj_in"
+    name = "lora_unet_middle_block_2_in_layers_2"
     tensors[f"{name}.lora_up.weight"][0, 0] = float("nan")
     save_file(tensors, tmp_path / "bad.safetensors")
     assert (
@@ -308,7 +356,8 @@ def removing_file(folder, path, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [CONVOLUTIONS, {"basis": "relu"}, {"init": "paper"}, {"para": "true"}, {"removal": "0.5"}]
+    "options",
+    [CONVOLUTIONS | {"gate": "true"}, {"basis": "relu"}, {"init": "paper"}, {"para": "true"}, {"removal": "0.5"}],
 )
 def test_on_its_own_base_it_is_what_was_trained(bases, tmp_path, options):
     network, path = removing_file(bases[0], tmp_path / "cat.safetensors", **options)

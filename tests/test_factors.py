@@ -100,3 +100,15 @@ def test_balancing_keeps_small_factors_in_half_precision():
 def test_the_norm_of_a_dense_matrix_is_that_in_float64(shape):
     D = torch.randn(shape) * 1e-3 + 5
     assert deft_factors.frobenius(D) == pytest.approx(float(D.double().norm()), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64])
+def test_what_is_finite(dtype):
+    whole = torch.arange(12).reshape(3, 4).to(dtype)
+    assert deft_factors.is_finite(whole)
+    assert deft_factors.is_finite(whole[:0])
+    for value in (math.nan, math.inf, -math.inf) if dtype.is_floating_point else ():
+        broken = whole.float()
+        broken[1, 2] = value
+        if not broken.to(dtype).float().isfinite().all():  # that form of fp8 has no infinity
+            assert not deft_factors.is_finite(broken.to(dtype))

@@ -16,12 +16,17 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_kohya_flux_lora_to_diffusers,
+    _convert_xlabs_flux_lora_to_diffusers,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from library.models.reading import CONFIGS
 from networks import deft_formats, deft_names
+from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_formats import tensors_as
 from networks.deft_targets import ARCHITECTURES, targets
@@ -40,6 +45,13 @@ MODELS = {
         {"transformer": FluxTransformer2DModel, "text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
     ),
 }
+
+
+NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def lora(name=NAME, m=6, n=8, rank=2, **more):
+    return {f"{name}.lora_up.weight": torch.randn(m, rank), f"{name}.lora_down.weight": torch.randn(rank, n), **more}
 
 
 def meta_model(kind: str, name: str) -> nn.Module:
@@ -76,6 +88,63 @@ def test_name_to_path_to_name_is_the_identity_for_every_layer_of_the_published_m
             assert deft_names.key_name(row, of, key.removeprefix(f"{part.prefix}_")) == (key, "")
             seen += 1
     assert seen > 250
+
+
+@pytest.mark.parametrize(
+    ("architecture", "path"),
+    [
+        ("Stable Diffusion 3", "joint_blocks.11.context_block.adaLN_modulation.1"),
+        ("Stable Diffusion 3", "joint_blocks.0.x_block.attn2.qkv"),
+        ("Lumina 2", "noise_refiner.1.feed_forward.w2"),
+        ("Lumina 2", "layers.25.attention.qkv"),
+        ("FLUX.1 or Chroma", "distilled_guidance_layer.layers.3.in_layer"),
+        ("FLUX.1 or Chroma", "final_layer.adaLN_modulation.1"),
+    ],
+)
+def test_paths_of_the_other_original_models_are_found_in_their_key_names(architecture, path):
+    name = f"lora_unet_{path.replace('.', '_')}"
+    row = deft_names.named(architecture)
+    assert deft_names.places(row, name, "original") == [(deft_names.DENOISER, path, "")]
+    assert deft_names.key_name(row, deft_names.DENOISER, path) == (name, "")
+    changes = {name: Factors(torch.randn(6, 2), torch.randn(2, 8), (8,))}
+    tensors = tensors_as("comfy", changes, torch.float32, True, architecture)
+    assert set(tensors) == {f"diffusion_model.{path}.lora_{x}.weight" for x in "AB"}
+    said = {"L": "lumina-2", "F": "flux-1-dev/lora", "S": "stable-diffusion-3-medium/lora"}[architecture[0]]
+    assert set(deft_formats.parse(tensors, {"modelspec.architecture": said}, "f").changes) == {name}
+
+
+def test_a_format_without_names_for_a_model_is_refused():
+    changes = {"lora_unet_blocks_0_self_attn_q": Factors(torch.randn(6, 2), torch.randn(2, 8), (8,))}
+    for format, architecture in (("comfy", ""), ("diffusers", "Stable Diffusion 3"), ("diffusers", FLUX), ("zip", SD)):
+        with pytest.raises(DeftError, match=f"format {format}: "):
+            tensors_as(format, changes, torch.float32, True, architecture)
+
+
+def test_a_piece_that_is_not_there_does_not_change():
+    h, layer = 6, "transformer.single_transformer_blocks.{}.{}"
+    values = lora(layer.format(0, "attn.to_v"), h, h)
+    mlp = lora(layer.format(1, "proj_mlp"), 2 * h, h)
+    alone, beside = deft_formats.parse(values, {}, "f").changes, deft_formats.parse(values | mlp, {}, "f").changes
+    v, m = (next(iter(parts.values())) @ next(reversed(parts.values())) for parts in (values, mlp))
+    name = "lora_unet_single_blocks_{}_linear1".format
+    zeros = torch.zeros(2 * h, h)
+    assert torch.equal(alone[name(0)].delta(), torch.cat([zeros, v, zeros, zeros]))  # four times, as in FLUX.1
+    assert torch.equal(beside[name(0)].delta(), torch.cat([zeros, v, zeros]))  # as the other block has it
+    assert torch.equal(beside[name(1)].delta(), torch.cat([zeros, zeros[:h], m]))
+    with pytest.raises(DeftError, match="no pieces of one weight"):
+        deft_formats.parse(values | lora(layer.format(0, "attn.to_q"), h + 1, h), {}, "f")
+
+
+def test_pieces_that_depend_on_the_base_are_put_together():
+    h = 8
+    W = torch.randn(5 * h, h)
+    vectors = {piece: 0.3 * torch.randn(2, 6) for piece in ("to_q", "to_v")}
+    layer = "transformer.single_transformer_blocks.0.attn."
+    found = deft_formats.parse({f"{layer}{p}.oft_R.weight": v for p, v in vectors.items()}, {}, "f").changes
+    alone = {p: deft_formats.parse({f"{NAME}.oft_R.weight": v}, {}, "f").changes[NAME] for p, v in vectors.items()}
+    expected = torch.zeros_like(W)
+    expected[:h], expected[2 * h : 3 * h] = alone["to_q"].delta(W[:h]), alone["to_v"].delta(W[2 * h : 3 * h])
+    assert torch.equal(found["lora_unet_single_blocks_0_linear1"].delta(W), expected)
 
 
 # --- what diffusers and peft read of what we write --------------------------------------------------------------------
@@ -298,3 +367,177 @@ def test_what_we_write_for_peft_is_loaded_by_peft_with_the_same_delta(pipeline, 
     assert (back.format, back.architecture, set(back.changes)) == ("peft", MODELS[kind][0], set(changes))
     for name, whole in changes.items():
         assert torch.equal(back.changes[name].delta(), whole.delta()), name
+
+
+def test_every_file_of_ai_toolkit_does_what_ai_toolkit_does():
+    facts = load_file(FOREIGN / "ai_toolkit.expected.safetensors")
+    for name in ("flux_lora", "flux_lokr", "sd_lora"):
+        found = deft_formats.read(FOREIGN / f"ai_toolkit_{name}.safetensors")
+        row = deft_names.named(FLUX if name.startswith("flux") else SD)
+        assert (found.architecture, found.left) == (row.name, {})
+        expected = {key.partition(".")[2]: delta for key, delta in facts.items() if key.startswith(f"{name}.")}
+        places = {path: deft_names.key_name(row, deft_names.DENOISER, path) for path in expected}
+        assert set(found.changes) == {key for key, _ in places.values()}
+        for path, delta in expected.items():
+            key, piece = places[path]
+            first = int(piece or 0) * delta.shape[1]
+            rows = delta_of(found.changes[key], torch.zeros(0))[first : first + len(delta)]
+            assert (rows - delta).norm() <= 1e-5 * delta.norm(), (name, path)
+
+
+def test_the_names_of_xlabs_are_read_as_diffusers_converter_has_them():
+    h = 8
+    layers = {
+        "double_blocks.0.processor.qkv_lora1": (3 * h, h),
+        "double_blocks.0.processor.proj_lora2": (h, h),
+        "single_blocks.3.processor.qkv_lora": (3 * h, h),
+        "single_blocks.3.processor.proj_lora": (h, 5 * h),
+    }
+    tensors = {}
+    for layer, (m, n) in layers.items():
+        tensors |= {f"{layer}.up.weight": torch.randn(m, 2), f"{layer}.down.weight": torch.randn(2, n)}
+    theirs = deft_formats.parse(_convert_xlabs_flux_lora_to_diffusers(dict(tensors)), {}, "theirs")
+    ours = deft_formats.parse(tensors, {}, "ours")
+    assert (ours.format, theirs.format, ours.architecture) == ("bare", "diffusers", FLUX)
+    assert set(ours.changes) == set(theirs.changes)
+    for name, change in ours.changes.items():
+        assert torch.equal(change.delta(), theirs.changes[name].delta()), name
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "flux"])
+def test_kohyas_names_are_read_as_diffusers_reads_them(kind, pipeline):
+    """The widths of their converter for FLUX.1 are those of the published model."""
+    if pipeline[0] != kind:
+        pytest.skip("the other model's turn")
+    changes = random_changes(*pipeline, skipped=("text_encoder_2",) if kind == "flux" else ())
+    kohya = tensors_as("kohya", changes, torch.float32, True, MODELS[kind][0])
+    if kind == "flux":
+        state = small_flux.of_small_width(_convert_kohya_flux_lora_to_diffusers)(dict(kohya))
+    else:
+        state, alphas, *_ = pipeline[1].lora_state_dict(dict(kohya), unet_config=pipeline[1].unet.config)
+        assert set(alphas.values()) == {3.0}
+    state = {key.replace(".default", ""): value for key, value in state.items() if not key.endswith(".alpha")}
+    found = deft_formats.parse(state, {}, "diffusers'")
+    assert set(found.changes) == set(changes)
+    for name, change in changes.items():
+        error = found.changes[name].delta() - change.delta()
+        assert error.norm() <= 1e-6 * change.delta().norm(), name
+
+
+# --- what else is read, cut, left and refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("removal", [0, 1])
+def test_our_own_format_is_a_lora_where_nothing_is_taken_out_and_else_needs_the_base(removal):
+    W = torch.randn(6, 8, dtype=torch.float64)
+    P, R = torch.randn(6, 2, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    Q, T = torch.linalg.qr(P)
+    Q = Q * T.diagonal().sign()
+    E0 = Q if removal == 0 else torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64))[0]
+    parts = {"deft_P": P, "deft_R": R, "deft_E0": E0, "alpha": torch.tensor(3.0)}
+    found = deft_formats.parse({f"{NAME}.{k}": v.float() for k, v in parts.items()}, {}, "f").changes[NAME]
+    assert isinstance(found, Factors if removal == 0 else deft_formats.OnBase)
+    expected = Q @ (1.5 * R - (Q - E0).T @ W)
+    assert (delta_of(found, W.float()) - expected).norm() <= 2e-6 * expected.norm()
+    if removal:
+        factors, error = deft_formats.to_factors(found, 2, None, lambda: W.float())
+        assert error < 1e-5
+        assert (factors.delta() - expected).norm() <= 1e-5 * expected.norm()
+        with pytest.raises(ValueError, match="depends on the base"):
+            deft_formats.to_factors(found, 2, None, None)
+
+
+@pytest.mark.parametrize("method", ["qr", "svd", "None", "frozen", "additive_update"])
+def test_the_authors_files_are_read_without_running_code(method, tmp_path):
+    W, P = torch.randn(6, 8), torch.randn(6, 2)
+    R, gate = torch.randn(2, 8), torch.tensor([0.3])
+    state = {"P": P, "R_new": R, "gate": gate}
+    config = {"r": 2, "injection_method": "residual_projection", "decomposition_method": method, "lora_alpha": 5.0}
+    Q = {"qr": torch.linalg.qr(P)[0], "svd": torch.linalg.svd(P, full_matrices=False)[0]}.get(method, P)
+    if method == "frozen":
+        state["Q_P_cached"] = Q = torch.linalg.qr(torch.randn(6, 2))[0] * torch.tensor([1.0, -1.0])
+        config["decomposition_method"] = "qr"
+    eraser = torch.relu(Q) if method == "None" else Q
+    expected = -Q @ (eraser.T @ W) + torch.sigmoid(gate) * (Q @ R)
+    if method == "additive_update":
+        A, B = torch.randn(6, 2), torch.randn(2, 8)
+        state |= {"lora_A": A, "lora_B": B}
+        config |= {"injection_method": method, "decomposition_method": "qr"}
+        expected = torch.sigmoid(gate) * 2.5 * (A @ B)
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    torch.save({f"{layer}.{key}": value for key, value in state.items()}, tmp_path / "knowledge_injection_state.bin")
+    torch.save({"layer_configs": {layer: config}}, tmp_path / "knowledge_injection_config.bin")
+    for path in (tmp_path, tmp_path / "knowledge_injection_state.bin"):
+        found = deft_formats.read(path)
+        assert (found.format, found.architecture, set(found.changes)) == ("authors", SD, {NAME})
+        assert (delta_of(found.changes[NAME], W) - expected).norm() <= 1e-5 * expected.norm()
+
+
+class Runs:
+    """Something whose unpickling runs code."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"layer.P": Runs()}, tmp_path / "knowledge_injection_state.bin")
+    with pytest.raises(DeftError, match="without running code"):
+        deft_formats.read(tmp_path)
+    assert not Path("ran").exists()
+
+
+def test_what_is_no_change_of_a_weight_is_left_with_the_reason():
+    more = {"bundle_emb.cat.clip_l": torch.randn(2, 8), "lora_unet_down_blocks_0_norm.w_norm": torch.randn(8),
+            f"{NAME}.diff_b": torch.randn(6), "lora_unet_conv_norm_out.diff": torch.randn(6)}  # fmt: skip
+    found = deft_formats.parse(lora(**more), {}, "f")
+    assert set(found.left) == set(more)
+    assert all(found.left.values())
+    assert set(found.changes) == {NAME}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (lora(**{f"{NAME}.lora_strange": torch.ones(1)}), "lora_strange"),
+        (lora(**{f"{NAME}.hada_w1_b": torch.ones(2, 2)}), "hada_w1_b"),
+        (lora(**{f"{NAME}.lora_mid.weight": torch.ones(3, 3, 3, 3)}), "damaged"),
+        (lora(**{f"{NAME}.alpha": torch.tensor(torch.nan)}), "non-finite"),
+        (lora(**{f"{NAME}.lora_A.weight": torch.ones(2, 8)}), "two tensors"),
+        (lora("transformer.blocks.0.attn1.to_q"), "not known here"),
+        (lora("transformer.single_transformer_blocks.0.strange") | lora("transformer.transformer_blocks.0.attn.to_q"),
+         "strange is no layer of FLUX.1"),
+        (lora(NAME) | lora("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), "twice"),
+        ({f"{NAME}.weight": torch.ones(3)}, "no kind of adapter"),
+        ({"bundle_emb.cat.clip_l": torch.ones(2, 8)}, "no adapter layers"),
+        ({f"{NAME}.lokr_w1": torch.ones(2, 2)}, "lokr_w2"),
+        ({f"{NAME}.oft_blocks": torch.ones(2, 3)}, "damaged"),
+        ({f"{NAME}.oft_R.weight": torch.ones(2, 4)}, "damaged"),
+        ({f"{NAME}.lora_up.weight": torch.ones(()), f"{NAME}.lora_down.weight": torch.ones(())}, "damaged"),
+        ({f"{NAME}.hada_w{w}": torch.ones(0, 0) for w in ("1_a", "1_b", "2_a", "2_b")}
+         | {f"{NAME}.alpha": torch.ones(())}, "damaged"),
+    ],
+)  # fmt: skip
+def test_other_files_are_refused_in_one_line_that_names_what_is_wrong(tensors, said):
+    with pytest.raises(DeftError, match=said) as error:
+        deft_formats.parse(tensors, {}, "some file")
+    assert str(error.value).startswith("some file: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_dense_change_is_exact_at_its_rank_and_cut_below_it():
+    delta = torch.randn(12, 3, dtype=torch.float64) @ torch.randn(3, 16, dtype=torch.float64)
+    found = deft_formats.parse({f"{NAME}.diff": delta.float()}, {}, "f").changes[NAME]
+    exact, error = deft_formats.to_factors(found, None, None, None)
+    assert (exact.rank, exact.kernel) == (3, (16,))
+    assert error < 1e-6
+    assert (exact.delta() - delta).norm() <= 1e-6 * delta.norm()
+    values = torch.linalg.svdvals(delta)
+    for change in (found, exact):
+        cut, error = deft_formats.to_factors(change, 2, None, None)
+        assert cut.rank == 2
+        assert error == pytest.approx(float(values[2] / values.norm()), rel=1e-4)
+        share = float(values[0] ** 2 / values.square().sum())
+        assert deft_formats.to_factors(change, None, share - 1e-3, None)[0].rank == 1
+        assert deft_formats.to_factors(change, None, share + 1e-3, None)[0].rank == 2
