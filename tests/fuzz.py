@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from networks import deft_formats, deft_io
+from networks import deft_formats, deft_io, deft_keep
 from networks.deft_checkpoint import open_checkpoint
 from networks.deft_config import DeftError
 from networks.deft_progress import progress
@@ -217,7 +217,7 @@ def readers() -> Mapping[str, Callable[[Path], object]]:
     """Every function that is given a file of somebody's."""
     return {
         "adapter": deft_io.read_adapter,
-        "kept": deft_io.read_kept,
+        "kept": deft_keep.read_kept,
         "formats": _all_changes,
         "checkpoint": _all_weights,
     }

@@ -67,16 +67,18 @@ def test_every_layer_is_the_best_approximation_and_its_error_is_told(lora, capsy
     before = lora.read_bytes()
     output = resize(lora, "--new_rank", 3, "--verbose")
     printed = capsys.readouterr().out
-    errors = []
+    errors, lost, norm = [], 0.0, 0.0
     for name, whole in deltas(lora).items():
         S = torch.linalg.svdvals(whole)
         best = float(S[3:].norm() / S.norm())
         assert relative_error(deltas(output)[name], whole) == pytest.approx(best, rel=1e-4)
         assert f"{name}: rank 8 -> 3, relative error {best:.3g}\n" in printed
         errors.append(best)
+        lost, norm = lost + float(S[3:].norm() ** 2), norm + float(S.norm() ** 2)
     history = json.loads(metadata_of(output)["deft_history"])
     assert history[-1]["error"]["largest"] == pytest.approx(max(errors), rel=1e-2)
     assert history[-1]["error"]["mean"] == pytest.approx(sum(errors) / 4, rel=1e-2)
+    assert history[-1]["error"]["whole"] == pytest.approx((lost / norm) ** 0.5, rel=1e-2)
     assert lora.read_bytes() == before
 
 
