@@ -96,15 +96,12 @@ def test_balancing_keeps_small_factors_in_half_precision():
     assert relative_error(up.half().float() @ down.half().float(), up @ down) > 5e-3  # why it is done
 
 
-<<<<<<< HEAD
-=======
 @pytest.mark.parametrize("shape", [(), (7,), (300, 400), (8, 4, 3, 3), (0, 4)])
 def test_the_norm_of_a_dense_matrix_is_that_in_float64(shape):
     D = torch.randn(shape) * 1e-3 + 5
     assert deft_factors.frobenius(D) == pytest.approx(float(D.double().norm()), rel=1e-7)
 
 
->>>>>>> extract
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64])
 def test_what_is_finite(dtype):
     whole = torch.arange(12).reshape(3, 4).to(dtype)
@@ -115,12 +112,3 @@ def test_what_is_finite(dtype):
         broken[1, 2] = value
         if not broken.to(dtype).float().isfinite().all():  # that form of fp8 has no infinity
             assert not deft_factors.is_finite(broken.to(dtype))
-<<<<<<< HEAD
-
-
-@pytest.mark.parametrize("shape", [(), (7,), (300, 400), (8, 4, 3, 3), (0, 4)])
-def test_the_norm_of_a_dense_matrix_is_that_in_float64(shape):
-    D = torch.randn(shape) * 1e-3 + 5
-    assert deft_factors.frobenius(D) == pytest.approx(float(D.double().norm()), rel=1e-7)
-=======
->>>>>>> extract
