@@ -37,7 +37,7 @@ Changes: TypeAlias = Callable[[str, tuple[int, ...]], Change | None]
 
 _ROWS_SIZE = 1 << 21  # elements that are computed at once: 8 MiB in float32
 _COPY_SIZE = 1 << 26  # bytes that are copied at once
-_WORKERS = min(4, os.cpu_count() or 1)  # each with one thread of torch's: its own would wait for one another
+_WORKERS = min(8, os.cpu_count() or 1)  # each with one thread of torch's: its own would wait for one another
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".msgpack", ".onnx", ".onnx_data", ".h5")  # not copied along
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -275,6 +275,15 @@ class _Output:
         self._handle.write(plan.header)
         self._handle.flush()
         self._handle.truncate(plan.size)
+        self._written = threading.Event()
+        self._flusher = threading.Thread(target=self._flush, daemon=True)
+        self._flusher.start()
+
+    def _flush(self) -> None:
+        """Puts onto the disk what is written, while more is computed: `close` has little left to wait for."""
+        while not self._written.wait(0.2):
+            with contextlib.suppress(OSError):  # which `close` meets too
+                os.fsync(self._handle.fileno())
 
     def write(self, start: int, data: memoryview) -> None:
         if hasattr(os, "pwrite"):
@@ -304,6 +313,8 @@ class _Output:
             source, start, size = source + len(data), start + len(data), size - len(data)
 
     def close(self, whole: bool) -> None:
+        self._written.set()
+        self._flusher.join()
         with self._handle:
             if whole:
                 os.fsync(self._handle.fileno())
