@@ -2,7 +2,8 @@
 
     python benchmarks/compose.py --device cuda --seeds 0 1   #   a GPU, minutes
     python benchmarks/compose.py --quick                        # a CPU: the code path only
-    python benchmarks/compose.py --table                        # of the results that are there, and the contact sheet
+    python benchmarks/compose.py --table                        # of the results that are there
+    python benchmarks/compose.py --sheet docs/tools_compose.png # pictures of the first two creatures, each way
 
 Creatures that the model has never seen are trained one adapter each, each by a word of its own, as in
 `personalization.py`. Then two or four of them are put together in every way, merged into the weights, and judged:
@@ -35,6 +36,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -400,6 +402,54 @@ def table(data: dict[str, Any]) -> Iterator[str]:
         yield f"| {kind} | {size} | {way} | " + " | ".join(cells) + f" | {len(groups)} |"
 
 
+SHOWN = ("alone", "sum", "projected", "projected, symmetric", "trained together")  # on the contact sheet
+SHOWN_PICTURES = 5  # of each word, and of both
+
+
+def draw_sheet(args: argparse.Namespace, file: Path) -> None:
+    """Pictures of the first pair, kind and seed: a row a way, with the first word, the second, and both."""
+    bench = measuring.Bench(args.device, args.sampling)
+    _, concepts = measuring.concept_seeds(0, args.concepts)
+    kind, group = args.kinds[0], tuple(concepts[:2])
+    there = Trainings(bench, args.folder, args.seeds[0], args.steps)
+    words = [word_of(concepts, c) for c in group]
+    jobs = [(there.file(kind, str(c)), build_of(kind, {}), [], [(c, w)]) for c, w in zip(group, words, strict=True)]
+    both = (there.file(kind, "+".join(map(str, group))), build_of(kind, {}, 2 * RANK), [],
+            list(zip(group, words, strict=True)))  # fmt: skip
+    there.make([*jobs, both][:2])
+    there.make([both])
+    alone = [job[0] for job in jobs]
+    two = [f"{words[0]} left of {words[1]}", f"{words[1]} above {words[0]}", f"{words[0]} and {words[1]}"]
+    prompts = [text for word in words for text in measure.concept_prompts(word, SHOWN_PICTURES)]
+    prompts += [f"{two[i % 3]} on a {BACKGROUNDS[i % len(BACKGROUNDS)]} background" for i in range(SHOWN_PICTURES)]
+    size, gap, left, top = 80, 4, 150, 24
+    height, width = top + len(SHOWN) * (size + gap), left + len(prompts) * (size + gap) + 2 * size // 4
+    sheet = Image.new("RGB", (width, height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for part, name in enumerate((*words, f"{words[0]} and {words[1]}")):
+        canvas.text((left + part * (SHOWN_PICTURES * (size + gap) + size // 4), 6), name, "black")
+    for row, way in enumerate(SHOWN):
+        if way == "alone":  # each word by its own file; both words by the first's
+            pixels = []
+            for k, files in enumerate(([alone[0]], [alone[1]], [alone[0]])):
+                bench.merge(_on(bench, deltas_of(bench.unet, files[0])))
+                pixels.append(bench.read(prompts[k * SHOWN_PICTURES : (k + 1) * SHOWN_PICTURES], 40 * k)[1])
+            pictures = torch.cat(pixels)
+        else:
+            scratch = args.folder / f"composed-{os.getpid()}.safetensors"
+            merged = both[0] if way == "trained together" else composed(MODES[way], alone, scratch)
+            bench.merge(_on(bench, deltas_of(bench.unet, merged)))
+            parts = [bench.read(prompts[k * SHOWN_PICTURES : (k + 1) * SHOWN_PICTURES], 40 * k)[1] for k in range(3)]
+            pictures = torch.cat(parts)
+        y = top + row * (size + gap)
+        canvas.text((4, y + size // 2 - 6), way, "black")
+        for i, picture in enumerate(pictures):
+            image = Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
+            x = left + i * (size + gap) + (i // SHOWN_PICTURES) * (size // 4)
+            sheet.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y))
+    sheet.save(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -413,11 +463,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "output" / "compose")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--sheet", type=Path, help="draws this picture, and nothing else")
     parser.add_argument("--add", nargs="+", type=Path, default=[], help="results of other machines, taken over")
     args = parser.parse_args()
     if args.quick:
         args.concepts, args.steps, args.pictures, args.sampling = 4, 2, 2, 2
         args.folder, args.output = args.folder / "quick", args.folder / "quick" / "compose.json"
+    if args.sheet:
+        draw_sheet(args, args.sheet)
+        return
     settings = {name: getattr(args, name) for name in FIXED}
     data: dict[str, Any] = {"settings": settings, "runs": {}}
     for path in [args.output, *args.add]:
