@@ -281,7 +281,7 @@ class _Output:
 
     def _flush(self) -> None:
         """Puts onto the disk what is written, while more is computed: `close` has little left to wait for."""
-        while not self._written.wait(0.2):
+        while not self._written.wait(1.0):
             with contextlib.suppress(OSError):  # which `close` meets too
                 os.fsync(self._handle.fileno())
 
