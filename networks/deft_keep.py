@@ -253,9 +253,12 @@ def directions_of_adapter(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _decomposed(change: Change, source: str) -> Decomposed:
-    """:raises DeftError: when it depends on the base model"""
+    """:raises DeftError: when it depends on the base model, or is not finite"""
     if isinstance(change, deft_formats.OnBase):
         raise DeftError(f"{source}: depends on the base model ({change.kind}); save it as a LoRA, and give that")
-    if isinstance(change, deft_formats.Dense):
-        change, _ = deft_factors.approximated(change.delta(), change.shape[1:], 2 * DIRECTIONS)
-    return deft_factors.decomposed(change.double())
+    try:
+        if isinstance(change, deft_formats.Dense):
+            change, _ = deft_factors.approximated(change.delta(), change.shape[1:], 2 * DIRECTIONS)
+        return deft_factors.decomposed(change.double())
+    except DeftError as error:
+        raise DeftError(f"{source}: {error}") from None

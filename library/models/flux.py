@@ -205,8 +205,6 @@ _NOT_ADAPTED = (
     (r"^single_transformer_blocks\.(\d+)\.attn\.norm_([qk])$", r"single_blocks.\1.norm.\2"),
     (r"\.norm\.q$", ".norm.query_norm"),
     (r"\.norm\.k$", ".norm.key_norm"),
-    (r"^norm_out\.linear$", "final_layer.adaLN_modulation.1"),
-    (r"^proj_out$", "final_layer.linear"),
 )
 
 
@@ -495,9 +493,9 @@ def _transformer(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
             path, kind = name.rsplit(".", 1)
             for pattern, replacement in (*part.renames, *_NOT_ADAPTED):
                 path = re.sub(pattern, replacement, path)
-            path, _, number = path.partition("#")  # which part of a fused weight it is
+            path, _, piece = path.partition("#")  # which part of a fused weight it is, or how it lies in it
             source = f"{path}.scale" if path.endswith("_norm") else f"{path}.{kind}"
-            first = int(number or 0) * width
+            first = int(piece) * width if piece.isdigit() else 0
             if source in tensors.names:
                 state[name] = tensors.read(source, first, first + len(weight))
         for name in ("norm_out.linear.weight", "norm_out.linear.bias"):  # scale and shift have changed places
