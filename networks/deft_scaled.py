@@ -67,7 +67,7 @@ def _blocks(key: str, scale: tuple[int, ...], weight: tuple[int, ...]) -> int:
     if math.prod(scale) == 1:
         return 0
     inner = math.prod(scale[1:])
-    fits = bool(weight) and scale[0] == weight[0] and math.prod(weight[1:]) % inner == 0
+    fits = bool(weight) and inner > 0 and scale[0] == weight[0] and math.prod(weight[1:]) % inner == 0
     if not fits or (inner > 1 and tuple(size for size in scale[1:] if size != 1) != (inner,)):
         raise ValueError(f"{key}: scales of shape {scale} for a weight of {weight} are not known here")
     return inner
