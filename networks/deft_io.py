@@ -136,10 +136,15 @@ def _opened(path: str | os.PathLike) -> Iterator[Any]:
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a `.safetensors` file.
 
-    :raises DeftError: when it is missing, cut off, or of a kind that would have to be unpickled
+    :raises DeftError: when it is missing, cut off, of a kind that would have to be unpickled, or of complex numbers
     """
     with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = file.metadata() or {}
+    for key, tensor in tensors.items():
+        if tensor.is_complex():
+            raise DeftError(f"{path}: {key} holds complex numbers, which no adapter has; the file is damaged")
+    return tensors, metadata
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
