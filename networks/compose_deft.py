@@ -30,9 +30,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from networks import deft_checkpoint, deft_factors, deft_io, deft_sum, deft_tools, merge_deft
+from networks import deft_checkpoint, deft_factors, deft_io, deft_sum, deft_tools
 from networks.deft_blocks import block_of
-from networks.deft_config import DeftError, reason_of
+from networks.deft_config import DeftError, naming, reason_of
 from networks.deft_factors import Decomposed, Factors
 from networks.deft_formats import Change, Dense, OnBase
 from networks.deft_progress import progress
@@ -211,7 +211,8 @@ def compose(
         ]
         _check_shapes(name, [(part, part.adapter.changes[name]) for part in parts if name in part.adapter.changes])
         needed = weight is not None and any(f is not None and isinstance(f[1], OnBase) for f in found)
-        whole, common[name] = composed(found, weight(name) if needed and weight else None, options)
+        with naming(name):
+            whole, common[name] = composed(found, weight(name) if needed and weight else None, options)
         layers[name] = replace(whole, up=whole.up.float(), down=whole.down.float())
     return layers, common
 
@@ -315,14 +316,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="share of a concept's squared norm whose leading input directions are its own (1: all)")  # fmt: skip
     add("--symmetric", action="store_true", help="projected: each free of all others', not of those before it alone")
     add("--new_rank", type=int, metavar="N", help="cut what is written to this rank, with the least error")
-    add("--save_precision", choices=merge_deft.DTYPES, help="dtype of what is written (the first adapter's)")
+    add("--save_precision", choices=deft_tools.PRECISIONS, help="dtype of what is written (the first adapter's)")
     add("--base", metavar="MODEL", help="the base model, where changes depend on the weight below them")
     given = parser.parse_args(argv)
     options = Options(given.mode, given.energy, given.symmetric)
-    dtype = merge_deft.DTYPES.get(given.save_precision)
-    return deft_tools.run(
-        lambda: work(given.models, given.ratios, given.save_to, options, given.new_rank, dtype, given.base)
-    )
+    sizes = given.new_rank, given.save_precision
+    return deft_tools.run(lambda: work(given.models, given.ratios, given.save_to, options, *sizes, given.base))
 
 
 def work(
@@ -331,7 +330,7 @@ def work(
     save_to: str,
     options: Options,
     new_rank: int | None,
-    dtype: torch.dtype | None,
+    precision: str | None,
     base: str | None,
 ) -> None:
     """The tool's work.
@@ -347,8 +346,8 @@ def work(
         raise DeftError("--symmetric and --energy are for --mode projected")
     if new_rank is not None and new_rank < 1:
         raise DeftError(f"--new_rank {new_rank}: give at least 1")
-    parts = merge_deft.read_parts(models, ratios, [], [])
-    merge_deft.say_what_is_left(parts)
+    parts = deft_sum.read_parts(models, ratios, [], [])
+    deft_sum.say_what_is_left(parts)
     with opened(base) as weight:
         layers, common = compose(parts, options, weight)
     for line in table(parts, common, options):
@@ -366,7 +365,7 @@ def work(
         layers, error, largest = truncated(layers, new_rank)
         print(f"to rank {new_rank}: relative error {error:.2g}, of a layer {largest:.2g} at most")
         done |= {"new_rank": new_rank, "error": float(f"{error:.3g}")}
-    save(output, parts, layers, done, dtype or merge_deft.saved_dtype(parts[0].adapter))
+    save(output, parts, layers, done, deft_tools.saved_dtype(precision, parts[0].adapter.dtype))
 
 
 def save(
@@ -383,7 +382,7 @@ def save(
     """
     tensors, _ = deft_io.lora_tensors(layers, dtype, pad=True)
     rank = max(factors.rank for factors in layers.values())
-    metadata = merge_deft.sum_metadata(parts, output, rank, done, "compose_deft")
+    metadata = deft_sum.sum_metadata(parts, output, rank, done, "compose_deft")
     deft_tools.write_adapter(output, tensors, metadata)
     size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
     print(f"{output}: {len(layers)} layers, rank {rank}, {str(dtype).removeprefix('torch.')}, {size:.1f} MiB")

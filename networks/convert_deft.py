@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 
 from networks import deft_conversion, deft_io, deft_sharing, deft_tools
 from networks.deft_config import DeftError
-from networks.deft_conversion import FORMATS, PRECISIONS, Limit, Made
+from networks.deft_conversion import FORMATS, Limit, Made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         edits = bool(args.set or args.unset or args.sidecars)
         making = bool(args.to or args.repair or args.base or args.save_precision or (args.save_to and not edits))
         _check(making, output, vars(args))
-        dtype = PRECISIONS.get(args.save_precision)
+        dtype = deft_tools.PRECISIONS.get(args.save_precision)
         if args.repair:
             made = deft_conversion.repaired(file, dtype)
         elif making:
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--removal", type=float, metavar="X", help="strength of what a DEFT of removal=1 takes out (1)")
     parser.add_argument("--injection", type=float, metavar="Y", help="strength of what a DEFT puts there (1)")
     parser.add_argument("--repair", action="store_true", help="write the file that every client reads right")
-    parser.add_argument("--save_precision", choices=list(PRECISIONS), help="of the tensors (default: as in FILE)")
+    parser.add_argument("--save_precision", choices=deft_tools.PRECISIONS, help="of the tensors (default: as in FILE)")
     friendly = ", ".join([*deft_sharing.FRIENDLY, "preview"])
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"metadata: {friendly}, or a key"

@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,17 @@ def reason_of(error: BaseException) -> str:
     """What another program's error says, in one line."""
     lines = [line for line in str(error).strip().split("\n") if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Puts the file and layer before what functions of numbers alone raise: a ValueError becomes a user's error."""
+    try:
+        yield
+    except DeftError:
+        raise
+    except ValueError as error:
+        raise DeftError(f"{place}: {error}") from None
 
 
 def read_text(path: str | os.PathLike, source: str) -> str:

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from networks import deft_factors, deft_formats, deft_io, deft_math, deft_rebase, deft_repair, deft_tools
 from networks.deft_checkpoint import Checkpoint, open_checkpoint
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, naming
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter, Dense, OnBase
 from networks.deft_io import DeftLayer
 from networks.deft_progress import progress
 
 FORMATS = ("kohya", "diffusers", "comfy", "peft", "deft")
-PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXACT = 1e-5  # a relative error that is rounding in float32
 
 
@@ -77,7 +76,7 @@ def converted(file: Path, to: str, dtype: torch.dtype | None, limit: Limit, verb
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(open_checkpoint(limit.base)) if limit.base else None
         read = _read_deft(file, base, limit) or _read_any(file, base, limit)
-    dtype = dtype or _writable(read.dtype)
+    dtype = dtype or deft_tools.saved_dtype(None, read.dtype)
     read.told += _told_of_errors(read.errors, verbose)
     done = {"from": read.format, "to": to, **read.done} | ({"errors": read.errors} if read.errors else {})
     metadata = deft_tools.carried(read.metadata, "convert", done)
@@ -116,7 +115,7 @@ def _as_factors(
     if isinstance(change, OnBase) and base is None:
         raise DeftError(f"{where}, whose change depends on the base model's weight; give it with --base MODEL")
     weight = _weight_of(base, name) if base is not None else None
-    try:
+    with naming(where):
         if limit.rank is None and limit.energy is None:
             rank = min(64, change.shape[0] or 64)
             error = deft_formats.to_factors(change, rank, None, weight)[1]
@@ -125,10 +124,6 @@ def _as_factors(
                 f"error of {error:.1e} in this layer), or --energy E"
             )
         return deft_formats.to_factors(change, limit.rank, limit.energy, weight)
-    except DeftError:
-        raise
-    except ValueError as error:
-        raise DeftError(f"{where}: {error}") from None
 
 
 def _weight_of(base: Checkpoint, name: str) -> Callable[[], Tensor]:
@@ -229,7 +224,7 @@ def repaired(file: Path, dtype: torch.dtype | None) -> Made:
     found = deft_repair.repaired(adapter, tensors)
     metadata = deft_tools.carried(found.metadata, "convert", {"repaired": list(found.done)})
     read = _Read(found.changes, metadata, adapter.format, adapter.architecture, adapter.dtype, [])
-    dtype = dtype or _writable(adapter.dtype)
+    dtype = dtype or deft_tools.saved_dtype(None, adapter.dtype)
     made, metadata = _tensors("kohya", read, dtype, metadata)
     told = [f"  {line}" for line in found.done] or ["  nothing to mend"]
     back = _read_back(read.changes, made, metadata, dtype)
@@ -247,7 +242,10 @@ def _tensors(
         if key in metadata:
             metadata[key] = str(rank)
     if to == "deft":
-        layers = {name: _as_deft(change) for name, change in read.changes.items()}
+        layers = {}
+        for name, change in read.changes.items():
+            with naming(name):
+                layers[name] = _as_deft(change)
         about = {name: [layer.trained_rank, layer.scale, 0] for name, layer in layers.items()}
         options = json.dumps({"basis": "qr", "save_format": "deft"})
         new = {deft_io.VERSION_KEY: deft_io.VERSION, deft_io.OPTIONS_KEY: options}
@@ -277,11 +275,6 @@ def transformers_version() -> int:
         return int(importlib.metadata.version("transformers").partition(".")[0])
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return 5
-
-
-def _writable(dtype: torch.dtype) -> torch.dtype:
-    """A file's own dtype, or float32 where clients do not read it."""
-    return dtype if dtype in PRECISIONS.values() else torch.float32
 
 
 def _read_back(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from networks import deft_math
-from networks.deft_config import DeftError
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class Decomposed:
 def decomposed(factors: Factors) -> Decomposed:
     """The singular value decomposition of the product, by QR of both factors and an SVD of r x r.
 
-    :raises DeftError: when the product is not finite
+    :raises ValueError: when the product is not finite
     """
     Q_up, T_up = torch.linalg.qr(factors.up)
     Q_down, T_down = torch.linalg.qr(factors.down.mT)
@@ -178,7 +177,7 @@ def truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
 def spectrum(factors: Factors) -> Tensor:
     """The singular values of the product, falling, without its singular vectors.
 
-    :raises DeftError: when the product is not finite
+    :raises ValueError: when the product is not finite
     """
     T_up = torch.linalg.qr(factors.up, mode="r")[1]
     T_down = torch.linalg.qr(factors.down.mT, mode="r")[1]
@@ -186,9 +185,9 @@ def spectrum(factors: Factors) -> Tensor:
 
 
 def _finite(core: Tensor) -> Tensor:
-    """:raises DeftError: for factors that are finite themselves, and too large to be multiplied"""
+    """:raises ValueError: for factors that are finite themselves, and too large to be multiplied"""
     if not bool(core.isfinite().all()):
-        raise DeftError("values that are not finite, or too large to be multiplied; the file is damaged")
+        raise ValueError("its values are not finite, or too large to be multiplied")
     return core
 
 
@@ -269,11 +268,11 @@ def approximated(
     :param kernel: the weight's shape behind its m outputs
     :param rank: wanted, or with `energy` the most; None without a limit
     :param energy: the share of ||D||^2 to keep, in as few directions as that takes
-    :raises DeftError: when D is not finite
+    :raises ValueError: when D is not finite
     """
     whole = frobenius(D)
     if not math.isfinite(whole):
-        raise DeftError("non-finite values")
+        raise ValueError("non-finite values")
     most = min(D.shape) if rank is None else min(rank, *D.shape)
     width = most if energy is None else min(most, OVERSAMPLING)
     while True:

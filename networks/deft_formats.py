@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -147,9 +146,6 @@ class Adapter:
     dtype: torch.dtype
 
 
-_T = TypeVar("_T")
-
-
 class _Made(Mapping[str, Change]):
     """Changes that are made anew each time, from what the file holds: no second copy of it stays in memory."""
 
@@ -157,13 +153,10 @@ class _Made(Mapping[str, Change]):
         self._makers, self._source = makers, source
 
     def __getitem__(self, name: str) -> Change:
-        place = f"{self._source}: {name}"
-        change = _checked(self._makers[name], place)()
-        return (
-            change
-            if isinstance(change, Factors)
-            else type(change)(change.kind, change.shape, _checked(change.delta, place))
-        )
+        change = self._makers[name]()
+        if isinstance(change, Factors):
+            return change
+        return type(change)(change.kind, change.shape, _checked(change.delta, f"{self._source}: {name}"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
@@ -172,18 +165,18 @@ class _Made(Mapping[str, Change]):
         return len(self._makers)
 
 
-def _checked(make: Callable[..., _T], place: str) -> Callable[..., _T]:
-    """`make`, with one line of a user's instead of torch's where shapes in a damaged file do not fit each other."""
+def _checked(delta: Callable[..., Tensor], place: str) -> Callable[..., Tensor]:
+    """`delta`, with a user's error instead of torch's where shapes in a damaged file do not fit each other."""
 
-    def made(*given: Tensor) -> _T:
+    def checked(*weight: Tensor) -> Tensor:
         try:
-            return make(*given)
+            return delta(*weight)
         except DeftError:
             raise
         except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
             raise DeftError(f"{place} is damaged, or is no change of this weight ({reason_of(error)})") from None
 
-    return made
+    return checked
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import deft_factors, deft_formats, deft_io
-from networks.deft_config import DeftError, read_text, reason_of
+from networks.deft_config import DeftError, naming, read_text, reason_of
 from networks.deft_factors import Decomposed
 from networks.deft_formats import Adapter, Change
 from networks.deft_progress import progress
@@ -256,9 +256,7 @@ def _decomposed(change: Change, source: str) -> Decomposed:
     """:raises DeftError: when it depends on the base model, or is not finite"""
     if isinstance(change, deft_formats.OnBase):
         raise DeftError(f"{source}: depends on the base model ({change.kind}); save it as a LoRA, and give that")
-    try:
+    with naming(source):
         if isinstance(change, deft_formats.Dense):
             change, _ = deft_factors.approximated(change.delta(), change.shape[1:], 2 * DIRECTIONS)
         return deft_factors.decomposed(change.double())
-    except DeftError as error:
-        raise DeftError(f"{source}: {error}") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from networks import deft_factors
-from networks.deft_config import DeftConfig, DeftError
+from networks.deft_config import DeftConfig, DeftError, naming
 from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer, factors_of
 from networks.deft_module import DeftModule
@@ -132,7 +132,8 @@ def _load_layer(module: DeftModule, adapter: AdapterFile, config: DeftConfig) ->
     if up.shape[1] <= module.rank:
         module.load_lora(up, down)
         return None
-    cut, error = deft_factors.truncated(Factors(up.double(), down.double(), down.shape[1:]), module.rank)
+    with naming(f"{adapter.source}: {module.lora_name}"):
+        cut, error = deft_factors.truncated(Factors(up.double(), down.double(), down.shape[1:]), module.rank)
     if module.rank == min(module.target.shape):  # the product's rank is no higher: nothing is lost
         module.load_lora(cut.up, cut.down)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -230,8 +231,9 @@ def layer_facts(name: str, change: Change, parts: Mapping[str, Tensor], W: Tenso
         word = "LoCon with a middle"
     values, norm = torch.empty(0), math.nan
     if isinstance(change, Factors):
-        values = deft_factors.spectrum(change)
-        norm = float(values.double().norm())
+        with contextlib.suppress(ValueError):  # too large to be multiplied: a norm that is no number tells
+            values = deft_factors.spectrum(change)
+            norm = float(values.double().norm())
     elif isinstance(change, deft_formats.Dense):
         norm = float(change.delta().double().norm())
     elif W is not None:

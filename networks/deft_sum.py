@@ -1,20 +1,35 @@
-"""Sums of adapters, layer by layer: as factors, exactly or cut to a rank, or as a change of a weight at hand."""
+"""Sums of adapters, layer by layer: as factors, exactly or cut to a rank, or as a change of a weight at hand; and
+what a file of several says of itself."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from networks import deft_factors, deft_formats
+from networks import deft_blocks, deft_factors, deft_formats, deft_io, deft_tools
 from networks.deft_blocks import Strength
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, naming
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter, Change, Dense, OnBase
 from networks.deft_progress import progress
+
+# fields that say what a file was trained as, or are sums over it, and of a sum of several are not true
+UNTRUE = (
+    "modelspec.hash_sha256",
+    "ss_session_id",
+    "ss_new_sd_model_hash",
+    "ss_network_dropout",
+    "ss_steps",
+    "ss_epoch",
+)
+OF_ONE = (deft_io.OPTIONS_KEY, deft_io.LAYERS_KEY, deft_io.BASE_HASH_KEY, deft_io.BASE_DTYPE_KEY)
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,29 @@ class Rank:
 
 # a layer's change, of which adapter, and its strength
 Found = tuple[Adapter, Change, float]
+
+
+def read_parts(
+    models: Sequence[str], ratios: Sequence[float], te_ratios: Sequence[float], lbws: Sequence[str]
+) -> list[Part]:
+    """The adapters that the command line names; a list that is empty stands for 1, or for the ratios.
+
+    :raises DeftError: for lists of different lengths, files that cannot be read, or other architectures
+    """
+    for option, given in (("--ratios", ratios), ("--te_ratios", te_ratios), ("--lbws", lbws)):
+        if given and len(given) != len(models):
+            raise DeftError(f"{option}: {len(given)} for {len(models)} files in --models; give as many")
+    for option, numbers in (("--ratios", ratios), ("--te_ratios", te_ratios)):
+        if not all(map(math.isfinite, numbers)):
+            raise DeftError(f"{option}: give finite numbers")
+    adapters = [deft_formats.read(model) for model in models]
+    check_architectures(adapters)
+    ratios = ratios or [1.0] * len(models)
+    parts = []
+    for k, adapter in enumerate(adapters):
+        weights = deft_blocks.block_weights(lbws[k], adapter.changes, adapter.architecture) if lbws else None
+        parts.append(Part(adapter, Strength(ratios[k], te_ratios[k] if te_ratios else ratios[k], weights)))
+    return parts
 
 
 def check_architectures(adapters: Sequence[Adapter]) -> None:
@@ -100,7 +138,8 @@ def sum_of_layer(name: str, found: Sequence[Found], rank: Rank) -> tuple[Factors
         shape = max((change.shape for _, change, _ in found), key=len)
         whole = Dense("a sum", shape, lambda: dense_sum(found))
     least = min(whole.shape[0], math.prod(whole.shape[1:]))
-    return deft_formats.to_factors(whole, min(rank.of(whole.shape[1:]) or least, least), rank.energy, None)
+    with naming(name):
+        return deft_formats.to_factors(whole, min(rank.of(whole.shape[1:]) or least, least), rank.energy, None)
 
 
 def _check_layer(name: str, found: Sequence[Found], rank: Rank) -> None:
@@ -149,3 +188,51 @@ def change_of(W: Tensor, found: Sequence[Found]) -> Tensor:
             delta = change.delta(W) if isinstance(change, OnBase) else change.delta()
             whole.add_(delta.reshape(W.shape), alpha=strength)
     return whole
+
+
+def say_what_is_left(parts: Sequence[Part]) -> None:
+    """What of the adapters is no change of a weight, and so in no sum."""
+    for part in parts:
+        for key, why in list(part.adapter.left.items())[:1]:
+            print(f"{part.adapter.source}: {len(part.adapter.left)} tensors are not merged, such as {key}: {why}")
+
+
+def sum_metadata(
+    parts: Sequence[Part], save_to: Path, rank: int, done: Mapping[str, object], tool: str
+) -> dict[str, str]:
+    """Of the first adapter, with the tags of all; what is not true of a sum is left out."""
+    first = dict(parts[0].adapter.metadata)
+    for key in (*UNTRUE, *OF_ONE):
+        first.pop(key, None)
+    if "ss_network_dim" in first or "ss_network_alpha" in first:
+        first |= {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
+    first |= {"ss_output_name": save_to.stem} if "ss_output_name" in first else {}
+    first |= _united_tags([part.adapter.metadata for part in parts])
+    phrases = [part.adapter.metadata.get("modelspec.trigger_phrase", "") for part in parts]
+    if any(phrases):
+        first["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(filter(None, phrases)))
+    first |= merged_fields([(part.adapter.source, part.adapter.metadata) for part in parts], save_to)
+    return deft_tools.carried(first, tool, done)
+
+
+def merged_fields(inputs: Sequence[tuple[str, Mapping[str, str]]], save_to: Path) -> dict[str, str]:
+    """The fields that sd-scripts writes on merging (`sai_model_spec.py`, commit 48d368fa)."""
+    titles = [metadata.get("modelspec.title") or Path(source).stem for source, metadata in inputs]
+    date = time.strftime("%Y-%m-%dT%H:%M:%S")
+    return {
+        "modelspec.title": save_to.stem,
+        "modelspec.merged_from": ", ".join(titles),
+        "modelspec.date": date,
+    }
+
+
+def _united_tags(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """`ss_tag_frequency`, from which UIs show trigger words, of all adapters."""
+    united: dict[str, object] = {}
+    for k, fields in enumerate(metadata):
+        try:
+            tags = dict(json.loads(fields.get("ss_tag_frequency", "{}")))
+        except (TypeError, ValueError, RecursionError):
+            continue
+        united |= {name if name not in united else f"{name} ({k + 1})": found for name, found in tags.items()}
+    return {"ss_tag_frequency": json.dumps(united)} if united else {}

@@ -59,6 +59,13 @@ def device_of(name: str) -> torch.device:
         raise DeftError(f"--device {name}: cannot be used here ({reason_of(error)})") from None
 
 
+def saved_dtype(precision: str | None, own: torch.dtype) -> torch.dtype:
+    """Of `--save_precision`; without it an adapter's own, if it is one that every client reads, or else float32."""
+    if precision is not None:
+        return PRECISIONS[precision]
+    return own if own in PRECISIONS.values() else torch.float32
+
+
 def output_path(option: str, path: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> Path:
     """Where a tool may write.
 

@@ -16,16 +16,12 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # run as a file: its folder is on the path, not the one above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import json
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from networks import deft_blocks, deft_formats, deft_io, deft_progress, deft_sum, deft_tools
-from networks.deft_blocks import Strength
+from networks import deft_blocks, deft_io, deft_progress, deft_sum, deft_tools
 from networks.deft_checkpoint import Checkpoint, open_checkpoint
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
@@ -34,81 +30,6 @@ from networks.deft_rewrite import rewrite
 from networks.deft_sum import Part, Rank
 
 TOOL = "merge_deft"
-DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# fields that say what a file was trained as, or are sums over it, and of a sum of several are not true
-UNTRUE = (
-    "modelspec.hash_sha256",
-    "ss_session_id",
-    "ss_new_sd_model_hash",
-    "ss_network_dropout",
-    "ss_steps",
-    "ss_epoch",
-)
-OF_ONE = (deft_io.OPTIONS_KEY, deft_io.LAYERS_KEY, deft_io.BASE_HASH_KEY, deft_io.BASE_DTYPE_KEY)
-
-
-def read_parts(
-    models: Sequence[str], ratios: Sequence[float], te_ratios: Sequence[float], lbws: Sequence[str]
-) -> list[Part]:
-    """The adapters that the command line names; a list that is empty stands for 1, or for the ratios.
-
-    :raises DeftError: for lists of different lengths, files that cannot be read, or other architectures
-    """
-    for option, given in (("--ratios", ratios), ("--te_ratios", te_ratios), ("--lbws", lbws)):
-        if given and len(given) != len(models):
-            raise DeftError(f"{option}: {len(given)} for {len(models)} files in --models; give as many")
-    for option, numbers in (("--ratios", ratios), ("--te_ratios", te_ratios)):
-        if not all(map(math.isfinite, numbers)):
-            raise DeftError(f"{option}: give finite numbers")
-    adapters = [deft_formats.read(model) for model in models]
-    deft_sum.check_architectures(adapters)
-    ratios = ratios or [1.0] * len(models)
-    parts = []
-    for k, adapter in enumerate(adapters):
-        weights = deft_blocks.block_weights(lbws[k], adapter.changes, adapter.architecture) if lbws else None
-        parts.append(Part(adapter, Strength(ratios[k], te_ratios[k] if te_ratios else ratios[k], weights)))
-    return parts
-
-
-def sum_metadata(
-    parts: Sequence[Part], save_to: Path, rank: int, done: Mapping[str, object], tool: str = TOOL
-) -> dict[str, str]:
-    """Of the first adapter, with the tags of all; what is not true of a sum is left out."""
-    first = dict(parts[0].adapter.metadata)
-    for key in (*UNTRUE, *OF_ONE):
-        first.pop(key, None)
-    if "ss_network_dim" in first or "ss_network_alpha" in first:
-        first |= {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
-    first |= {"ss_output_name": save_to.stem} if "ss_output_name" in first else {}
-    first |= _united_tags([part.adapter.metadata for part in parts])
-    phrases = [part.adapter.metadata.get("modelspec.trigger_phrase", "") for part in parts]
-    if any(phrases):
-        first["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(filter(None, phrases)))
-    first |= merged_fields([(part.adapter.source, part.adapter.metadata) for part in parts], save_to)
-    return deft_tools.carried(first, tool, done)
-
-
-def merged_fields(inputs: Sequence[tuple[str, Mapping[str, str]]], save_to: Path) -> dict[str, str]:
-    """The fields that sd-scripts writes on merging (`sai_model_spec.py`, commit 48d368fa)."""
-    titles = [metadata.get("modelspec.title") or Path(source).stem for source, metadata in inputs]
-    date = time.strftime("%Y-%m-%dT%H:%M:%S")
-    return {
-        "modelspec.title": save_to.stem,
-        "modelspec.merged_from": ", ".join(titles),
-        "modelspec.date": date,
-    }
-
-
-def _united_tags(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """`ss_tag_frequency`, from which UIs show trigger words, of all adapters."""
-    united: dict[str, object] = {}
-    for k, fields in enumerate(metadata):
-        try:
-            tags = dict(json.loads(fields.get("ss_tag_frequency", "{}")))
-        except (TypeError, ValueError, RecursionError):
-            continue
-        united |= {name if name not in united else f"{name} ({k + 1})": found for name, found in tags.items()}
-    return {"ss_tag_frequency": json.dumps(united)} if united else {}
 
 
 def save_sum(parts: Sequence[Part], rank: Rank, save_to: Path, dtype: torch.dtype) -> None:
@@ -119,7 +40,7 @@ def save_sum(parts: Sequence[Part], rank: Rank, save_to: Path, dtype: torch.dtyp
     done = {**_settings(parts), "rank": file_rank}
     if rank.limited:
         done["errors"] = {name: float(f"{error:.3g}") for name, error in errors.items()}
-    deft_tools.write_adapter(save_to, tensors, sum_metadata(parts, save_to, file_rank, done))
+    deft_tools.write_adapter(save_to, tensors, deft_sum.sum_metadata(parts, save_to, file_rank, done, TOOL))
     print(f"{save_to}: the sum of {len(parts)}, {len(layers)} layers, rank {file_rank}")
     if rank.limited:
         worst = max(errors, key=errors.__getitem__)
@@ -204,18 +125,11 @@ def save_merged(
         old.pop("modelspec.hash_sha256", None)
         inputs = [(source, old), *((part.adapter.source, part.adapter.metadata) for part in parts)]
         done = {**_settings(parts), "layers": len(merged.names)}
-        metadata = deft_tools.carried(old | merged_fields(inputs, save_to), TOOL, done)
+        metadata = deft_tools.carried(old | deft_sum.merged_fields(inputs, save_to), TOOL, done)
         rewrite(checkpoint, save_to, merged, dtype=dtype, seed=seed, metadata=metadata)
         print(f"{save_to}: {len(merged.names)} of {len(checkpoint.layers)} layers changed ({checkpoint.layout})")
     if merged.left:
         print(f"left out: {len(merged.left)} layers that the checkpoint does not have, such as {merged.left[0]}")
-
-
-def say_what_is_left(parts: Sequence[Part]) -> None:
-    """What of the adapters is no change of a weight, and so in no sum."""
-    for part in parts:
-        for key, why in list(part.adapter.left.items())[:1]:
-            print(f"{part.adapter.source}: {len(part.adapter.left)} tensors are not merged, such as {key}: {why}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="block weights of each: 12, 17, 20 or 26 numbers, a preset such as INALL, or IN*=0.5,OUT03=0")  # fmt: skip
     add("--sd_model", "--flux_model", metavar="MODEL", help="the checkpoint to merge into; without it into one adapter")
     add("--save_to", required=True, metavar="FILE", help="what is written")
-    add("--save_precision", choices=DTYPES, help="dtype of what is written (a checkpoint's own; the first adapter's)")
+    add(
+        "--save_precision",
+        choices=deft_tools.PRECISIONS,
+        help="dtype of what is written (a checkpoint's own; the first adapter's)",
+    )
     add("--new_rank", type=int, metavar="N", help="rank of the adapter at most (the sum of theirs)")
     add("--new_conv_rank", type=int, metavar="N", help="that of k x k convolutions (as --new_rank)")
     add("--energy", type=float, metavar="X", help="share of each layer's squared norm to keep, such as 0.99")
@@ -238,11 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     return deft_tools.run(
         lambda: merge(
-            lambda: read_parts(given.models, given.ratios, given.te_ratios, given.lbws),
+            lambda: deft_sum.read_parts(given.models, given.ratios, given.te_ratios, given.lbws),
             inputs=given.models,
             sd_model=given.sd_model,
             save_to=given.save_to,
-            dtype=DTYPES.get(given.save_precision),
+            precision=given.save_precision,
             rank=Rank(
                 given.new_rank, given.new_rank if given.new_conv_rank is None else given.new_conv_rank, given.energy
             ),
@@ -257,7 +175,7 @@ def merge(
     inputs: Sequence[str],
     sd_model: str | None,
     save_to: str,
-    dtype: torch.dtype | None,
+    precision: str | None,
     rank: Rank,
     seed: int | None,
     ignore_unmatched: bool,
@@ -273,16 +191,11 @@ def merge(
     )
     with deft_progress.single_threaded():
         parts = read()
-        say_what_is_left(parts)
+        deft_sum.say_what_is_left(parts)
         if sd_model is None:
-            save_sum(parts, rank, output, dtype or saved_dtype(parts[0].adapter))
+            save_sum(parts, rank, output, deft_tools.saved_dtype(precision, parts[0].adapter.dtype))
         else:
-            save_merged(parts, sd_model, output, dtype, seed, ignore_unmatched)
-
-
-def saved_dtype(adapter: Adapter) -> torch.dtype:
-    """An adapter's own, if it is one that every client reads."""
-    return adapter.dtype if adapter.dtype in DTYPES.values() else torch.float32
+            save_merged(parts, sd_model, output, deft_tools.PRECISIONS.get(precision or ""), seed, ignore_unmatched)
 
 
 def check_options(sd_model: str | None, rank: Rank, seed: int | None, ignore_unmatched: bool) -> None:

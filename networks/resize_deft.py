@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from networks import deft_factors, deft_formats, deft_tools
-from networks.deft_config import DeftError, reason_of
+from networks.deft_config import DeftError, naming
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter
 from networks.deft_progress import progress
@@ -94,10 +94,8 @@ class Resized:
             self._add(name, change, rule, device)
 
     def _add(self, name: str, change: Factors, rule: Rule, device: torch.device) -> None:
-        try:
+        with naming(name):
             whole = deft_factors.decomposed(Factors(change.up.to(device), change.down.to(device), change.kernel))
-        except torch.linalg.LinAlgError as reason:
-            raise DeftError(f"{name}: cannot be decomposed, its values are too large ({reason_of(reason)})") from None
         cut, error = whole.truncated(rule.of(whole))
         self.before[name] = change.rank
         self.layers[name] = Factors(cut.up.cpu(), cut.down.cpu(), cut.kernel)
@@ -115,8 +113,7 @@ def resize(
     adapter = deft_formats.read(model)
     made = Resized(adapter, rule, device)
     before = max(made.before.values())
-    own = adapter.dtype if adapter.dtype in deft_tools.PRECISIONS.values() else torch.float32
-    dtype = own if precision is None else deft_tools.PRECISIONS[precision]
+    dtype = deft_tools.saved_dtype(precision, adapter.dtype)
     comment = adapter.metadata.get("ss_training_comment", "")
     metadata = {**adapter.metadata, "ss_training_comment": f"{rule.words(before)}; {comment}"}
     settings = {name: value for name, value in asdict(rule).items() if value is not None}

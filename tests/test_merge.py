@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from networks import deft_blocks, deft_formats, merge_deft
+from networks import deft_blocks, deft_formats, deft_tools, merge_deft
 from networks.deft_formats import Adapter, Dense, OnBase
 from tests.conftest import relative_error
 
@@ -112,7 +112,7 @@ def test_a_sum_of_ranks_above_the_weights_own_stays_exact(tmp_path):
 def test_precisions(tmp_path, precision):
     a, b = adapter(tmp_path / "a.safetensors"), adapter(tmp_path / "b.safetensors")
     output = sum_of(tmp_path, "--models", a, b, "--save_precision", precision)
-    assert load_file(output)[f"{OUT}.lora_up.weight"].dtype == merge_deft.DTYPES[precision]
+    assert load_file(output)[f"{OUT}.lora_up.weight"].dtype == deft_tools.PRECISIONS[precision]
     error = relative_error(deltas(output)[OUT], deltas(a)[OUT] + deltas(b)[OUT])
     assert error < {"fp16": 2e-3, "bf16": 1e-2, "float": 1e-6}[precision]
 
