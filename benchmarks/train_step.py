@@ -50,6 +50,8 @@ SDXL = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 FLUX = {"guidance_embeds": True}
+OMNIGEN = {"rope_scaling": {"long_factor": [1.0] * 48, "short_factor": [1.0] * 48}}  # their values cost nothing
+OMNIGEN_TEXT = 64  # tokens of an instruction with its prefix
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -79,8 +81,10 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Callab
         model = random_model(lambda: diffusers.UNet2DConditionModel.from_config(config), device, dtype)
     elif name == "sdxl":
         model = random_model(lambda: diffusers.UNet2DConditionModel(**SDXL), device, dtype)
-    else:
+    elif name == "flux":
         model = random_model(lambda: diffusers.FluxTransformer2DModel(**FLUX), device, dtype)
+    else:
+        model = random_model(lambda: diffusers.OmniGenTransformer2DModel(**OMNIGEN), device, dtype)
 
     def inputs(batch: int, resolution: int) -> dict[str, Any]:
         def noise(*shape: int) -> Tensor:
@@ -94,6 +98,16 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Callab
                 "hidden_states": noise(tokens, 64), "encoder_hidden_states": noise(512, 4096),
                 "pooled_projections": noise(768), "timestep": noise().abs(), "guidance": noise().abs(),
                 "img_ids": ids[512:], "txt_ids": ids[:512],
+            }  # fmt: skip
+        if name == "omnigen":  # a prompt alone: causal text, a time token, a picture that sees all
+            length = OMNIGEN_TEXT + 1 + (side // 2) ** 2
+            mask = torch.ones(length, length, device=device).tril()
+            mask[OMNIGEN_TEXT + 1 :] = 1
+            return {
+                "hidden_states": noise(4, side, side), "timestep": torch.rand(batch, device=device),
+                "input_ids": torch.randint(1, 32000, (batch, OMNIGEN_TEXT), device=device),
+                "input_img_latents": [], "input_image_sizes": {}, "attention_mask": mask.expand(batch, -1, -1),
+                "position_ids": torch.arange(length, device=device).expand(batch, -1),
             }  # fmt: skip
         found = {
             "sample": noise(model.config.in_channels, side, side), "timestep": torch.tensor(500, device=device),
@@ -395,7 +409,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["small", "sd15", "sdxl", "flux"], required=True)
+    parser.add_argument("--model", choices=["small", "sd15", "sdxl", "flux", "omnigen"], required=True)
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=["lora", "deft"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--resolution", type=int, nargs="+", default=[1024])
