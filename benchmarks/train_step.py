@@ -51,7 +51,7 @@ SDXL = {
 }  # fmt: skip
 FLUX = {"guidance_embeds": True}
 OMNIGEN = {"rope_scaling": {"long_factor": [1.0] * 48, "short_factor": [1.0] * 48}}  # their values cost nothing
-OMNIGEN_TEXT = 64  # tokens of an instruction with its prefix
+OMNIGEN_TEXT = 63  # tokens of an instruction with its prefix; with the time token a multiple of 8, as masks like it
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
