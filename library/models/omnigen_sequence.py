@@ -17,7 +17,7 @@ from library.models.family import Text
 from networks.deft_config import DeftError
 
 PICTURE = re.compile(r"<\|image_(\d+)\|>")  # which of the input pictures, from 1
-_AROUND = "<|user|>\nGenerate an image according to the following instructions\n{}<|end|>\n<|assistant|>\n<|diffusion|>"
+AROUND = "<|user|>\nGenerate an image according to the following instructions\n{}<|end|>\n<|assistant|>\n<|diffusion|>"
 _PADDING, _PLACE = 2, 0  # ids that stand where nothing is read, and where a picture does
 
 
@@ -39,7 +39,7 @@ def misplaced(caption: str, pictures: int) -> str | None:
 def ids_of(tokenizer: Any, caption: str) -> list[list[int]]:
     """Of what stands before, between and behind the pictures, with all that the model is told around a caption."""
     found: list[list[int]] = []
-    for part in PICTURE.split(_AROUND.format(caption))[::2]:  # the numbers stand between
+    for part in PICTURE.split(AROUND.format(caption))[::2]:  # the numbers stand between
         ids = list(tokenizer(part, verbose=False).input_ids)
         begins = bool(found) and ids[:1] == [tokenizer.bos_token_id]  # as if it were a text of its own
         found.append(ids[begins:])
