@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+BASE, REAL = "base", "real"  # the anchors among the methods: the model without an adapter; real pictures beside real ones
+
 
 @dataclass(frozen=True)
 class Row:
@@ -98,6 +100,7 @@ class Benchmark:
     :param drawing_steps: of the sampler
     :param published: figures of others
     :param columns: of further tables: name -> (metric, category or group of which it is the mean)
+    :param notes: what a reader of the tables has to know
     """
 
     name: str
@@ -110,3 +113,4 @@ class Benchmark:
     drawing_steps: int = 50
     published: tuple[Published, ...] = ()
     columns: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
