@@ -36,11 +36,13 @@ class Model:
 
     :param option: which names it on the command line, without its dashes
     :param settings: what its config.json has to say; None for a single file of weights
+    :param library: to be installed for it beside requirements.txt, as pip knows it; "" for none
     """
 
     option: str
     source: Source
     settings: Mapping[str, Any] | None = None
+    library: str = ""
 
     @property
     def place(self) -> str:
@@ -95,8 +97,6 @@ class Metric:
     :param unit: of the value, and its range
     :param source: where its definition was read
     :param digits: behind the point, in tables
-    :param library: to be installed for it, as pip knows it; "" for none
-    :param imported: as Python imports that library
     :param prior: whether it is of pictures of the class without its identifier, and of those alone
     """
 
@@ -108,14 +108,17 @@ class Metric:
     unit: str
     source: str
     digits: int = 3
-    library: str = ""
-    imported: str = ""
     prior: bool = False
 
     @property
     def of_sets(self) -> bool:
         """Whether it is a number of many pictures, and not of each."""
         return self.compares is Compares.SETS
+
+    @property
+    def library(self) -> str:
+        """What has to be installed for it beside requirements.txt, as pip knows it; "" for nothing."""
+        return MODELS[self.model].library if self.model else ""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,14 @@ def _hub(what: str, name: str, licence: str) -> Source:
     return Source(what, f"https://huggingface.co/{name}", licence)
 
 
+def _file(option: str, what: str, published: str, licence: str, library: str) -> Model:
+    return Model(option, Source(what, published, licence), library=library)
+
+
+_IQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights"
+_IQA_LICENCE = "Apache-2.0; pyiqa itself PolyForm-Noncommercial-1.0.0"
+
+
 MODELS: Mapping[str, Model] = {
     model.option: model
     for model in (
@@ -151,21 +162,16 @@ MODELS: Mapping[str, Model] = {
         Model("dinov2", _hub("DINOv2 ViT-S/14", "facebook/dinov2-small", "Apache-2.0"), {"model_type": "dinov2"}),
         Model("depth_model", _hub("Depth-Anything-V2, or another depth estimator of transformers",
                                   "depth-anything/Depth-Anything-V2-Small-hf", "Apache-2.0"), {}),
-        Model("alexnet", Source("AlexNet's weights, torchvision's alexnet-owt-7be5be79.pth",
-                                "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "BSD-3-Clause")),
-        Model("inception", Source("the Inception of FID, torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
-                                  "https://github.com/toshas/torch-fidelity/releases", "Apache-2.0")),
-        Model("musiq", Source("MUSIQ's weights, pyiqa's musiq_koniq_ckpt-e95806b9.pth",
-                              "https://huggingface.co/chaofengc/IQA-PyTorch-Weights", "Apache-2.0")),
-        Model("maniqa", Source("MANIQA's weights, pyiqa's ckpt_koniq10k.pt",
-                               "https://huggingface.co/chaofengc/IQA-PyTorch-Weights", "Apache-2.0")),
+        _file("alexnet", "AlexNet's weights, torchvision's alexnet-owt-7be5be79.pth",
+              "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "BSD-3-Clause", "lpips"),
+        _file("inception", "FID's Inception, torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
+              "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0", "Apache-2.0", "torch-fidelity"),
+        _file("musiq", "MUSIQ's weights, pyiqa's musiq_koniq_ckpt-e95806b9.pth", _IQA, _IQA_LICENCE, "pyiqa"),
+        _file("maniqa", "MANIQA's weights, pyiqa's ckpt_koniq10k.pt", _IQA, _IQA_LICENCE, "pyiqa"),
     )
 }  # fmt: skip
 
 _COSINE = "cosine, -1 to 1; DreamBench++ prints 100 times that"
-_FIDELITY = {"library": "torch-fidelity", "imported": "torch_fidelity"}
-_LPIPS = {"library": "lpips", "imported": "lpips"}
-_PYIQA = {"library": "pyiqa", "imported": "pyiqa"}
 _DREAMBOOTH, _DREAMBENCH, _CLOZE = "DreamBooth (Ruiz 2023)", "DreamBench++'s metrics/", "VisualCloze's Table 1"
 
 METRICS: Mapping[str, Metric] = {
@@ -176,13 +182,11 @@ METRICS: Mapping[str, Metric] = {
                      _DREAMBENCH + "dino_score.py"),
     "dinov2": Metric("DINOv2", Compares.REFERENCES, "cosine", "dinov2", True, _COSINE, _DREAMBENCH + "dino_score.py"),
     "pres": Metric("PRES", Compares.REFERENCES, "cosine", "dino", False, _COSINE, _DREAMBOOTH, prior=True),
-    "div": Metric("DIV", Compares.SIBLINGS, "lpips", "alexnet", True, "LPIPS, 0 and more", _DREAMBOOTH, **_LPIPS),
-    "lpips": Metric("LPIPS", Compares.REFERENCES, "lpips", "alexnet", False, "LPIPS, 0 and more", "lpips 0.1.4",
-                    **_LPIPS),
-    "fid": Metric("FID", Compares.SETS, "frechet", "inception", False, "squared distance", "torch-fidelity", 2,
-                  **_FIDELITY),
+    "div": Metric("DIV", Compares.SIBLINGS, "lpips", "alexnet", True, "LPIPS, 0 and more", _DREAMBOOTH),
+    "lpips": Metric("LPIPS", Compares.REFERENCES, "lpips", "alexnet", False, "LPIPS, 0 and more", "lpips 0.1.4"),
+    "fid": Metric("FID", Compares.SETS, "frechet", "inception", False, "squared distance", "torch-fidelity", 2),
     "kid": Metric("KID", Compares.SETS, "kernel", "inception", False, "squared distance; may be below 0",
-                  "torch-fidelity, all pictures in one subset", 5, **_FIDELITY),
+                  "torch-fidelity, all pictures in one subset", 5),
     "fd_dinov2": Metric("FD-DINOv2", Compares.SETS, "frechet", "dinov2", False, "squared distance",
                         "FID's formula on DINOv2's features", 2),
     "ssim": Metric("SSIM", Compares.REFERENCES, "ssim", "", True, "-1 to 1", "Wang 2004; as torchmetrics"),
@@ -190,8 +194,8 @@ METRICS: Mapping[str, Metric] = {
     "f1": Metric("F1", Compares.REFERENCES, "edges", "", True, "0 to 1", _CLOZE),
     "depth_rmse": Metric("RMSE (depth)", Compares.REFERENCES, "depth", "depth_model", False,
                          "0 to 255, each map from its nearest to its farthest point", _CLOZE, 2),
-    "musiq": Metric("MUSIQ", Compares.ALONE, "quality", "musiq", True, "0 to 100", _CLOZE, 2, **_PYIQA),
-    "maniqa": Metric("MANIQA", Compares.ALONE, "quality", "maniqa", True, "0 to 1", _CLOZE, **_PYIQA),
+    "musiq": Metric("MUSIQ", Compares.ALONE, "quality", "musiq", True, "0 to 100", _CLOZE, 2),
+    "maniqa": Metric("MANIQA", Compares.ALONE, "quality", "maniqa", True, "0 to 1", _CLOZE),
 }  # fmt: skip
 
 
@@ -235,7 +239,7 @@ def choose(names: Iterable[str], models: Mapping[str, Path | None]) -> Choice:
 
 
 def _lacking(metric: Metric, models: Mapping[str, Path | None]) -> str:
-    if metric.library and importlib.util.find_spec(metric.imported) is None:
+    if metric.library and importlib.util.find_spec(metric.library.replace("-", "_")) is None:
         return f"{metric.title} is left out: pip install {metric.library}"
     if metric.model and models.get(metric.model) is None:
         return f"{metric.title} is left out: {MODELS[metric.model].missing()}"
