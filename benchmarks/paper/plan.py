@@ -66,11 +66,13 @@ class Published:
 
     :param figures: column's name -> value, in the scale of the results: cosines from 0 to 1
     :param source: where they were read
+    :param adapter: whose own figures are laid beside it; "" for none
     """
 
     method: str
     figures: Mapping[str, float]
     source: str
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Benchmark:
     :param published: figures of others
     :param columns: of further tables: name -> (metric, category or group of which it is the mean)
     :param notes: what a reader of the tables has to know
+    :param hundredfold: metrics that the benchmark's own tables give times 100
     """
 
     name: str
@@ -114,3 +117,4 @@ class Benchmark:
     published: tuple[Published, ...] = ()
     columns: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    hundredfold: tuple[str, ...] = ()
