@@ -279,6 +279,13 @@ def test_the_sheet_shows_each_picture_in_its_place(run):
         assert seen(0, 1) == seen(0, 3) == seen(1, 2) == (200, 0, 0)
 
 
+def test_labels_are_broken_where_they_end():
+    text = "live_subject_animal_04_red_panda\na red panda in a jungle"
+    found = sheet.wrapped(text, lambda part: len(part) <= 12)
+    assert found == ["live_subject", "_animal_04_r", "ed_panda", "a red panda", "in a jungle"]
+    assert sheet.wrapped("ab", lambda part: False) == ["a", "b"], "no width at all still ends"
+
+
 @pytest.mark.parametrize(("number", "most", "expected"), [(3, 6, [0, 1, 2]), (9, 2, [0, 8]), (150, 3, [0, 74, 149])])
 def test_rows_are_spread(number, most, expected):
     assert sheet.spread(number, most) == expected

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.paper.metrics import METRICS, PRIOR
+from benchmarks.paper.records import lines_of
 from networks.deft_config import DeftError, read_text
 
 REAL, BASE = "real", "base"  # the anchors' keys: real pictures beside real ones; the model without an adapter
@@ -121,28 +122,6 @@ def _expected(told: Told, metric: str, of: str) -> int:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def lines_of(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, none where there is no file; what a killed run left of its last line is passed over.
-
-    :raises DeftError: for another line that is no JSON object
-    """
-    if not file.is_file():
-        return
-    lines = read_text(file, f"{file}:").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                return
-            raise DeftError(f"{file}: line {number} is not JSON; remove it, and score again") from None
-        if not isinstance(found, dict):
-            raise DeftError(f"{file}: line {number} is no JSON object; remove it, and score again")
-        yield found
 
 
 def read(results: Path) -> Scored:
