@@ -196,6 +196,15 @@ def test_samples_follow_what_is_drawn_anew_and_leave_out_what_is_missing(run):
     assert len(list((tree / "tgt_image" / NAMES[1]).iterdir())) == 8
 
 
+def test_subjects_that_rates_were_chosen_on_are_no_samples(run):
+    file = run[0] / "results.json"
+    told = json.loads(file.read_text())
+    told["subjects"][NAMES[2]]["tuning"] = True
+    file.write_text(json.dumps(told))
+    (tree,) = trees_of(run).values()
+    assert sorted(path.name for path in (tree / "tgt_image").iterdir()) == sorted({*NAMES} - {NAMES[2]})
+
+
 # --- ratings ---------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +321,7 @@ def test_ratings_are_means_of_what_was_answered(run, tmp_path):
     again = batch(tmp_path / "again.jsonl", given | {f"{tree.name}/cp/{NAMES[0]}/0/full": "Score: 2"})
     asked_again = ratings.read_answers([file, again])
     assert asked_again[ratings.Item(tree.name, "cp", NAMES[0], 0, "full")] == 2, "asked again, it has a score"
+    assert asked_again == ratings.read_answers([again, batch(file, dict.fromkeys(given, "Score: 1"))]), "the first"
 
 
 def test_answers_to_something_else_are_refused(run, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.paper.metrics import METRICS, PRIOR
-from benchmarks.paper.records import lines_of
-from networks.deft_config import DeftError, read_text
+from benchmarks.paper.records import lines_of, read_json
+from networks.deft_config import DeftError
 
 REAL, BASE = "real", "base"  # the anchors' keys: real pictures beside real ones; the model without an adapter
 RECORDS, SCORES = "records.jsonl", "scores.jsonl"
@@ -129,12 +128,12 @@ def read(results: Path) -> Scored:
 
     :raises DeftError: where there is none, or it is no run's
     """
+    told = read_json(results)
+    if not told:
+        raise DeftError(f"{results}: there are no results yet")
     try:
-        told = json.loads(read_text(results, f"{results}:"))
         methods = {key: _method(key, said) for key, said in told["methods"].items()}
         subjects = {name: _subject(said) for name, said in told["subjects"].items()}
-    except json.JSONDecodeError as error:
-        raise DeftError(f"{results}: is not JSON ({error})") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise DeftError(f"{results}: holds no results of a benchmark ({type(error).__name__}: {error})") from None
     folder = results.parent
