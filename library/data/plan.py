@@ -57,7 +57,7 @@ class Picture:
         return (self.path, *mask, *(one.path for one in self.inputs))
 
     @property
-    def alike(self) -> tuple[int, ...]:
+    def alike(self) -> tuple[int, int, int]:
         """What pictures of a batch have in common: the size and, for the model reads both in one row, how many pixels
         the input pictures have together."""
         return (*self.fit.bucket, sum(math.prod(one.crop.size) for one in self.inputs))
@@ -85,6 +85,20 @@ class Dataset:
     def appearances(self) -> int:
         """Of pictures in an epoch."""
         return sum(picture.repeats for picture in self.pictures)
+
+    def alike(self) -> Counter[tuple[int, int, int]]:
+        """What pictures of a batch have in common -> how many pictures of an epoch have that."""
+        counts: Counter[tuple[int, int, int]] = Counter()
+        for picture in self.pictures:
+            counts[picture.alike] += picture.repeats
+        return counts
+
+    def batches(self) -> Counter[tuple[int, int]]:
+        """(width, height) -> batches of an epoch."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for (width, height, _), number in self.alike().items():
+            counts[width, height] += math.ceil(number / self.options.batch_size)
+        return counts
 
     def buckets(self) -> dict[tuple[int, int], int]:
         """(width, height) -> how many pictures of an epoch are of that size, smallest sizes first."""

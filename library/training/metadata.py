@@ -37,7 +37,8 @@ def of_training(run: Run, model: Family, network: DeftNetwork, plan: Plan, lengt
     """
     width, height = run.data.datasets[0].buckets.resolution
     network_args = {key: value for key, value in run.network.network_args.items() if key != "neuron_dropout"}
-    unused = () if model.objective == "flow" else tuple(f"ss_{name}" for name in FLOW_ONLY)
+    unused = set() if model.objective == "flow" else {f"ss_{name}" for name in FLOW_ONLY}
+    unused |= set() if model.takes_pictures else {"ss_max_input_image_size", "ss_condition_dropout_prob"}
     fields: dict[str, object] = {
         "modelspec.title": run.saves.output_name,
         "modelspec.implementation": "diffusers",
