@@ -83,10 +83,11 @@ def condition_dropout(options: CaptionOptions, takes_pictures: bool) -> float:
 
     :param takes_pictures: whether the model's family does; others leave captions out by --caption_dropout_rate alone
     """
-    if not takes_pictures or options.condition_dropout_prob is not None:
-        return options.condition_dropout_prob or 0.0
-    asked_otherwise = options.caption_dropout_rate or options.caption_dropout_every_n_epochs
-    return 0.0 if asked_otherwise else CONDITION_DROPOUT
+    if options.condition_dropout_prob is not None:
+        asked = options.condition_dropout_prob
+    else:  # kohya's options ask for it, too
+        asked = 0.0 if options.caption_dropout_rate or options.caption_dropout_every_n_epochs else CONDITION_DROPOUT
+    return asked if takes_pictures else 0.0
 
 
 def whole(caption: str, options: CaptionOptions) -> str:
