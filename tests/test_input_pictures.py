@@ -120,11 +120,10 @@ def mistakes() -> dict[str, tuple[object, str]]:
         "a missing output": (good | {"output_image": "out/9.png"}, "no such file:"),
         "a name that is too long": (good | {"output_image": "x" * 5000}, "no such file:"),
         "a name with a zero": (good | {"output_image": "\0"}, "no such file:"),
-        "too many pictures": (good | {"input_images": ["in/0.png"] * 2},
-                              "2 input pictures with places <img><|image_k|></img> for 1, where k has to be 1 to 2"),
-        "too few pictures": (good | {"input_images": []}, "0 input pictures with places <img><|image_k|></img> for 1"),
-        "no place": (good | {"instruction": "red"}, "for none, where k has to be 1"),
-        "counted from 0": (good | {"instruction": "<img><|image_0|></img>"}, "for 0, where k has to be 1"),
+        "too many pictures": (good | {"input_images": ["in/0.png"] * 2}, "as in <img><|image_2|></img>"),
+        "too few pictures": (good | {"input_images": []}, "it names <|image_1|>, and there are 0 input pictures"),
+        "no place": (good | {"instruction": "red"}, "it has to name its input pictures, as in <img><|image_1|></img>"),
+        "counted from 0": (good | {"instruction": "<img><|image_0|></img>"}, "it names <|image_0|>, and there is 1"),
         "a place without its frame": (good | {"instruction": "<|image_1|> red"}, "has to be written <img><|image_1|>"),
     }  # fmt: skip
 
@@ -392,7 +391,7 @@ def test_what_is_left_out_moves_no_other_draw(tmp_path, rows):
 
 
 def test_what_is_left_out_where_nothing_is_asked_for():
-    """A hundredth, as OmniGen's own training; captions that are dropped by kohya's options take their pictures along."""
+    """A hundredth, as in OmniGen's own training; captions that kohya's options drop take their pictures along."""
     assert captions.condition_dropout(CaptionOptions(), True) == 0.01
     assert captions.condition_dropout(CaptionOptions(condition_dropout_prob=0.0), True) == 0
     assert captions.condition_dropout(CaptionOptions(caption_dropout_rate=0.3), True) == 0

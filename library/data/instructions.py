@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from library.placeholders import misplaced
 from networks.deft_config import DeftError, nearest, read_text, reason_of
 
-PLACE = re.compile(r"<img><\|image_(\d+)\|></img>")  # where a picture stands in an instruction, counted from 1
 OUTPUT, OUTPUTS = "output_image", "output_images"  # the code's key, and the one of its documentation
 KEYS = ("task_type", "instruction", "input_images", OUTPUT)
 _EXAMPLE = '{"instruction": "a cat", "input_images": [], "output_image": "cat.png"}'
-_ANY_PLACE = re.compile(r"<\|?image_\d+\|?>")
 _NAMED = 5  # further faulty lines that an error names
 
 
@@ -53,22 +51,6 @@ def read(file: Path, folder: str | None) -> list[Row]:
     if not rows:
         raise DeftError(f"{file}: has no rows; each line is one, as {_EXAMPLE}")
     return rows
-
-
-def problem_of(text: str, pictures: int) -> str:
-    """What is wrong with the places for pictures in an instruction or prompt; nothing where all is well.
-
-    :param pictures: that are given with it
-    """
-    named = sorted({int(number) for number in PLACE.findall(text)})
-    if stray := _ANY_PLACE.search(PLACE.sub("", text)):
-        return f"{stray[0]} has to be written <img><|image_1|></img>, with the picture's number"
-    if named != list(range(1, pictures + 1)):
-        places = ", ".join(map(str, named)) or "none"
-        wanted = f"1 to {pictures}" if pictures > 1 else "1" if pictures else "none"
-        given = f"{pictures} input picture{'s' * (pictures != 1)}"
-        return f"{given} with places <img><|image_k|></img> for {places}, where k has to be {wanted}"
-    return ""
 
 
 def _told(faults: Mapping[int, str]) -> str:
@@ -124,7 +106,7 @@ def _row(line: str, files: _Files) -> Row:
     if not isinstance(inputs, list) or not all(isinstance(name, str) and name for name in inputs):
         _wrong("input_images", inputs, "a list of paths, in the order of their places")
     text = " ".join(_text(found, "instruction").split("\n")).strip()
-    if problem := problem_of(text, len(inputs)):
+    if problem := misplaced(text, len(inputs)):
         raise DeftError(problem)
     return Row(output, text, tuple(files.find(name) for name in inputs))
 

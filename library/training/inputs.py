@@ -9,10 +9,10 @@ from pathlib import Path
 
 from library.data import captions, plan
 from library.data.index import header_of
-from library.data.instructions import PLACE, problem_of
 from library.data.plan import InputPicture, Plan, input_picture
 from library.models.loading import outline_of
 from library.options.rooms import DataOptions, Run
+from library.placeholders import PICTURE, misplaced
 from library.prompts import Prompt, told_unused
 from networks.deft_config import DeftError
 
@@ -30,7 +30,7 @@ def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> tuple[list[P
         logger.warning("--max_input_image_size: no effect without input pictures")
     asked = any(one.subset.captions.condition_dropout_prob for one in plan.pictures(pictures))
     texts = [*(one.caption for one in plan.pictures(pictures)), *(prompt.text for prompt in prompts)]
-    if not (with_inputs or given or asked or any(map(PLACE.search, texts))):
+    if not (with_inputs or given or asked or any(map(PICTURE.search, texts))):
         return list(prompts), {}
     file = run.samples.sample_prompts or ""
     if not outline_of(run.model).takes_pictures:
@@ -42,7 +42,7 @@ def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> tuple[list[P
             raise DeftError(f"{what}; --caption_dropout_rate leaves captions out")
         return told_unused(prompts, f"--sample_prompts {file}:"), {}
     for one in plan.pictures(pictures):
-        if problem := problem_of(captions.whole(one.caption, one.subset.captions), len(one.inputs)):
+        if problem := misplaced(captions.whole(one.caption, one.subset.captions), len(one.inputs)):
             raise DeftError(f"the caption of {one.path}: {problem}")
     return _of_prompts(prompts, Path(file), most)
 
@@ -59,7 +59,7 @@ def _of_prompts(prompts: Sequence[Prompt], file: Path, most: int) -> tuple[list[
     found: list[Prompt] = []
     pictures: dict[str, InputPicture] = {}
     for prompt in prompts:
-        if problem := problem_of(prompt.text, len(prompt.inputs)):
+        if problem := misplaced(prompt.text, len(prompt.inputs)):
             raise DeftError(f"{option} {problem}, in '{prompt.text}'")
         paths = [_path(name, file.parent) for name in prompt.inputs]
         for name, path in zip(prompt.inputs, paths, strict=True):

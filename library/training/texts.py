@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,8 +14,6 @@ from library.data.cache import Entries, Memory, Store
 from library.models.family import Family, Text
 from library.options.rooms import CacheOptions
 from networks.deft_config import DeftError
-
-logger = logging.getLogger(__name__)
 
 
 class Texts:
@@ -52,11 +49,6 @@ class Texts:
 
         :param dtype: of the encoders meanwhile
         """
-        if self.model.takes_pictures:
-            logger.warning(
-                "--cache_text_encoder_outputs: no effect, captions go through the transformer that is trained"
-            )
-            return
         device, different = self.accelerator.device, list(dict.fromkeys(captions))
         encoders = self.model.text_encoders
         for encoder in encoders:
