@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,21 +18,29 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
 from library.data import captions, instructions
-from library.data.batches import Loader, Turn
+from library.data.batches import Loader, Turn, joined
 from library.data.examples import Examples, drawn
 from library.data.index import Index
 from library.data.plan import Plan, divided, fingerprint, pictures, plan_of
 from library.data.remarks import Remarks
 from library.data.resizing import INPUT_STEPS, input_crop
 from library.models.family import Family
+from library.models.omnigen import OmniGen
 from library.options.parse import parse
 from library.options.rooms import CaptionOptions, DataOptions
+from library.prompts import Prompt, read_prompts
 from library.training import prepare
+from library.training.randoms import Randoms
 from networks.deft_config import DeftError
-from tests.conftest import arguments
+from tests.conftest import ROOT, arguments, in_two_processes, loaded
+from tests.small_omnigen import build
+from tests.test_data_sets import losses_of
+from tests.test_resume import EXACT, RECORD, assert_equal, command, tensors, wait_until
+from tests.test_resume import run as run_apart
 
 PLACES = "<img><|image_1|></img>"
 TWO_PLACES = f"{PLACES} with the hat of <img><|image_2|></img>"
@@ -406,3 +417,221 @@ def test_a_dropped_caption_takes_its_pictures_along_and_is_the_familys(rows, acc
     seen = {(one.caption, len(one.inputs)) for one in found}
     assert seen == {("<cfg>", 0), (TWO_PLACES, 2)}
     assert all([tuple(one.shape) for one in e.inputs] == [(3, 64, 64), (3, 48, 96)] for e in found if e.inputs)
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def omnigen_folder(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("omnigen"))
+
+
+@pytest.fixture
+def omnigen(omnigen_folder, fresh_accelerator) -> Family:
+    return loaded(omnigen_folder)
+
+
+def batch_of(file: Path, model: Family, *more: str):
+    """Its rows, of one size, in the file's order."""
+    options = options_of(file, "--condition_dropout_prob", "0", *more)
+    plan, latents = prepare.read_pictures(options, planned(options), model, Accelerator(cpu=True))
+    examples = Examples(plan, latents, 1.0, model.pixels_per_latent, 1, model.takes_pictures, model.dropped)
+    return joined([examples[Turn(0, number, 1, number, 0, 1)] for number in range(len(plan[0].pictures))])
+
+
+def test_one_step_lowers_the_loss_on_one_pair(rows, omnigen):
+    """And it is the input pictures' answer that is learnt: with others, the loss is another."""
+    written(rows, [json.loads(rows.read_text().splitlines()[2])])
+    batch, randoms = batch_of(rows, omnigen), Randoms(1, 0, range(1))
+    losses = losses_of(omnigen, False)
+    before = losses(batch, randoms).mean()
+    before.backward()
+    with torch.no_grad():
+        for parameter in losses.adapter.module.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.01 * parameter.grad
+        after = losses(batch, randoms).mean()
+        swapped = losses(replace(batch, inputs=(batch.inputs[0][::-1],)), randoms).mean()
+    assert after < before.detach() - 1e-6
+    assert abs(swapped - after) > 1e-6
+
+
+@torch.no_grad()
+def test_every_caption_has_its_own_pictures_wherever_it_is_asked(rows, omnigen, monkeypatch):
+    """Preserved rows and those with the class's words included; a row's loss is the same alone and in a batch."""
+    asked = []
+    encode = OmniGen.encode_text
+
+    def noted(self, texts, inputs=()):
+        asked.extend(zip(texts, inputs or [()] * len(texts), strict=True))
+        return encode(self, texts, inputs)
+
+    monkeypatch.setattr(OmniGen, "encode_text", noted)
+    batch = batch_of(rows, omnigen)
+    losses = losses_of(omnigen, True, trigger_word="snow", diff_output_preservation_class="rain")
+    together = losses(replace(batch, preserved=(2,)), Randoms(1, 0, range(3)))
+    own = dict(zip(batch.captions, batch.inputs, strict=True))
+    own[f"{PLACES} in rain"] = own[f"{PLACES} in snow"]
+    assert {text for text, _ in asked} == own.keys()
+    for text, given_with_it in asked:
+        assert len(given_with_it) == len(own[text])
+        assert all(torch.equal(one, other) for one, other in zip(given_with_it, own[text], strict=True))
+    for i in range(3):
+        alone = replace(
+            batch, latents=batch.latents[i : i + 1], captions=batch.captions[i : i + 1], sizes=batch.sizes[i : i + 1],
+            weights=None, inputs=(batch.inputs[i],) if batch.inputs[i] else (), preserved=(0,) if i == 2 else (),
+        )  # fmt: skip
+        assert torch.allclose(losses(alone, Randoms(1, 0, range(i, i + 1))), together[i], rtol=1e-4)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_prompts_in_every_format(tmp_path):
+    def read(name: str, text: str) -> list[Prompt]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return read_prompts(str(tmp_path / name), (64, 64))
+
+    expected = [("two", ("a b.png", "c.png")), ("one", ("d.png",)), ("none", ())]
+    lines = read("p.txt", "two --i a b.png --w 64 --i c.png\none --i d.png\nnone\n")
+    table = [{"prompt": "two", "image": ["a b.png", "c.png"]}, {"prompt": "one", "image": "d.png"}, "none"]
+    toml = "".join(f"[[prompt.subset]]\nprompt = '{text}'\nimage = {list(files)}\n" for text, files in expected)
+    for found in (lines, read("p.json", json.dumps(table)), read("p.toml", f"[prompt]\n{toml}")):
+        assert [(one.text, one.inputs) for one in found] == expected
+    with pytest.raises(DeftError, match="image = 3 is no file"):
+        read("q.json", json.dumps([{"prompt": "x", "image": 3}]))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (f"{PLACES} --i nowhere.png", "--i nowhere.png: no such file, in"),
+        (f"{PLACES} --i broken.png", "--i broken.png: cannot be read"),
+        (f"{PLACES} red", "it names <|image_1|>, and there are 0 input pictures, in"),
+        ("red --i in.png", "it has to name its input pictures, as in <img><|image_1|></img>, in 'red'"),
+    ],
+)
+def test_mistakes_in_prompts_are_told_before_the_model_is_loaded(rows, omnigen_folder, tmp_path, capsys, line, told):
+    picture(tmp_path / "in.png")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    (tmp_path / "p.txt").write_text(line)
+    assert trained(omnigen_folder, rows, tmp_path, sample_prompts=tmp_path / "p.txt", sample_at_first=True) == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert told in error
+
+
+def trained(folder: Path, rows: Path | None, tmp_path: Path, **changes) -> int:
+    """Runs the trainer in this process; loading ends it where nothing but mistakes are looked for."""
+    import train_network_deft
+
+    return train_network_deft.main(given_to(folder, rows, tmp_path, **changes))
+
+
+def given_to(folder: Path, rows: Path | None, tmp_path: Path, **changes) -> list[str]:
+    common = {"train_data_dir": None, "train_jsonl": rows, "learning_rate": 1e-3, "train_batch_size": 2}
+    return arguments(folder, tmp_path / "none", tmp_path, **common | changes)
+
+
+# --- trainings -------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_read_no_pictures_refuse_them_before_they_are_loaded(
+    rows, model_folder, tmp_path, capsys, caplog, monkeypatch, fresh_accelerator
+):
+    import train_network_deft
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_network_deft, "load", None)
+        assert trained(model_folder, rows, tmp_path) == 2
+        assert "rows.jsonl: 1.png has input pictures, and" in capsys.readouterr().err
+        written(rows, [json.loads(rows.read_text().splitlines()[0])])
+        assert trained(model_folder, rows, tmp_path, condition_dropout_prob=0.1) == 2
+        assert "reads no input pictures; --caption_dropout_rate leaves captions out" in capsys.readouterr().err
+    (tmp_path / "p.txt").write_text("a cat --i nowhere.png --w 64 --h 64 --s 1")
+    assert trained(model_folder, rows, tmp_path, sample_prompts=tmp_path / "p.txt", sample_at_first=True) == 0
+    assert "image not used; other models have it" in caplog.text
+    with safe_open(tmp_path / "out" / "cat.safetensors", "pt") as file:
+        assert not {"ss_condition_dropout_prob", "ss_max_input_image_size"} & file.metadata().keys()
+
+
+def test_a_training_with_samples_of_their_own_pictures(rows, omnigen_folder, tmp_path, monkeypatch, fresh_accelerator):
+    """Every file is encoded once; what is drawn is drawn with the prompt's picture."""
+    encoded, shown = [], []
+    encode, draw = Family.encode_image, OmniGen.draw
+
+    def noted(self, pixels, generators):
+        encoded.extend(tuple(one.shape[1:]) for one in pixels)
+        return encode(self, pixels, generators)
+
+    def watched(self, prompt, text, negative, sampler=None, bar=None, inputs=()):
+        shown.append([tuple(one.shape) for one in inputs])
+        return draw(self, prompt, text, negative, sampler, bar, inputs)
+
+    monkeypatch.setattr(Family, "encode_image", noted)
+    monkeypatch.setattr(OmniGen, "draw", watched)
+    picture(tmp_path / "mine.png", (48, 80), 3)
+    (tmp_path / "p.txt").write_text(f"{PLACES} red --i mine.png --s 1 --d 1\na cat --s 1 --d 1\n")
+    changes = {"sample_prompts": tmp_path / "p.txt", "sample_every_n_steps": 1, "max_train_steps": 2}
+    assert trained(omnigen_folder, rows, tmp_path, **changes) == 0
+    assert len(encoded) == 6
+    assert (80, 48) in encoded
+    assert shown == [[(4, 10, 6)], []] * 2
+    assert len(list((tmp_path / "out" / "sample").iterdir())) == 4
+    with safe_open(tmp_path / "out" / "cat.safetensors", "pt") as file:
+        fields = file.metadata()
+    assert fields["ss_condition_dropout_prob"] == "0.01"
+    assert fields["ss_max_input_image_size"] == "1024"
+    assert json.loads(fields["ss_dataset_dirs"]) == {"rows.jsonl": {"n_repeats": 1, "img_count": 3}}
+
+
+def test_the_page_shows_input_pictures(rows, omnigen_folder, tmp_path, fresh_accelerator):
+    assert trained(omnigen_folder, rows, tmp_path, debug_dataset=True) == 0
+    (page,) = (tmp_path / "out").glob("*.html")
+    text = page.read_text(encoding="utf-8")
+    assert text.count('alt="input picture 1"') == 2
+    assert text.count('alt="input picture 2"') == 1
+    assert "input picture 2: " in text
+    assert "96 × 48" in text
+
+
+def alike(tmp_path: Path, number: int) -> Path:
+    """Pairs of one size."""
+    rows = []
+    for i in range(number):
+        picture(tmp_path / "pairs" / f"{i}.png", (64, 64), i)
+        picture(tmp_path / "pairs" / f"in{i}.png", (32, 32), 50 + i)
+        rows.append({"instruction": f"{PLACES} {i}", "input_images": [f"in{i}.png"], "output_image": f"{i}.png"})
+    return written(tmp_path / "pairs" / "rows.jsonl", rows)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there")
+def test_killed_and_resumed_bit_for_bit(omnigen_folder, tmp_path):
+    changes = {"condition_dropout_prob": 0.4, "gradient_accumulation_steps": 2, "max_train_steps": 9,
+               "save_state": True, "save_every_n_steps": 1, "network_dropout": 0.1}  # fmt: skip
+    given_once = given_to(omnigen_folder, alike(tmp_path, 7), tmp_path, **changes)
+    out = tmp_path / "out"
+    run_apart([*given_once, "--output_name", "undisturbed"])
+    child = subprocess.Popen(command(given_once), cwd=ROOT, env=EXACT, stderr=subprocess.DEVNULL)
+    wait_until(lambda: any(out.glob("cat-step0000000[4-9]-state")))
+    child.kill()
+    child.wait()
+    (out / "cat.safetensors").unlink(missing_ok=True)
+    run_apart([*given_once, "--resume", str(out / "cat-step00000003-state")])
+    assert_equal(tensors(out), tensors(out, "undisturbed"))
+
+
+def test_one_process_and_two_have_the_same_losses(omnigen_folder, tmp_path):
+    file = alike(tmp_path, 4)
+    changes = {"condition_dropout_prob": 0.3, "train_batch_size": 1, "max_train_steps": 5}
+    commands = {
+        number: given_to(omnigen_folder, file, tmp_path, **changes, gradient_accumulation_steps=2 // number)
+        for number in (1, 2)
+    }
+    script = tmp_path / "one.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{RECORD}", encoding="utf-8")
+    subprocess.run([sys.executable, str(script), str(tmp_path / "1.json"), *commands[1]], check=True, env=EXACT)
+    in_two_processes(tmp_path, RECORD, str(tmp_path / "2.json"), *commands[2])
+    one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
+    assert len(one) == 5
+    assert one == pytest.approx(two, rel=1e-5)

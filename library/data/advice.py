@@ -210,7 +210,11 @@ RULES = (
     Rule(without_trigger, 0.2, "what these pictures teach is not bound to the word; add it", grave=True),
     Rule(same_captions, 5, "what the pictures have in common is all learnt as one; say what is to stay changeable"),
     Rule(cut_captions, 0, "what is behind is not read; shorten them, or give --max_token_length 225 (not FLUX.1)"),
-    Rule(alone_in_bucket, 1, "it is trained in batches of itself alone; crop it to the shape of others"),
+    Rule(
+        alone_in_bucket,
+        1,
+        "it is trained in batches of itself alone; crop it, and its input pictures, to the shape of others",
+    ),
     Rule(batches_never_full, 1, "batches are never full, and rates meant for full ones too high; give a smaller one"),
     Rule(drowned, 0.1, "the others drown it; give it more repeats, or the others fewer", grave=True),
     Rule(

@@ -65,7 +65,8 @@ def _of_prompts(prompts: Sequence[Prompt], file: Path, most: int) -> tuple[list[
         for name, path in zip(prompt.inputs, paths, strict=True):
             header = header_of(path)
             if header.error:
-                raise DeftError(f"{option} --i {name}: cannot be read ({header.error}), in '{prompt.text}'")
+                reason = f"cannot be read ({header.error})" if path.is_file() else "no such file"
+                raise DeftError(f"{option} --i {name}: {reason}, in '{prompt.text}'")
             pictures[str(path)] = input_picture(path, header, most)
         found.append(replace(prompt, inputs=tuple(map(str, paths))))
     return found, pictures
