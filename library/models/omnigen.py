@@ -16,13 +16,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, OmniGe
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from library import placeholders
 from library.models import omnigen_drawing, omnigen_sequence, samplers
 from library.models.family import Family, Text
 from library.models.outline import Encoder, Outline, config_of, pixels_per_latent
-from library.models.reading import check_whole, part_of_folder, shapes_of, tokenizer_from, whole
+from library.models.reading import check_whole, index_of, part_of_folder, shapes_of, tokenizer_from, whole
 from library.models.vae import load_vae, own_vae
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
@@ -167,6 +167,13 @@ def is_original(location: Path) -> bool:
     return _QKV in shapes_of(file)
 
 
+def is_known(location: Path) -> bool:
+    """Whether it is a folder of OmniGen's, in either form."""
+    if (location / "model_index.json").is_file():
+        return index_of(location).get("_class_name") == "OmniGenPipeline"
+    return is_original(location)
+
+
 def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> OmniGen:
     """See `library.models.loading.load`; a Diffusers folder, or one of the original's."""
     unused = [f"--{name}" for name in _OF_OTHERS if getattr(options, name)]
@@ -214,8 +221,9 @@ def _tokens(config: dict[str, Any]) -> int:
 
 
 def _tokenizer(location: Path, options: ModelOptions) -> Any:
+    """As its tokenizer.json says, which it was trained with; transformers 5 makes another of a LlamaTokenizer."""
     folder = location if is_original(location) else location / "tokenizer"
-    return tokenizer_from(options.tokenizer or str(folder), AutoTokenizer)
+    return tokenizer_from(options.tokenizer or str(folder), PreTrainedTokenizerFast)
 
 
 def _scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:

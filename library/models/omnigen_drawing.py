@@ -26,6 +26,7 @@ class Pipeline(DiffusionPipeline):
     """The parts of an OmniGenPipeline; called as one, for latents."""
 
     default_sample_size = 128  # latents a side
+    default_guidance = GUIDANCE
 
     def __init__(self, transformer: Any, scheduler: Any, vae: Any, tokenizer: Any):
         super().__init__()
