@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Flux(Family):
         """Whether it is told its guidance."""
         return self.pipeline.transformer.config.guidance_embeds
 
-    def encode_text(self, captions: list[str]) -> Text:
+    def encode_text(self, captions: list[str], inputs: Sequence[Sequence[Tensor]] = ()) -> Text:
         """`pooled` (b, 768) of CLIP; `hidden` (b, tokens, 4096) of T5, 0 for what --apply_t5_attn_mask leaves out."""
         clip, t5 = self.pipeline.text_encoder, self.pipeline.text_encoder_2
         read = clip.config.max_position_embeddings
