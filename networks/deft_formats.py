@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 from networks.deft_kinds import Change, Dense, Facts, OnBase, change_of
 from networks.deft_names import DENOISER
+from networks.deft_targets import TOGETHER
 
 __all__ = [
     "FORMATS",
@@ -298,7 +300,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
     layers, left = _by_layer(tensors, source)
     if not layers:
         raise DeftError(f"{source}: holds no adapter layers")
-    models = {layer: _model_of(layer) for layer in layers}
+    models = {layer: _model_of(layer.partition(TOGETHER)[0]) for layer in layers}
     widths = {
         parts["lora_down.weight"].shape[1]
         for layer, parts in layers.items()
@@ -403,7 +405,8 @@ def _makers(
     for layer, parts in layers.items():
         format, model, path = models[layer]
         path, _, given = re.sub(r"-(\d+)$", r"#\1", path).partition("#")  # a part by our own files' names
-        several = deft_names.layers_in(row, model, path)
+        several = [_model_of(one)[2] for one in layer.split(TOGETHER)] if TOGETHER in layer else []
+        several = several or deft_names.layers_in(row, model, path)
         try:
             names = [deft_names.key_name(row, model, one) for one in several or (path,)]
             name, piece = (layer, "") if model == "kept" else names[0]
@@ -436,15 +439,25 @@ def _share(make: Callable[[], Change], k: int, number: int, layer: str, source: 
     def share() -> Change:
         change = make()
         rows = change.shape[0] // number
-        if isinstance(change, OnBase) or rows * number != change.shape[0]:
-            raise DeftError(f"{source}: {layer} is of {number} layers in one, whose changes cannot be had apart")
+        if rows * number != change.shape[0]:
+            raise DeftError(f"{source}: {layer} is of {number} layers in one, which are not of one size")
         if isinstance(change, Factors):
             return deft_factors.rows_of(change, k * rows, rows)
+        if isinstance(change, OnBase):
+            refused = functools.partial(_refuse_apart, layer, number, source)
+            return replace(change, shape=(rows, *change.shape[1:]), delta=refused)
         whole = change.delta
         return replace(change, shape=(rows, *change.shape[1:]), delta=lambda: whole()[k * rows : (k + 1) * rows])
 
     share()  # which finds what is wrong with it
     return share
+
+
+def _refuse_apart(layer: str, number: int, source: str, W: Tensor) -> Tensor:
+    raise DeftError(
+        f"{source}: {layer} is of {number} layers in one and depends on all their weights; a DEFT file becomes a LoRA "
+        f"by convert_deft.py --base MODEL"
+    )
 
 
 def _wholes(pieces: Mapping[str, Mapping[str, Callable[[], Change]]], source: str) -> dict[str, Callable[[], Change]]:

@@ -138,7 +138,10 @@ class Ranks:
     def rate_of(self, target: Target, rate: float | None, denoiser: bool) -> tuple[str, float | None]:
         """A layer's own learning rate, where its half's is `rate`, and what to call it in logs."""
         for i, (pattern, own) in enumerate((self.config.network_reg_lrs or {}).items()):
-            if any(self._matches(pattern, piece) for piece in target.pieces):
+            matching = [self._matches(pattern, part) for part in target.parts or (target,)]
+            if any(matching) and not all(matching):
+                raise DeftError(f"fuse_qkv=true: {target.name} has rates that differ; give all of it one")
+            if any(matching):
                 return f" reg_lr_{i}", own
         if rate is None or not denoiser or self.weights is None or self.architecture.blocks is None:
             return "", rate

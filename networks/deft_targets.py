@@ -545,6 +545,7 @@ ARCHITECTURES = (
             ),
         ),
         numbered={"train_block_indices": r"_layers_(\d+)_"},
+        together=("_self_attn_to_q", "_self_attn_to_k", "_self_attn_to_v"),
     ),
 )
 
