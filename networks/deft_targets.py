@@ -95,6 +95,7 @@ class Architecture:
     :param unread: pattern of key names -> what to say of a LoRA file with such layers, which not every client reads
     :param with_convolutions: pattern of the key names that are adapted only where k x k convolutions are; those of
         `Part.conv_containers`
+    :param peft_form: the form of the denoiser whose programs read a folder of peft's
     :param patterns_fit_paths: `network_reg_dims` and `network_reg_lrs` have to fit a layer's whole path, with dots,
         instead of being found in its key name
     """
@@ -112,6 +113,7 @@ class Architecture:
     left_out: str | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
     with_convolutions: str = "(?!)"
+    peft_form: str = "diffusers"
     patterns_fit_paths: bool = False
 
     def options(self) -> set[str]:
@@ -546,6 +548,7 @@ ARCHITECTURES = (
         ),
         numbered={"train_block_indices": r"_layers_(\d+)_"},
         together=("_self_attn_to_q", "_self_attn_to_k", "_self_attn_to_v"),
+        peft_form="original",  # its pipeline's merge_lora
     ),
 )
 
