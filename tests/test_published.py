@@ -71,7 +71,7 @@ OMNIGEN = r"_self_attn_to_([qkv]|out_0)$"
 ATTENTION = r"_attn[12]_to_([qkv]|out_0)$"
 ALL = {
     "omnigen_joint": Published(omnigen_transformer, orthogonal, OMNIGEN, 64, ((1, 1), None)),
-    "omnigen_paper": Published(omnigen_transformer, orthogonal, OMNIGEN, 64, ((1, 1), (1, 1.42))),
+    "omnigen_paper": Published(omnigen_transformer, orthogonal, OMNIGEN, 64, ((1, 1), (1, 2**0.5))),
     "omnigen_single": Published(omnigen_transformer, unconstrained, OMNIGEN, 8, ((1, 1), (0.816, 1))),
     "omnigen_para": Published(omnigen_transformer, removed, OMNIGEN, 64, (None, (1, 1))),
     "dreambench_plus_sdxl": Published(
@@ -90,9 +90,11 @@ def run_of(name: str) -> Run:
     return parse(["--config_file", str(FOLDER / f"{name}.toml")])
 
 
-def network_of(name: str, model: nn.Module) -> deft.DeftNetwork:
+def network_of(name: str, model: nn.Module, most: int = 1000) -> deft.DeftNetwork:
+    """:param most: a limit of the rank, for a small model"""
     options = run_of(name).network
-    sizes = options.network_dim, options.network_alpha
+    rank = min(options.network_dim, most)
+    sizes = rank, options.network_alpha * rank / options.network_dim
     net = deft.create_network(1.0, *sizes, None, [], model, **options.network_args)
     net.apply_to([], model)
     return net
@@ -112,7 +114,7 @@ def test_the_network_has_the_published_layers_ranks_and_matrices(name):
     linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     wanted = [path for path in linear if re.search(published.layers, "_" + path.replace(".", "_"))]
     assert len(pieces) == len(wanted)
-    assert {m.rank for m in net.all_modules} == {min(published.rank, 16)} or published.rank < 16
+    assert all(m.rank == min(published.rank, *m.target.shape) for m in net.all_modules)
     assert {m.scale for m in net.all_modules} == {published.scale}
     assert any(len(m.target.pieces) == 3 for m in net.all_modules) == published.together
 
@@ -121,7 +123,7 @@ def test_the_network_has_the_published_layers_ranks_and_matrices(name):
 def test_answers_and_gradients_are_those_of_the_published_formula(name):
     """Of each layer, as if trained: W' applied to an input, and the gradients of P and R, in float64."""
     published, model = ALL[name], ALL[name].model().requires_grad_(False)
-    net = network_of(name, model).train()
+    net = network_of(name, model, 8).train()
     perturb(net)
     for module in net.all_modules:
         x = torch.randn(3, module.target.shape[1])
@@ -192,7 +194,7 @@ def test_the_first_steps_are_as_far_as_the_comments_say(name):
             size = 1.0  # of what an entry's step is to be compared with
             if m.config.basis == "qr":
                 std = 1 / (3 * m.rank) ** 0.5 if name == "omnigen_para" else 0.02
-                size = float(m.P.norm(dim=0).mean()) / (std * m.target.shape[0] ** 0.5)
+                size = float(m.P.detach().norm(dim=0).mean()) / (std * m.target.shape[0] ** 0.5)
             moved_P.append(rates[m.P] * m.P_rate / of_P / size)
     for moved, expected in zip((moved_R, moved_P), published.steps, strict=True):
         assert bool(moved) == (expected is not None)
