@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from networks import deft_math
 from networks.deft_autograd import LayerFactors
 from networks.deft_config import DeftError
-from networks.deft_forward import Share
-from networks.deft_module import DeftModule
+from networks.deft_module import DeftModule, Share
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from networks import deft_math, deft_weights
 from networks.deft_autograd import Batch
 from networks.deft_config import DeftConfig, DeftError
-from networks.deft_forward import AdaptedForward, Share
+from networks.deft_forward import AdaptedForward
 from networks.deft_renewal import forget_moments
 from networks.deft_targets import Target
 from networks.deft_weights import add_to_weight, read_weight
@@ -256,6 +256,67 @@ class DeftModule(AdaptedForward, nn.Module):
     def restore_weight(self) -> None:
         """See `deft_weights.restore`."""
         deft_weights.restore(self.target)
+
+
+class Share(AdaptedForward):
+    """One of several layers that a module adapts together: some rows of its up, and all of its down.
+
+    :param module: whose `target` has several `places`
+    :param target: the one of them that this is
+    :param first: its first row in the module's P
+    """
+
+    def __init__(self, module: DeftModule, target: Target, first: int) -> None:
+        self.module, self.target = module, target
+        self.rows = slice(first, first + target.shape[0])
+        self.org_forward = target.layer.forward
+        self._is_plain_linear = False
+
+    @property
+    def P(self) -> nn.Parameter:  # type: ignore[override]
+        """The module's, and so is what follows."""
+        return self.module.P
+
+    @property
+    def R(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.module.R
+
+    @property
+    def g(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.module.g
+
+    @property
+    def config(self) -> DeftConfig:  # type: ignore[override]
+        return self.module.config
+
+    @property
+    def batch(self) -> Batch | None:  # type: ignore[override]
+        return self.module.batch
+
+    @property
+    def multiplier(self) -> float:  # type: ignore[override]
+        return self.module.multiplier
+
+    @property
+    def enabled(self) -> bool:  # type: ignore[override]
+        return self.module.enabled
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.module.training
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """See `AdaptedForward`; all of the module's factors are formed for it."""
+        up, down = self.module.lora_factors()
+        return up[self.rows], down
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """See `AdaptedForward`; of this layer."""
+        return read_weight(self.org_module, self.target.rows, self.module.P.device).to(dtype)
+
+    def gain(self, dtype: torch.dtype) -> float:
+        """See `AdaptedForward`."""
+        return self.module.gain(dtype)
 
 
 def _shares(module: DeftModule) -> tuple[Share, ...]:

@@ -69,9 +69,7 @@ def add_to_weight(target: Target, up: Tensor, down: Tensor, multiplier: float) -
     """
     for place, rows in zip(target.places, up.split([place.shape[0] for place in target.places]), strict=True):
         if hasattr(place.layer, "scale_weight"):
-            raise DeftError(
-                f"{place.name}: cannot be merged into a scaled fp8 weight; merge into the bf16 file first"
-            )
+            raise DeftError(f"{place.name}: cannot be merged into a scaled fp8 weight; merge into the bf16 file first")
         weight = rows_of(place.layer.weight.data, place.rows)
         delta = rows.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
         weight.copy_((read_weight(place.layer, place.rows).float() + multiplier * delta).view_as(weight))

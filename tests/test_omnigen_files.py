@@ -1,4 +1,4 @@
-"""OmniGen's adapters in files: diffusers' names, the original package's folders, and the loader for diffusers' class."""
+"""OmniGen's adapters in files: diffusers' names, the original package's folders, the loader for diffusers' class."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def test_the_original_merges_what_peft_makes_of_the_folder(tmp_path, options):
         assert {kind: config[patterns].get(kind, config[default]) for kind in ranks} == ranks
         assert set(config[patterns]) <= {"qkv_proj"}
     tensors = load_file(tmp_path / "cat" / "adapter_model.safetensors")
-    down, up = (
-        tensors[f"base_model.model.llm.layers.0.self_attn.qkv_proj.lora_{side}.weight"] for side in "AB"
-    )
+    down, up = (tensors[f"base_model.model.llm.layers.0.self_attn.qkv_proj.lora_{side}.weight"] for side in "AB")
     assert down.shape == (fused, 16)
     assert up.shape == (48, fused)
 
@@ -236,6 +234,6 @@ def test_in_bfloat16_as_pipelines_are(tmp_path):
         lora = load_lora(model, file, 1.0)
         assert answer(model).dtype == torch.bfloat16
         assert not torch.equal(answer(model), base)
-        assert {name for name in deltas(lora)} == {m.lora_name for m in lora.all_modules}
+        assert set(deltas(lora)) == {m.lora_name for m in lora.all_modules}
         lora.remove()
         assert torch.equal(answer(model), base)

@@ -77,9 +77,7 @@ ALL = {
     "dreambench_plus_sdxl": Published(
         sdxl_unet, no_basis, ATTENTION, 4, ((0.638, 1.141), (0.358, 0.561)), together=False
     ),
-    "dreambench_plus_sdxl_para": Published(
-        sdxl_unet, removed, ATTENTION, 4, (None, (0.358, 0.561)), together=False
-    ),
+    "dreambench_plus_sdxl_para": Published(sdxl_unet, removed, ATTENTION, 4, (None, (0.358, 0.561)), together=False),
     "peft_sd21": Published(
         lambda: sd_unet(1024), orthogonal, r"_attn[12]_to_[qv]$", 8, ((0.322, 0.646), (0.506, 1.012)), 2.0, False
     ),
