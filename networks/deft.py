@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks import deft_factors, deft_io, deft_keep, deft_load, deft_math, deft_module
+from networks import deft_factors, deft_io, deft_keep, deft_load, deft_math, deft_weights
 from networks.deft_batch import BatchedFactors
 from networks.deft_config import DeftConfig, DeftError, options_of_file, parse_options, user_options
 from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer
 from networks.deft_load import LoadResult
-from networks.deft_module import DeftModule, add_to_weight
+from networks.deft_module import DeftModule
 from networks.deft_progress import progress
 from networks.deft_ranks import Ranks
 from networks.deft_targets import Part, Target, as_list, base_metadata, looks_made_for, recognise
+from networks.deft_weights import add_to_weight
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class DeftNetwork(nn.Module):
         architecture, denoiser = recognise(unet)
         self._known_as = base_metadata(unet, denoiser)
         self.ranks = Ranks(config, architecture)
-        of_file = None if source is None else deft_load.layers_of_file(source, architecture, config.split_qkv)
+        of_file = None if source is None else deft_load.layers_of_file(source, architecture, config)
         chosen = of_file or self.ranks.chosen
         capped: list[str] = []
 
@@ -169,15 +170,17 @@ class DeftNetwork(nn.Module):
         """
         without = []
         for module in self.all_modules:
-            found = directions.get(module.target.file_name)
-            if found is None:
+            pieces = [directions[piece.file_name] for piece in module.target.pieces if piece.file_name in directions]
+            for found in pieces:
+                if len(found) != module.target.shape[1]:
+                    raise DeftError(
+                        f"keep={file}: {module.lora_name} has {module.target.shape[1]} inputs, the file is made for a "
+                        f"model with {len(found)}"
+                    )
+            if not pieces:
                 without.append(module.lora_name)
-            elif len(found) != module.target.shape[1]:
-                raise DeftError(
-                    f"keep={file}: {module.lora_name} has {module.target.shape[1]} inputs, the file is made for a "
-                    f"model with {len(found)}"
-                )
-            module.kept = None if found is None else found.to(module.P.device)
+            kept = deft_keep.together(pieces, f"keep={file}: {module.lora_name}") if pieces else None
+            module.kept = None if kept is None else kept.to(module.P.device)
         if len(without) == len(self.all_modules):
             raise DeftError(f"keep={file}: none of the adapted layers is in it; it is made for another model")
         if without:
@@ -238,7 +241,8 @@ class DeftNetwork(nn.Module):
         if not self.all_modules:
             raise DeftError("nothing to train: the file or the options leave no module in the chosen half of the model")
         if self._makes_keep:
-            self._watch = deft_keep.Watch([module.target for module in self.all_modules], deft_keep.DIRECTIONS)
+            places = [place for module in self.all_modules for place in module.target.places]
+            self._watch = deft_keep.Watch(places, deft_keep.DIRECTIONS)
         elif self.config.keep is not None and all(module.kept is None for module in self.all_modules):
             deft_keep.read_kept(self.config.keep)  # says that it is not there
         for module in self.all_modules:
@@ -473,9 +477,10 @@ class DeftNetwork(nn.Module):
             self._log_padding(file, dtype, [(f.rank, f.up.shape[0] + f.down.shape[1]) for f in factors.values()])
         recorded: dict[str, list[float]] = {}
         for m in self.all_modules:
-            name = m.lora_name if self.config.save_format == "deft" else m.target.file_name
-            before = recorded.get(name, [0])[0]
-            recorded[name] = [before + m.rank, m.scale, exponents.get(name, 0)]
+            of_files = [piece.file_name for piece in m.target.pieces]
+            for name in [m.lora_name] if self.config.save_format == "deft" else of_files:
+                before = recorded.get(name, [0])[0]
+                recorded[name] = [before + m.rank, m.scale, exponents.get(name, 0)]
         full = self._known_as | {key: str(value) for key, value in (metadata or {}).items()}
         full |= {deft_io.VERSION_KEY: deft_io.VERSION}
         full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
@@ -487,10 +492,11 @@ class DeftNetwork(nn.Module):
         """Key name -> the change of the weight that files know, parts of one weight put together."""
         parts: dict[str, list[tuple[Factors, Target]]] = {}
         for module in self.all_modules:
-            kernel = tuple(module.target.layer.weight.shape[1:])
-            parts.setdefault(module.target.file_name, []).append(
-                (Factors(*module.lora_factors(), kernel), module.target)
-            )
+            (up, down), kernel = module.lora_factors(), tuple(module.target.layer.weight.shape[1:])
+            pieces = module.target.pieces
+            rows = [up] if len(pieces) == 1 else up.split([piece.shape[0] for piece in pieces])
+            for piece, some in zip(pieces, rows, strict=True):
+                parts.setdefault(piece.file_name, []).append((Factors(some, down, kernel), piece))
         return {name: _of_whole(pieces) for name, pieces in parts.items()}
 
     def _warn_of_nothing_learnt(self, file: str, dtype: torch.dtype) -> None:
@@ -528,7 +534,7 @@ class DeftNetwork(nn.Module):
             )
 
     def _base_metadata(self) -> dict[str, str]:
-        weights = [(m.lora_name, deft_module.rows_of(m.org_module.weight, m.target.rows)) for m in self.all_modules]
+        weights = [(m.lora_name, _as_it_is(m.target)) for m in self.all_modules]
         return {
             deft_io.BASE_HASH_KEY: deft_io.base_fingerprint(progress(weights, "hashing the base weights")),
             deft_io.BASE_DTYPE_KEY: ",".join(sorted({str(w.dtype).removeprefix("torch.") for _, w in weights})),
@@ -584,6 +590,12 @@ class DeftNetwork(nn.Module):
     def set_current_generation(self, *args: Any, **kwargs: Any) -> None:
         """Called for regional prompts only; see `set_region`."""
         self.set_region(0, True, torch.ones(()))
+
+
+def _as_it_is(target: Target) -> Tensor:
+    """The weights of a target as the model has them, of several layers stacked."""
+    parts = [deft_weights.rows_of(place.layer.weight, place.rows) for place in target.places]
+    return parts[0] if len(parts) == 1 else torch.cat([part.detach() for part in parts])
 
 
 def _of_whole(parts: Sequence[tuple[Factors, Target]]) -> Factors:

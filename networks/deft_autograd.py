@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -44,10 +45,11 @@ class LayerFactors:
 
     `up` (m, r) and `down` (r, n) are in the compute dtype, without history, and scaled by `gain`. Where something is
     removed, `change` is (E - E0) in the compute dtype until `down` is formed, and `finish` makes `down` of
-    (E - E0)^T W (r, n). `trained` holds P, R, g and the batch's probe, which the layer's graph ends in.
+    (E - E0)^T W (r, n). `trained` holds P, R, g and the batch's probe, which the layer's graph ends in. `whole` forms
+    `down` for one of several layers that have it together.
     """
 
-    __slots__ = ("change", "down", "entered", "finish", "gain", "is_trained", "removes", "trained", "up")
+    __slots__ = ("change", "down", "entered", "finish", "gain", "is_trained", "removes", "trained", "up", "whole")
 
     def __init__(
         self,
@@ -62,15 +64,25 @@ class LayerFactors:
         self.change: Any = change  # None when `down` is there
         self.down: Any = None
         self.entered = False
+        self.whole: Callable[[], Tensor] | None = None
         self.trained = (module.P, module.R, module.g, probe)
         self.removes = module.P.requires_grad and module.config.removal > 0
         self.is_trained = any(p is not None and p.requires_grad for p in self.trained[:3])
+
+    def share(self, module: AdaptedLayer, rows: slice) -> LayerFactors:
+        """Those of one of several layers that `module` adapts together: some rows of up, and down, formed once."""
+        share = copy.copy(self)
+        share.up, share.change, share.entered = self.up[rows], None, False
+        share.whole = lambda: self.form(module, None)[1]
+        return share
 
     def form(self, module: AdaptedLayer, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """up and down, which is formed now where it was not with the other layers'.
 
         :param weight: W (m, n) in the compute dtype, if it is at hand
         """
+        if self.down is None and self.whole is not None:
+            self.down = self.whole()
         if self.down is None:
             with torch.inference_mode(False), torch.no_grad(), without_autocast(self.up):
                 weight = module.weight_in(self.up.dtype) if weight is None else weight

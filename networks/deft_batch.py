@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from networks import deft_math
 from networks.deft_autograd import LayerFactors
 from networks.deft_config import DeftError
-from networks.deft_module import DeftModule
+from networks.deft_module import DeftModule, Share
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class BatchedFactors:
         self._removal = self.modules[0].config.removal
         self.group()
         self._make_probe()
-        self._factors: dict[DeftModule, LayerFactors] | None = None
+        self._factors: dict[DeftModule | Share, LayerFactors] | None = None  # of modules, and of their shares
         self._dtype = torch.float32
         self._versions_then: list[int] = []
         self._collected: dict[DeftModule, list[Tensor]] = {}
@@ -93,7 +93,7 @@ class BatchedFactors:
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
-    def enter(self, module: DeftModule, dtype: torch.dtype) -> LayerFactors | None:
+    def enter(self, module: DeftModule | Share, dtype: torch.dtype) -> LayerFactors | None:
         """A layer's factors in `dtype`, as its forward begins, or None where it has to form its own.
 
         That is so in a graph that is being compiled, in another dtype than the other layers', where P is split over
@@ -119,12 +119,12 @@ class BatchedFactors:
         return found
 
     @staticmethod
-    def _is_possible(module: DeftModule) -> bool:
+    def _is_possible(module: DeftModule | Share) -> bool:
         """Whether P is all here, and nobody counts gradients."""
         whole = type(module.P) is nn.Parameter and not hasattr(module.P, "ds_id")
         return whole and torch.nn.parallel.DistributedDataParallel._active_ddp_module is None
 
-    def _still_valid(self, module: DeftModule) -> bool:
+    def _still_valid(self, module: DeftModule | Share) -> bool:
         """Whether the last pass's factors serve for another one, which then begins."""
         if module.training or torch.is_grad_enabled() or self._versions_then != self._versions():
             return False
@@ -136,12 +136,12 @@ class BatchedFactors:
         tensors = ((m.P, m.R, m.g, m.E0) for m in self.modules)
         return [0 if tensor is None else tensor._version for four in tensors for tensor in four]
 
-    def _compute(self, dtype: torch.dtype) -> dict[DeftModule, LayerFactors]:
-        """All modules' factors, from their parameters as they are now."""
+    def _compute(self, dtype: torch.dtype) -> dict[DeftModule | Share, LayerFactors]:
+        """All modules' factors, and those of their shares, from their parameters as they are now."""
         device = self.modules[0].P.device.type
         self._dtype, self._versions_then = dtype, [] if torch.is_grad_enabled() else self._versions()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            factors = {}
+            factors: dict[DeftModule | Share, LayerFactors] = {}
             small = FLOAT16_GAIN if dtype == torch.float16 else 1.0
             for group, Q in zip(self._P_groups, self._bases(), strict=True):
                 changes: Iterable[Tensor | None] = [None] * len(group)
@@ -155,15 +155,15 @@ class BatchedFactors:
                     factors[module] = LayerFactors(module, up, changed, finish, module.gain(dtype), self._probe)
             # a weight that is not at hand now (block swap) is read when its layer's turn has come, and so are all
             # others then: one that is at hand may be on its way out. One that has to be converted is so once, there
-            weights = [m.org_module.weight for m in self.modules]
-            at_hand = all(
-                W.dtype == dtype and W.device == m.P.device for W, m in zip(weights, self.modules, strict=True)
-            )
+            weights = [(place.layer.weight, m.P.device) for m in self.modules for place in m.target.places]
+            at_hand = all(W.dtype == dtype and W.device == device for W, device in weights)
             if at_hand or not self._removal:
                 for group in self._R_groups:
                     removed = _removed(group, [factors[m].change for m in group]) if self._removal else None
                     for module, down in zip(group, _down(group, dtype, removed).unbind(), strict=True):
                         factors[module].down, factors[module].change = down, None
+            for module in self.modules:
+                factors |= {share: factors[module].share(module, share.rows) for share in module.shares}
             return factors
 
     def _bases(self) -> list[Tensor]:
@@ -210,7 +210,7 @@ class BatchedFactors:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def receive(
-        self, module: DeftModule, factors: LayerFactors, d_up: Tensor, d_down: Tensor, weight: Tensor | None
+        self, module: DeftModule | Share, factors: LayerFactors, d_up: Tensor, d_down: Tensor, weight: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Takes a layer's gradients of `factors`, within a backward pass. Writes over d_up where something is removed.
 
@@ -220,6 +220,11 @@ class BatchedFactors:
         """
         if torch.is_grad_enabled():
             raise DeftError("second derivatives (create_graph=True): set `batched = False` on the DEFT network first")
+        if isinstance(module, Share):  # down depends on all of its layers' weights
+            (rows, module), part = (module.rows, module.module), d_up
+            d_up = part.new_zeros(module.target.shape[0], module.rank)
+            d_up[rows] = part
+            weight = None if weight is None else module.weight_in(weight.dtype)
         if weight is not None:  # the gradient of E: up's, and what comes through -E^T W; in both parts scaled as up is
             d_up.addmm_(weight, d_down.t(), alpha=-self._removal * factors.gain**2)
         if torch._C._will_engine_execute_node(self._probe_node):
@@ -240,11 +245,11 @@ class BatchedFactors:
         if not collected:
             return
         factors = self._factors or {}
-        for module, its in factors.items():
-            if its.entered and module not in collected and module.config.module_dropout > 0:
+        for module in self.modules if factors else ():
+            if factors[module].entered and module not in collected and module.config.module_dropout > 0:
                 m, n = module.target.shape  # skipped here, maybe not in another process, which waits for its sum
                 collected[module] = [module.P.new_zeros(m, module.rank), module.P.new_zeros(module.rank, n)]
-        known = {m: its.up for m, its in factors.items()} if self._dtype == torch.float32 else {}
+        known = {m: factors[m].up for m in self.modules} if factors and self._dtype == torch.float32 else {}
         del factors  # their memory, before that of the gradients is taken
         self.drop()
         gradients = self._gradients(collected, known)

@@ -193,6 +193,7 @@ class DeftConfig:
     init_scale: float = _option(1.0, _positive, of_file=True)
     ratio: float = _option(1.0, _positive, of_file=True)  # P's rate over R's
     split_qkv: bool = _option(False, parse_bool, of_file=True)
+    fuse_qkv: bool = _option(False, parse_bool, of_file=True)
     # a file of input directions that R stays out of; for our trainer also prompts (.txt), of which it makes that file
     keep: str | None = _option(None, _text)
 
@@ -282,6 +283,14 @@ class DeftConfig:
             raise DeftError(
                 f"init={self.init}: para=true removes from the first step; leave init out or use svd or minor"
             )
+
+        if self.fuse_qkv and self.split_qkv:
+            raise DeftError("fuse_qkv=true: queries, keys and values are together or apart; leave split_qkv out")
+        dropouts = ("neuron_dropout", "rank_dropout", "module_dropout")
+        for name in dropouts if self.fuse_qkv else ():
+            if getattr(self, name):
+                shown = _COMMAND_LINE_NAMES.get(name, name)
+                raise DeftError(f"{shown}={getattr(self, name)}: fuse_qkv=true has no dropout; leave one of them out")
 
     @property
     def scale(self) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from networks import deft_factors, deft_formats, deft_io, deft_math, deft_rebase, deft_repair, deft_tools
+from networks import deft_factors, deft_formats, deft_io, deft_math, deft_names, deft_rebase, deft_repair, deft_tools
 from networks.deft_checkpoint import Checkpoint, open_checkpoint
 from networks.deft_config import DeftError, naming
 from networks.deft_factors import Factors
@@ -254,12 +254,14 @@ def _tensors(
         tensors, exponents = deft_io.lora_tensors(read.changes, dtype, True)
         kept = {name: [*recorded[name][:2], exponents[name]] for name in exponents.keys() & recorded.keys()}
         return tensors, metadata | ({deft_io.LAYERS_KEY: json.dumps(kept)} if kept else {})
-    try:  # peft's paths are Diffusers'
-        form = "diffusers" if to == "peft" else to
+    row = deft_names.named(read.architecture)
+    alone = to == "peft" and row is not None and row.peft_form != "diffusers"  # one model, for programs of the original
+    try:  # peft's paths are Diffusers' elsewhere
+        form = "diffusers" if to == "peft" and not alone else to
         tensors = deft_formats.tensors_as(form, read.changes, dtype, True, read.architecture)
     except (KeyError, ValueError) as error:
         raise DeftError(f"--to {to}: not possible for this file ({error})") from None
-    if to == "peft" and read.architecture != "Stable Diffusion 3" and transformers_version() >= 5:
+    if to == "peft" and not alone and read.architecture != "Stable Diffusion 3" and transformers_version() >= 5:
         old = "text_encoder.text_model."  # of a CLIPTextModel; those with a projection have kept it
         if any(key.startswith(old) for key in tensors):
             tensors = {re.sub(f"^{re.escape(old)}", "text_encoder.", key): t for key, t in tensors.items()}
@@ -337,12 +339,15 @@ def _dtype_of(tensors: Mapping[str, Tensor]) -> str:
 def _write_peft(output: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A folder of folders, one for each model, as peft's `PeftModel.from_pretrained` takes them; whole or not at all.
 
-    :param tensors: in Diffusers' form: MODEL.PATH.lora_A.weight
+    :param tensors: in Diffusers' form: MODEL.PATH.lora_A.weight; in peft's own, of one model, which needs no folder
     """
     models: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         model, _, rest = key.partition(".")
-        models.setdefault(model, {})[f"base_model.model.{rest}"] = tensor
+        if model == "base_model":
+            models.setdefault("", {})[key] = tensor
+        else:
+            models.setdefault(model, {})[f"base_model.model.{rest}"] = tensor
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         for model, found in models.items():
@@ -358,7 +363,7 @@ def _write_peft(output: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         raise DeftError(f"{output}: could not be saved ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{output}: peft, {' and '.join(sorted(models))}, {_dtype_of(tensors)}")
+    print(f"{output}: peft, {' and '.join(sorted(models)) or 'the original model'}, {_dtype_of(tensors)}")
 
 
 def _peft_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:

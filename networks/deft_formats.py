@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 from networks.deft_kinds import Change, Dense, Facts, OnBase, change_of
 from networks.deft_names import DENOISER
+from networks.deft_targets import TOGETHER
 
 __all__ = [
     "FORMATS",
@@ -298,7 +300,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
     layers, left = _by_layer(tensors, source)
     if not layers:
         raise DeftError(f"{source}: holds no adapter layers")
-    models = {layer: _model_of(layer) for layer in layers}
+    models = {layer: _model_of(layer.partition(TOGETHER)[0]) for layer in layers}
     widths = {
         parts["lora_down.weight"].shape[1]
         for layer, parts in layers.items()
@@ -403,7 +405,8 @@ def _makers(
     for layer, parts in layers.items():
         format, model, path = models[layer]
         path, _, given = re.sub(r"-(\d+)$", r"#\1", path).partition("#")  # a part by our own files' names
-        several = deft_names.layers_in(row, model, path)
+        several = [_model_of(one)[2] for one in layer.split(TOGETHER)] if TOGETHER in layer else []
+        several = several or deft_names.layers_in(row, model, path)
         try:
             names = [deft_names.key_name(row, model, one) for one in several or (path,)]
             name, piece = (layer, "") if model == "kept" else names[0]
@@ -436,15 +439,25 @@ def _share(make: Callable[[], Change], k: int, number: int, layer: str, source: 
     def share() -> Change:
         change = make()
         rows = change.shape[0] // number
-        if isinstance(change, OnBase) or rows * number != change.shape[0]:
-            raise DeftError(f"{source}: {layer} is of {number} layers in one, whose changes cannot be had apart")
+        if rows * number != change.shape[0]:
+            raise DeftError(f"{source}: {layer} is of {number} layers in one, which are not of one size")
         if isinstance(change, Factors):
             return deft_factors.rows_of(change, k * rows, rows)
+        if isinstance(change, OnBase):
+            refused = functools.partial(_refuse_apart, layer, number, source)
+            return replace(change, shape=(rows, *change.shape[1:]), delta=refused)
         whole = change.delta
         return replace(change, shape=(rows, *change.shape[1:]), delta=lambda: whole()[k * rows : (k + 1) * rows])
 
     share()  # which finds what is wrong with it
     return share
+
+
+def _refuse_apart(layer: str, number: int, source: str, W: Tensor) -> Tensor:
+    raise DeftError(
+        f"{source}: {layer} is of {number} layers in one and depends on all their weights; a DEFT file becomes a LoRA "
+        f"by convert_deft.py --base MODEL"
+    )
 
 
 def _wholes(pieces: Mapping[str, Mapping[str, Callable[[], Change]]], source: str) -> dict[str, Callable[[], Change]]:
@@ -628,6 +641,9 @@ def tensors_as(
     if format not in ("diffusers", "comfy", "peft"):
         raise DeftError(f"format {format}: only kohya, diffusers, comfy and peft are written")
     placed = _placed(format, changes, architecture)
+    row = deft_names.named(architecture)
+    if format == "peft" and row is not None and row.peft_form != "diffusers":
+        placed, pad = _evened(placed), False
     tensors: dict[str, Tensor] = {}
     for key, tensor in deft_io.lora_tensors(placed, dtype, pad)[0].items():
         if not key.endswith(".alpha"):  # alpha is the rank, which is what all take where none is there
@@ -646,12 +662,16 @@ def _placed(format: str, changes: Mapping[str, Factors], architecture: str) -> d
             f"format {format}: the names of {architecture or 'this model'}'s layers in it are not known here"
         )
     placed: dict[str, Factors] = {}
+    parts_of: dict[str, dict[str, Change]] = {}  # of layers that are several weights in one
     models = set()
+    form = {"comfy": "original", "peft": row.peft_form}.get(format, "diffusers")
     for name, factors in changes.items():
         try:
-            places = deft_names.places(row, name, "original" if format == "comfy" else "diffusers")
+            places = deft_names.places(row, name, form)
         except KeyError:
-            raise DeftError(f"format {format}: {name} has no name in it that is known here") from None
+            places = []
+        if not places or (format == "comfy" and "#" in places[0][1]):  # of no model that ComfyUI knows
+            raise DeftError(f"format {format}: {name} has no name in it that is known here")
         models.add(places[0][0])
         if format == "peft" and len(models) > 1:
             raise DeftError("format peft: one file is of one model; write the text encoders' layers apart")
@@ -660,8 +680,25 @@ def _placed(format: str, changes: Mapping[str, Factors], architecture: str) -> d
         for (model, path, _), part in zip(places, parts, strict=True):
             if format == "peft" and model == "text_encoder":  # transformers 5; CLIPTextModelWithProjection has it still
                 path = path.removeprefix("text_model.")
-            placed[f"{prefix}{path}"] = part
+            path, _, number = path.partition("#")
+            if number:
+                parts_of.setdefault(f"{prefix}{path}", {})[number] = part
+            else:
+                placed[f"{prefix}{path}"] = part
+    for layer, found in parts_of.items():
+        whole = assembled(found)
+        assert isinstance(whole, Factors)
+        placed[layer] = whole
     return placed
+
+
+def _evened(placed: Mapping[str, Factors]) -> dict[str, Factors]:
+    """With zeros to one rank for all layers of a kind, by which peft's `rank_pattern` names them."""
+    ranks: dict[str, int] = {}
+    for layer, factors in placed.items():
+        kind = layer.rpartition(".")[2]
+        ranks[kind] = max(factors.rank, ranks.get(kind, 0))
+    return {layer: deft_factors.padded(f, ranks[layer.rpartition(".")[2]]) for layer, f in placed.items()}
 
 
 def _prefix(format: str, row: deft_names.Architecture, model: str, factors: Factors) -> str:
@@ -699,9 +736,17 @@ def peft_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
     ranks = {
         key.removesuffix(".lora_A.weight"): t.shape[0] for key, t in tensors.items() if key.endswith("lora_A.weight")
     }
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+    rank = Counter(sorted(ranks.values())).most_common(1)[0][0]
     paths = {key.removeprefix("base_model.model."): value for key, value in ranks.items()}
-    others = {f"^{re.escape(path)}": value for path, value in paths.items() if value != rank}
+    of_kind: dict[str, set[int]] = {}
+    for path, value in paths.items():
+        of_kind.setdefault(path.rpartition(".")[2], set()).add(value)
+    others = {}
+    for path, value in paths.items():
+        kind = path.rpartition(".")[2]
+        if value != rank:  # by the last word where that is enough: peft before 0.14 does not know whole paths
+            alone = len(of_kind[kind]) == 1 and not kind.isdecimal()
+            others[kind if alone else f"^{re.escape(path)}"] = value
     return {
         "peft_type": "LORA",
         "auto_mapping": None,

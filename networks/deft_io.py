@@ -27,7 +27,7 @@ from torch import Tensor
 from networks import deft_factors, deft_math
 from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_factors import Factors
-from networks.deft_targets import Target, looks_made_for
+from networks.deft_targets import TOGETHER, Target, looks_made_for
 
 logger = logging.getLogger(__name__)
 
@@ -89,14 +89,20 @@ class AdapterFile:
     tensors: Mapping[str, Tensor]
 
     def layer_of(self, target: Target) -> LoraLayer | DeftLayer | None:
-        """What the file holds for a layer or for a part of a fused one; None if nothing.
+        """What the file holds for a layer, for a part of a fused one, or for several together; None if nothing.
 
         :raises DeftError: when the method's own matrices are those of the whole, and a part is asked for, or of parts
         """
         found = self.layers.get(target.name)
+        if found is None and len(target.pieces) > 1:
+            return self._together(target)
         if target.file_rows is None and found is None and f"{target.name}-0" in self.layers:
+            use = "leave fuse_qkv=true out" if target.parts else "use --network_args split_qkv=true"
+            raise DeftError(f"{self.source}: its matrices of {target.name} are split; {use}")
+        if found is None and any(target.name in name.split(TOGETHER) for name in self.layers if TOGETHER in name):
             raise DeftError(
-                f"{self.source}: its matrices of {target.name} are split; use --network_args split_qkv=true"
+                f"{self.source}: its matrices of {target.name} are those of queries, keys and values together; use "
+                f"--network_args fuse_qkv=true"
             )
         if found is not None or target.file_rows is None:
             return found
@@ -104,9 +110,36 @@ class AdapterFile:
         if isinstance(fused, DeftLayer):
             raise DeftError(
                 f"{self.source}: its matrices of {target.file_name} are not split as this network's are; leave "
-                f"split_qkv=true out, or save the file as a LoRA (save_format=lora)"
+                f"split_qkv=true out (in Diffusers' form: add fuse_qkv=true), or save the file as a LoRA "
+                f"(save_format=lora)"
             )
         return None if fused is None else _part(fused, target)
+
+    def _together(self, target: Target) -> LoraLayer | None:
+        """The LoRA of several layers as if they were one; what the file does not hold of them does not change."""
+        found = [(piece, self.layer_of(piece)) for piece in target.pieces]
+        layers: list[tuple[LoraLayer, Target]] = []
+        for piece, layer in found:
+            if isinstance(layer, DeftLayer):
+                raise DeftError(
+                    f"{self.source}: its matrices of {piece.name} are that layer's alone; leave fuse_qkv=true out, or "
+                    f"save the file as a LoRA (save_format=lora)"
+                )
+            if layer is not None and layer.up.shape[0] != piece.shape[0]:
+                return layer  # which `deft_load.check_shape` refuses
+            layers += [] if layer is None else [(layer, piece)]
+        if not layers:
+            return None
+        first = layers[0][0]
+        sizes = [piece.shape[0] for piece in target.pieces]
+        starts = {piece.name: sum(sizes[:k]) for k, piece in enumerate(target.pieces)}
+        if len(layers) == len(sizes) and all(torch.equal(layer.down, first.down) for layer, _ in layers):
+            whole = Factors(torch.cat([layer.up for layer, _ in layers]), first.down, first.kernel)
+        else:
+            placed = [(Factors(layer.up, layer.down, layer.kernel), starts[piece.name]) for layer, piece in layers]
+            whole = deft_factors.shared(deft_factors.stacked(placed, sum(sizes)))
+        known = max(layer.trained_rank for layer, _ in layers)
+        return replace(first, up=whole.up, down=whole.down, trained_rank=max(known, whole.rank))
 
 
 def _part(fused: LoraLayer, target: Target) -> LoraLayer:
@@ -287,10 +320,13 @@ def lora_tensors(
     file_rank = max(factors.rank for factors in layers.values())
     tensors: dict[str, Tensor] = {}
     exponents: dict[str, int] = {}
+    ups: dict[int, list[Tensor]] = {}  # of layers that have one down: it stays one
+    for factors in layers.values():
+        ups.setdefault(id(factors.down), []).append(factors.up)
     for name, factors in layers.items():
         rank = file_rank if pad else factors.rank
-        wide = deft_factors.padded(factors, rank)
-        exponent = deft_factors.balancing_exponent(wide.up, wide.down) if dtype == torch.float16 else 0
+        wide, up = deft_factors.padded(factors, rank), torch.cat(ups[id(factors.down)])
+        exponent = deft_factors.balancing_exponent(up, factors.down) if dtype == torch.float16 else 0
         up, down = wide.up * 2.0**-exponent, wide.down * 2.0**exponent
         ones = (1,) * (len(factors.kernel) - 1)
         tensors[f"{name}.lora_up.weight"] = _for_file(up.reshape(*up.shape, *ones), dtype)

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -192,17 +192,26 @@ def read_kept(keep: str) -> dict[str, Tensor]:
     found = [_read_one(file) for file in files_of(keep)]
     if len(found) == 1:
         return found[0]
-    together = {}
-    for name in {name: None for directions in found for name in directions}:
-        parts = [directions[name] for directions in found if name in directions]
-        if len({len(part) for part in parts}) != 1:
-            raise DeftError(f"keep={keep}: the files are made for models with different inputs of {name}")
-        U, S, _ = torch.linalg.svd(torch.cat(parts, 1).double(), full_matrices=False)
-        U = U[:, S > 1e-3]  # what is in several of the files
-        if U.shape[1] == len(U):
-            raise DeftError(f"keep={keep}: together the files take all {len(U)} inputs of {name}; name fewer of them")
-        together[name] = U.float()
-    return together
+    names = {name: None for directions in found for name in directions}
+    parts = {name: [directions[name] for directions in found if name in directions] for name in names}
+    return {name: together(some, f"keep={keep}: {name}") for name, some in parts.items()}
+
+
+def together(parts: Sequence[Tensor], source: str) -> Tensor:
+    """Orthonormal directions (n, k) of all that is in any of several.
+
+    :param source: how errors begin
+    :raises DeftError: when they are of different n, or all inputs
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if len({len(part) for part in parts}) != 1:
+        raise DeftError(f"{source}: the files are made for models with different inputs of it")
+    U, S, _ = torch.linalg.svd(torch.cat(list(parts), 1).double(), full_matrices=False)
+    U = U[:, S > 1e-3]  # what is in several of them
+    if U.shape[1] == len(U):
+        raise DeftError(f"{source}: together all {len(U)} inputs of it are taken; name fewer files")
+    return U.float()
 
 
 def _read_one(file: str) -> dict[str, Tensor]:

@@ -90,6 +90,7 @@ _SD3_LAYERS = (
 _LUMINA_LAYERS = (
     r"(layers|noise_refiner|context_refiner|final_layer)\.|(x_embedder|t_embedder\.mlp\.[02]|cap_embedder\.1)$"
 )
+_OMNIGEN_LAYERS = r"layers\.\d+\.(self_attn\.to_([qkv]|out\.0)|mlp\.(gate_up|down)_proj)$"
 _GEMMA_LAYERS = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)$"
 
 # open_clip's names of a text encoder to transformers'
@@ -100,6 +101,12 @@ _OPEN_CLIP_RENAMES = (
     (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc$", r"text_model.encoder.layers.\1.mlp.fc1"),
     (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj$", r"text_model.encoder.layers.\1.mlp.fc2"),
 )  # fmt: skip
+
+_OMNIGEN_RENAMES = (
+    (r"^llm\.layers\.(\d+)\.self_attn\.qkv_proj$", r"layers.\1.self_attn.to_q|to_k|to_v"),
+    (r"^llm\.layers\.(\d+)\.self_attn\.o_proj$", r"layers.\1.self_attn.to_out.0"),
+    (r"^llm\.layers\.(\d+)\.mlp\.(gate_up|down)_proj$", r"layers.\1.mlp.\2_proj"),
+)
 
 
 def _clip(start: str, prefix: str) -> Model:
@@ -208,6 +215,22 @@ LAYOUTS = (
             r"(?:transformer/|)single_transformer_blocks\.0\.proj_mlp\.weight",
         ),
         pipeline="Flux",
+    ),
+    Layout(
+        "Diffusers",
+        "OmniGen",
+        (Model(r"(?:transformer/|)", "lora_unet", _OMNIGEN_LAYERS),),
+        (
+            r"(?:transformer/|)layers\.0\.self_attn\.to_q\.weight",
+            r"(?:transformer/|)patch_embedding\.input_image_proj\.weight",
+        ),
+        pipeline="OmniGen",
+    ),
+    Layout(
+        "original",
+        "OmniGen",
+        (Model("", "lora_unet", _OMNIGEN_LAYERS, renames=_OMNIGEN_RENAMES),),
+        (r"llm\.layers\.0\.self_attn\.qkv_proj\.weight", r"input_x_embedder\.proj\.weight"),
     ),
     Layout(
         "CLIP-G text encoder", "SDXL", (_clip("", "lora_te2"),), (_CLIP_KEY.format(31),), without=_CLIP_KEY.format(32)

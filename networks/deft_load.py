@@ -15,7 +15,7 @@ from networks.deft_io import AdapterFile, DeftLayer, factors_of
 from networks.deft_module import DeftModule
 from networks.deft_progress import progress
 from networks.deft_ranks import Chosen
-from networks.deft_targets import Architecture, Part, Target, looks_made_for, outside_targets, targets
+from networks.deft_targets import Architecture, Part, Target, joined, looks_made_for, outside_targets, targets
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,14 @@ class LoadResult:
         return f"{self.loaded} modules loaded from {self.source}{rest}"
 
 
-def layers_of_file(adapter: AdapterFile, architecture: Architecture, split_qkv: bool) -> Callable[..., Chosen]:
+def layers_of_file(adapter: AdapterFile, architecture: Architecture, config: DeftConfig) -> Callable[..., Chosen]:
     """Chooses a model's layers by what a file holds of them."""
 
     def chosen(model: nn.Module, part: Part, denoiser: bool) -> Chosen:
-        fused = architecture.fused if denoiser and split_qkv else {}
+        fused = architecture.fused if denoiser and config.split_qkv else {}
         found = targets(model, part, True, part.optional_containers, fused)
+        if denoiser and config.fuse_qkv:
+            found = joined(found, architecture.together)
         if denoiser and architecture.outside:
             found += [target for _, target in outside_targets(model, part, architecture.outside[1])]
         layers = [(target, adapter.layer_of(target)) for target in found]
@@ -71,7 +73,7 @@ def load(
         logger.warning(
             f"{adapter.source}: {len(truncated)} modules truncated, largest error {max(truncated.values()):.2e}"
         )
-    names = {name for m in found.values() for name in (m.lora_name, m.target.file_name)}
+    names = {name for m in found.values() for name in _names(m)}
     return LoadResult(adapter.source, len(found), len(modules) - len(found), len(adapter.layers.keys() - names))
 
 
@@ -79,7 +81,7 @@ def refuse_unknown(
     adapter: AdapterFile, modules: Sequence[DeftModule], architecture: Architecture, prefixes: Collection[str]
 ) -> None:
     """:raises DeftError: when the file holds layers of the halves with these prefixes that are none of the modules"""
-    known = {name for module in modules for name in (module.lora_name, module.target.file_name)}
+    known = {name for module in modules for name in _names(module)}
     unknown = sorted(adapter.layers.keys() - known)
     made_for = looks_made_for(adapter.tensors)
     all_prefixes = tuple(f"{part.prefix}_" for part in (*architecture.denoisers, *architecture.text_encoders))
@@ -93,6 +95,11 @@ def refuse_unknown(
         )
     if len(unknown) == len(adapter.layers):
         raise DeftError(f"{adapter.source}: it adapts only a half of the model that is not trained here")
+
+
+def _names(module: DeftModule) -> list[str]:
+    """What a file may call it, or parts of it."""
+    return [module.lora_name, *(piece.file_name for piece in module.target.pieces)]
 
 
 def check_shape(adapter: AdapterFile, target: Target) -> None:

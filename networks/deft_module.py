@@ -6,59 +6,27 @@ import logging
 import math
 import zlib
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks import deft_math
-from networks.deft_autograd import AdaptedLinear, Batch, Handover, adapted_linear
+from networks import deft_math, deft_weights
+from networks.deft_autograd import Batch
 from networks.deft_config import DeftConfig, DeftError
+from networks.deft_forward import AdaptedForward
 from networks.deft_renewal import forget_moments
-from networks.deft_targets import Layer, Target
+from networks.deft_targets import Target
+from networks.deft_weights import add_to_weight, read_weight
 
 logger = logging.getLogger(__name__)
 
 OUTSIDE = 0.02  # of R's norm: so much may a file's rounding put into directions that its training stayed out of
 
 
-def read_weight(layer: Layer, rows: tuple[int, int] | None = None, device: torch.device | None = None) -> Tensor:
-    """The layer's weight as (outputs, inputs * kernel), detached, read where it is at this moment.
-
-    :param rows: (first, behind last) of the outputs that are asked for
-    :param device: where it is wanted, if not where it is
-    :returns: in its own dtype, scaled fp8 in its scale's
-    :raises DeftError: when the weight is on the meta device
-    """
-    if layer.weight.is_meta:
-        raise DeftError(f"the weight of a {type(layer).__name__} layer is not loaded (meta device), but DEFT needs it")
-    weight = rows_of(layer.weight.detach(), rows).flatten(1)
-    weight = weight if device is None else weight.to(device)
-    scale = getattr(layer, "scale_weight", None)
-    return weight if scale is None else _dequantised(weight, scale, rows)
-
-
-def _dequantised(weight: Tensor, scale: Tensor, rows: tuple[int, int] | None) -> Tensor:
-    """The weight (m, n) of a scaled fp8 layer, as sd-scripts' library/fp8_optimization_utils.py (commit 48d368fa)
-    reads it in the forward pass.
-
-    :param scale: one number, one a row (m, 1), or one for each block of a row's inputs (m, blocks, 1)
-    """
-    if scale.dim() > 1 and scale.shape[0] > 1:
-        scale = rows_of(scale, rows)
-    scale, weight = scale.to(weight.device), weight.to(scale.dtype)
-    if scale.dim() < 3:
-        return weight * scale
-    return (weight.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
-
-
-def rows_of(weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
-    """The rows (first, behind last) of a weight, or all."""
-    return weight if rows is None else weight[slice(*rows)]
-
-
-class DeftModule(nn.Module):
-    """DEFT on one Linear or Conv2d layer, or on some of its outputs; it replaces the layer's `forward`.
+class DeftModule(AdaptedForward, nn.Module):
+    """DEFT on one Linear or Conv2d layer, on some of its outputs, or on several layers' outputs together, as if they
+    were one; it replaces the layer's `forward`, or each layer's by that of one of its `shares`.
 
     `P` and `R` are what the optimizer sees, `E0` is fixed, and None at `removal=0`; all are float32 whatever the
     network is cast to. The method's own matrices are `P * P_rate` and `R * R_rate` (`effective_P`, `effective_R`): the
@@ -77,10 +45,10 @@ class DeftModule(nn.Module):
         super().__init__()
         self.target = target  # holds the layer without registering it as a submodule
         self.lora_name = target.name
+        self.shares = _shares(self)
         self.org_forward: Callable[[Tensor], Tensor] = target.layer.forward  # replaced in apply_to
         self.multiplier = multiplier
         self.enabled = True
-        self._is_plain_linear = False
         self.batch: Batch | None = None  # which computes this layer's factors together with others'
         self.rank, self.scale, self.config = rank, scale, config
         m, n = target.shape
@@ -101,7 +69,7 @@ class DeftModule(nn.Module):
             P = deft_math.positive_qr(P)[0]
         if config.init in ("svd", "minor"):
             directions = deft_math.leading_directions if config.init == "svd" else deft_math.minor_directions
-            P = directions(read_weight(target.layer, target.rows).float(), rank).cpu()
+            P = directions(deft_weights.base_weight(target).float(), rank).cpu()
         if config.basis == "nmf":  # the two positive matrices side by side
             P = torch.randn(m, 2 * rank).abs() / m**0.5
         if config.basis == "svd":
@@ -116,11 +84,6 @@ class DeftModule(nn.Module):
                 self.R.normal_(std=0.02 * config.init_scale / self.R_rate)
             elif self.R is not None and self.E0 is not None:
                 self.E0.copy_(self.left_and_eraser()[1])
-
-    @property
-    def org_module(self) -> Layer:
-        """The adapted layer."""
-        return self.target.layer
 
     # --- the method's matrices -------------------------------------------------------------------------------------
 
@@ -148,13 +111,12 @@ class DeftModule(nn.Module):
 
     def base_weight(self) -> Tensor:
         """W as (m, n) in its own dtype, where P is; after `pre_calculate`, what it was before."""
-        if not getattr(self.org_module, "_lora_restored", True):
-            kept = rows_of(self.org_module.__dict__["_lora_org_weight"], self.target.rows)
-            return kept.flatten(1).to(self.P.device)
-        return read_weight(self.org_module, self.target.rows, self.P.device)
+        return deft_weights.base_weight(self.target, self.P.device)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """`base_weight` in the dtype that the layer computes in."""
+        if self.shares:
+            return torch.cat([share.weight_in(dtype) for share in self.shares])
         weight = self.org_module.weight
         if weight.dtype == dtype and weight.dim() == 2 and self.target.rows is None:  # nothing to be done
             return weight
@@ -260,78 +222,21 @@ class DeftModule(nn.Module):
 
         return super()._apply(keep_float32, recurse)
 
-    # --- forward ---------------------------------------------------------------------------------------------------
+    # --- in a model ------------------------------------------------------------------------------------------------
 
     def apply_to(self) -> None:
-        """Puts this module's forward in the place of the layer's."""
-        self.org_forward = self.org_module.forward
-        is_linear = getattr(self.org_forward, "__func__", None) is nn.Linear.forward
-        self._is_plain_linear = is_linear and self.target.rows is None  # does nothing but W x + b
-        self.org_module.__dict__["forward"] = self.forward
+        """Puts this module's forward, or those of its shares, in the place of the layer's."""
+        if not self.shares:
+            super().apply_to()
+        for share in self.shares:
+            share.apply_to()
 
     def restore(self) -> None:
-        """Gives the layer its own forward back."""
-        self.org_module.__dict__["forward"] = self.org_forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's own output plus multiplier * up(down(x)); at multiplier 0 the layer's own output itself."""
-        if not self.enabled or self.multiplier == 0:
-            return self.org_forward(x)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        factors = None if self.batch is None else self.batch.enter(self, dtype)
-        if self._skipped_by_dropout():
-            return self.org_forward(x)
-        layer, in_graph = self.org_module, torch.is_grad_enabled()
-        if factors is None:
-            up, down = self.lora_factors()
-            gain = self.gain(dtype)
-            up, down = (up / gain).to(dtype), (down * gain).to(dtype)
-        if self._is_plain_linear and not self._has_inner_dropout and not torch.compiler.is_compiling():
-            x, weight = x.to(dtype), self.weight_in(dtype)
-            if factors is not None:
-                up, down = factors.form(self, weight)
-            if not in_graph:
-                return adapted_linear(x, up, down, weight, layer.bias, self.multiplier)[0]
-            if factors is None:
-                return AdaptedLinear.apply(x, self, weight, self.multiplier, None, up, down)
-            return AdaptedLinear.apply(x, self, weight, self.multiplier, factors, None, None, *factors.trained)
-        if factors is not None:
-            up, down = factors.form(self, None)
-            if in_graph and factors.is_trained:
-                up, down = Handover.apply(factors, self, *factors.trained)
-        if isinstance(layer, nn.Conv2d):
-            kernel = down.unflatten(1, layer.weight.shape[1:])
-            z = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
-            update = F.conv2d(self._dropout(z, rank_dim=1), up[:, :, None, None])
-        else:
-            update = F.linear(self._dropout(F.linear(x, down), rank_dim=-1), up)
-            if self.target.rows is not None:
-                first, end = self.target.rows
-                update = F.pad(update, (first, layer.weight.shape[0] - end))
-        return self.org_forward(x) + update * self.multiplier
-
-    @property
-    def _has_inner_dropout(self) -> bool:
-        """Whether something happens between down and up."""
-        return self.training and (self.config.neuron_dropout > 0 or self.config.rank_dropout > 0)
-
-    def _skipped_by_dropout(self) -> bool:
-        p = self.config.module_dropout
-        return self.training and p > 0 and torch.rand(()).item() < p
-
-    def _dropout(self, z: Tensor, rank_dim: int) -> Tensor:
-        """Neuron dropout and rank dropout of the r values between down and up, as sd-scripts' networks.lora does."""
-        if not self.training:
-            return z
-        if self.config.neuron_dropout > 0:
-            z = F.dropout(z, self.config.neuron_dropout)
-        if self.config.rank_dropout > 0:
-            shape = [1] * z.dim()
-            shape[0], shape[rank_dim] = z.shape[0], z.shape[rank_dim]
-            kept = torch.rand(shape, device=z.device) >= self.config.rank_dropout
-            z = z * kept / (1 - self.config.rank_dropout)
-        return z
+        """Gives the layer, or each, its own forward back."""
+        if not self.shares:
+            super().restore()
+        for share in self.shares:
+            share.restore()
 
     # --- merging ---------------------------------------------------------------------------------------------------
 
@@ -340,33 +245,83 @@ class DeftModule(nn.Module):
         with torch.no_grad():
             up, down = self.lora_factors()
         add_to_weight(self.target, up, down, self.multiplier)
-        self.org_module.__dict__["_lora_restored"] = False
+        for place in self.target.places:
+            place.layer.__dict__["_lora_restored"] = False
         self.enabled = False
 
     def backup(self) -> None:
-        """Keeps a copy of the layer's weight on the layer, under the attribute names of sd-scripts' networks."""
-        if not hasattr(self.org_module, "_lora_org_weight"):
-            self.org_module.__dict__.update(
-                _lora_org_weight=self.org_module.weight.detach().clone(), _lora_restored=True
-            )
+        """See `deft_weights.backup`."""
+        deft_weights.backup(self.target)
 
     def restore_weight(self) -> None:
-        """Copies the kept weight back, if it was changed."""
-        kept = self.org_module.__dict__
-        if not kept["_lora_restored"]:
-            self.org_module.weight.data.copy_(kept["_lora_org_weight"])
-            kept["_lora_restored"] = True
+        """See `deft_weights.restore`."""
+        deft_weights.restore(self.target)
 
 
-@torch.no_grad()
-def add_to_weight(target: Target, up: Tensor, down: Tensor, multiplier: float) -> None:
-    """W += multiplier * up @ down, computed in float32 on the weight's device and cast once to its dtype.
+class Share(AdaptedForward):
+    """One of several layers that a module adapts together: some rows of its up, and all of its down.
 
-    :raises DeftError: for a scaled fp8 weight, which would have to be scaled anew
+    :param module: whose `target` has several `places`
+    :param target: the one of them that this is
+    :param first: its first row in the module's P
     """
-    if hasattr(target.layer, "scale_weight"):
-        raise DeftError(f"{target.name}: cannot be merged into a scaled fp8 weight; merge into the bf16 file first")
-    weight = rows_of(target.layer.weight.data, target.rows)
-    up, down = up.to(weight.device, torch.float32), down.to(weight.device, torch.float32)
-    merged = read_weight(target.layer, target.rows).float() + multiplier * (up @ down)
-    weight.copy_(merged.view_as(weight))
+
+    def __init__(self, module: DeftModule, target: Target, first: int) -> None:
+        self.module, self.target = module, target
+        self.rows = slice(first, first + target.shape[0])
+        self.org_forward = target.layer.forward
+        self._is_plain_linear = False
+
+    @property
+    def P(self) -> nn.Parameter:  # type: ignore[override]
+        """The module's, and so is what follows."""
+        return self.module.P
+
+    @property
+    def R(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.module.R
+
+    @property
+    def g(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self.module.g
+
+    @property
+    def config(self) -> DeftConfig:  # type: ignore[override]
+        return self.module.config
+
+    @property
+    def batch(self) -> Batch | None:  # type: ignore[override]
+        return self.module.batch
+
+    @property
+    def multiplier(self) -> float:  # type: ignore[override]
+        return self.module.multiplier
+
+    @property
+    def enabled(self) -> bool:  # type: ignore[override]
+        return self.module.enabled
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.module.training
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """See `AdaptedForward`; all of the module's factors are formed for it."""
+        up, down = self.module.lora_factors()
+        return up[self.rows], down
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """See `AdaptedForward`; of this layer."""
+        return read_weight(self.org_module, self.target.rows, self.module.P.device).to(dtype)
+
+    def gain(self, dtype: torch.dtype) -> float:
+        """See `AdaptedForward`."""
+        return self.module.gain(dtype)
+
+
+def _shares(module: DeftModule) -> tuple[Share, ...]:
+    """Of a module on several layers; none where it is on one."""
+    places = module.target.places
+    ends = list(accumulate(place.shape[0] for place in places))
+    return tuple(Share(module, place, end - place.shape[0]) for place, end in zip(places, ends, strict=True)
+                 if len(places) > 1)  # fmt: skip

@@ -161,6 +161,8 @@ def _prefix(model: str) -> str:
 def places(architecture: Architecture, name: str, form: str) -> list[tuple[str, str, str]]:
     """Where a weight is in another form of its model: the model, the path and the piece of each layer it is there.
 
+    A path that ends in `#k` is of a layer whose k-th part, of equal size, the weight is.
+
     :param name: kohya's key name
     :param form: "diffusers" or "original"; those of text encoders are the same
     :raises KeyError: when the path cannot be had from the name, or the form is not known
@@ -183,10 +185,7 @@ def _pieces(path: str, part: Part) -> list[tuple[str, str]]:
     back = _inverted(part.renames)
     pieces = {piece: renamed(f"{path}#{piece}", back) for piece in ("0", "1", "2", "3", "swapped")} if back else {}
     found = [(new, piece) for piece, new in pieces.items() if "#" not in new]
-    whole = renamed(path, back)
-    if not found and "#" in whole:  # other layers are in the same weight
-        raise KeyError(path)
-    return found or [(whole, "")]
+    return found or [(renamed(path, back), "")]
 
 
 _inverted = functools.lru_cache(None)(inverted)

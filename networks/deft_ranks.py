@@ -21,6 +21,7 @@ from networks.deft_targets import (
     Part,
     Target,
     is_pointwise,
+    joined,
     outside_targets,
     targets,
 )
@@ -85,7 +86,19 @@ class Ranks:
                 wanted.append((target, _rank_and_scale(dim, self.config.alpha)))
         if denoiser:
             self._refuse_missing_blocks([target.file_name for target in found])
-        return [(target, size) for target, size in wanted if size is not None]
+        chosen = [(target, size) for target, size in wanted if size is not None]
+        return self._joined(chosen) if denoiser and self.config.fuse_qkv else chosen
+
+    def _joined(self, chosen: Chosen) -> Chosen:
+        """:raises DeftError: when layers that are to be adapted as one have different ranks or scales"""
+        sizes = {target.name: size for target, size in chosen}
+        found = []
+        for target in joined([target for target, _ in chosen], self.architecture.together):
+            own = {sizes[part.name] for part in target.parts or (target,)}
+            if len(own) > 1:
+                raise DeftError(f"fuse_qkv=true: {target.name} has ranks or alphas that differ; give all of it one")
+            found.append((target, own.pop()))
+        return found
 
     def of(self, target: Target, denoiser: bool) -> RankAndScale | None:
         """Rank and scale of a layer; None: it is left alone."""
@@ -125,7 +138,10 @@ class Ranks:
     def rate_of(self, target: Target, rate: float | None, denoiser: bool) -> tuple[str, float | None]:
         """A layer's own learning rate, where its half's is `rate`, and what to call it in logs."""
         for i, (pattern, own) in enumerate((self.config.network_reg_lrs or {}).items()):
-            if self._matches(pattern, target):
+            matching = [self._matches(pattern, part) for part in target.parts or (target,)]
+            if any(matching) and not all(matching):
+                raise DeftError(f"fuse_qkv=true: {target.name} has rates that differ; give all of it one")
+            if any(matching):
                 return f" reg_lr_{i}", own
         if rate is None or not denoiser or self.weights is None or self.architecture.blocks is None:
             return "", rate

@@ -31,7 +31,7 @@ from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer
 from networks.deft_progress import progress
-from networks.deft_targets import ARCHITECTURES
+from networks.deft_targets import ARCHITECTURES, TOGETHER
 
 
 def depends_on_base(adapter: AdapterFile) -> bool:
@@ -52,8 +52,9 @@ def rebased(adapter: AdapterFile, base: Checkpoint, removal: float = 1.0, inject
     for name, place in progress(list(places.items()), "rebasing"):
         layer = adapter.layers[name]
         assert isinstance(layer, DeftLayer)
-        factors = Factors(*_on_weight(layer, place.read(base), removal, injection), place.shape[1:])
-        parts.setdefault(place.name, []).append((factors, place.first))
+        up, down = _on_weight(layer, place.read(base), removal, injection)
+        for (whole, first, _), some in zip(place.rows, up.split([n for _, _, n in place.rows]), strict=True):
+            parts.setdefault(whole, []).append((Factors(some, down, place.inputs), first))
     return {name: _of_whole(found, base.layers[name].shape[0]) for name, found in parts.items()}
 
 
@@ -77,42 +78,49 @@ def _of_whole(parts: Sequence[tuple[Factors, int]], outputs: int) -> Factors:
 
 @dataclass(frozen=True)
 class _Place:
-    """The weight that an adapter's layer is for.
+    """The weight that an adapter's layer is for: rows of one, or of several stacked.
 
-    :param name: key name of the whole weight
-    :param shape: of the layer's own part of it (m, in[, kh, kw])
-    :param first: the first of its rows in the whole
+    :param rows: (key name of the whole weight, the first of its rows, how many) of each
+    :param inputs: the weight's shape behind its outputs
     """
 
-    name: str
-    shape: tuple[int, ...]
-    first: int
+    rows: tuple[tuple[str, int, int], ...]
+    inputs: tuple[int, ...]
 
     def read(self, base: Checkpoint) -> Tensor:
         """(m, n), float32."""
-        return base.weight(self.name).flatten(1)[self.first : self.first + self.shape[0]]
+        return torch.cat([base.weight(name).flatten(1)[first : first + n] for name, first, n in self.rows])
 
 
 def _place(adapter: AdapterFile, name: str, base: Checkpoint) -> _Place:
     """:raises DeftError: when the base has no such layer, or of another shape"""
     layer = adapter.layers[name]
     assert isinstance(layer, DeftLayer)
+    found = [_rows(adapter, one, base) for one in name.split(TOGETHER)]
+    inputs = found[0][1]
+    n = math.prod(inputs)
+    made_for = (layer.E0.shape[0], n if layer.R is None else layer.R.shape[1])
+    there = (sum(rows for (_, _, rows), _ in found), n)
+    if made_for != there or len({own for _, own in found}) > 1:
+        raise DeftError(f"--base {base.source}: {name} is made for a weight of {made_for}, it has {there} there")
+    return _Place(tuple(rows for rows, _ in found), inputs)
+
+
+def _rows(adapter: AdapterFile, name: str, base: Checkpoint) -> tuple[tuple[str, int, int], tuple[int, ...]]:
+    """The rows of a `_Place`, and its inputs.
+
+    :raises DeftError: when the base has no such layer
+    """
     whole, _, part = name.partition("-")
     if whole not in base.layers:
         raise DeftError(f"--base {base.source}: it has no layer {whole}, which {adapter.source} changes")
-    shape, first = base.layers[whole].shape, 0
+    shape, first = tuple(base.layers[whole].shape), 0
     if part:
         sizes = _part_sizes(whole, shape)
         if not part.isdigit() or int(part) >= len(sizes):
             raise DeftError(f"{adapter.source}: {name} is no part of a layer that is known here")
         first, shape = sum(sizes[: int(part)]), (sizes[int(part)], *shape[1:])
-    inputs = math.prod(shape[1:])
-    made_for = (layer.E0.shape[0], inputs if layer.R is None else layer.R.shape[1])
-    if made_for != (shape[0], inputs):
-        raise DeftError(
-            f"--base {base.source}: {name} is made for a weight of {made_for}, it has {(shape[0], inputs)} there"
-        )
-    return _Place(whole, tuple(shape), first)
+    return (whole, first, shape[0]), shape[1:]
 
 
 def _part_sizes(name: str, shape: Sequence[int]) -> list[int]:

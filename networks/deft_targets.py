@@ -19,6 +19,7 @@ Layer: TypeAlias = nn.Linear | nn.Conv2d
 # a denoiser -> `ss_base_model_version`, and `modelspec.architecture` without "/lora", "" where it cannot be seen
 Base: TypeAlias = Callable[[nn.Module], tuple[str, str]]
 Renames: TypeAlias = tuple[tuple[str, str], ...]
+TOGETHER = "+"  # between the key names of layers that have their matrices together
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,12 @@ class Architecture:
     :param train_blocks: value of `train_blocks` -> pattern of the key names that are adapted; "all" is always allowed
     :param fused: pattern of key names -> whether a fully connected layer stands behind queries, keys and values in the
         same weight; `split_qkv` adapts each for itself
+    :param together: endings of the key names of queries, keys and values, which `fuse_qkv` adapts as one
     :param left_out: pattern of paths that are not adapted unless `include_patterns` says so
     :param unread: pattern of key names -> what to say of a LoRA file with such layers, which not every client reads
     :param with_convolutions: pattern of the key names that are adapted only where k x k convolutions are; those of
         `Part.conv_containers`
+    :param peft_form: the form of the denoiser whose programs read a folder of peft's
     :param patterns_fit_paths: `network_reg_dims` and `network_reg_lrs` have to fit a layer's whole path, with dots,
         instead of being found in its key name
     """
@@ -106,9 +109,11 @@ class Architecture:
     numbered: Mapping[str, str] = field(default_factory=dict)
     train_blocks: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, bool] = field(default_factory=dict)
+    together: tuple[str, ...] = ()
     left_out: str | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
     with_convolutions: str = "(?!)"
+    peft_form: str = "diffusers"
     patterns_fit_paths: bool = False
 
     def options(self) -> set[str]:
@@ -117,6 +122,8 @@ class Architecture:
         names |= {self.outside[0]} if self.outside else set()
         names |= {"train_blocks"} if self.train_blocks else set()
         names |= {"split_qkv"} if self.fused else set()
+        split = any("#" in new and "#swapped" not in new for part in self.denoisers for _, new in part.renames)
+        names |= {"fuse_qkv"} if self.together or split else set()
         names |= set(BLOCK_OPTIONS) if self.blocks else set()
         names |= {"exclude_patterns", "include_patterns"} if self.left_out else set()
         return names.union(*(part.optional_containers for part in self.denoisers))
@@ -540,6 +547,8 @@ ARCHITECTURES = (
             ),
         ),
         numbered={"train_block_indices": r"_layers_(\d+)_"},
+        together=("_self_attn_to_q", "_self_attn_to_k", "_self_attn_to_v"),
+        peft_form="original",  # its pipeline's merge_lora
     ),
 )
 
@@ -603,12 +612,15 @@ def _base_fields(version: str, architecture: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Target:
-    """A layer that can be adapted, or some of its outputs, and its place in files.
+    """A layer that can be adapted, or some of its outputs, or what `joined` puts together, and its place in files.
 
-    :param name: unique in a network: the files' key name, with `-k` behind it for the k-th part of a fused weight
+    :param name: unique in a network: the files' key name, with `-k` behind it for the k-th part of a fused weight, and
+        `+` between those of several
     :param path: with the architecture's own names, dots in it
+    :param layer: of several, the first
     :param rows: (first, behind last) of the layer's outputs; None for all
     :param file_rows: (first, number of all) of these outputs in the files' weight; None for all
+    :param parts: what is put together, its outputs stacked in this order; () for a layer by itself
     """
 
     name: str
@@ -616,17 +628,31 @@ class Target:
     layer: Layer
     rows: tuple[int, int] | None = None
     file_rows: tuple[int, int] | None = None
+    parts: tuple[Target, ...] = ()
 
     @property
     def file_name(self) -> str:
-        """The key name in files."""
+        """The key name in files, those of several with `+` between them."""
         return self.name.partition("-")[0]
+
+    @property
+    def places(self) -> tuple[Target, ...]:
+        """Where it is in the model: the layers whose outputs, stacked, are its."""
+        several = any(part.layer is not self.layer for part in self.parts)
+        return self.parts if several else (self,)
+
+    @property
+    def pieces(self) -> tuple[Target, ...]:
+        """Where it is in files: what each of their weights has of it, stacked."""
+        return self.parts if TOGETHER in self.name else (self,)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n): outputs and inputs, a convolution's kernel counted among its inputs."""
         weight = self.layer.weight
         outputs = weight.shape[0] if self.rows is None else self.rows[1] - self.rows[0]
+        if len(self.places) > 1:
+            outputs = sum(place.shape[0] for place in self.places)
         return outputs, weight.shape[1:].numel()
 
 
@@ -716,6 +742,30 @@ def _with_rows(found: list[Target]) -> list[Target]:
             target = replace(target, file_rows=(before, sum(parts.values())))
         placed.append(target)
     return placed
+
+
+def joined(found: Sequence[Target], endings: Sequence[str]) -> list[Target]:
+    """The same layers, some of them put together as if they were one: the parts of what files have as one weight, and
+    layers whose key names are the same up to one of these endings each.
+
+    :param endings: `Architecture.together`
+    """
+    groups: dict[str, list[tuple[int, Target]]] = {}
+    for target in found:
+        first = target.file_rows[0] if target.file_rows else 0
+        start, number = target.file_name, first
+        for k, ending in enumerate(endings):
+            if target.name.endswith(ending):
+                start, number = target.name.removesuffix(ending), k
+        groups.setdefault(start, []).append((number, target))
+    return [_together([target for _, target in sorted(group, key=lambda one: one[0])]) for group in groups.values()]
+
+
+def _together(parts: Sequence[Target]) -> Target:
+    if len(parts) == 1:
+        return parts[0]
+    names = list(dict.fromkeys(part.file_name for part in parts))
+    return Target(TOGETHER.join(names), parts[0].path, parts[0].layer, parts=tuple(parts))
 
 
 def is_adaptable(layer: nn.Module) -> TypeGuard[Layer]:
