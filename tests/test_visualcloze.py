@@ -90,8 +90,10 @@ def test_rows_without_a_picture_or_a_description_are_left_out(data: Path, cuts: 
 
 
 def test_the_first_rows(data: Path, cuts: Cuts):
-    (subject,) = visualcloze_data.subjects(data, cuts, Protocol(tasks=("canny",), rows=1, train_rows=2))
-    assert (len(subject.rows), len(subject.asked)) == (2, 1)
+    canny, tuning = visualcloze_data.subjects(data, cuts, Protocol(tasks=("canny",), rows=1, train_rows=2))
+    assert (len(canny.rows), [asked.index for asked in canny.asked]) == (2, [0])
+    assert (tuning.name, tuning.tuning, tuning.rows) == ("canny-tuning", True, canny.rows)
+    assert [asked.index for asked in tuning.asked] == [1]
 
 
 def test_other_targets_and_styles(data: Path, cuts: Cuts):

@@ -19,7 +19,7 @@ PUBLISHED = "https://github.com/insdet/instance-detection (InsDet-FULL or InsDet
 TOKEN = "sks"
 EVERY = 4  # of an object's views one is trained on, and the one in the middle to the next is compared with
 MARGIN = 0.1  # around what is trained on; what is compared with has none
-DRAWN = 2  # pictures of each prompt about an object
+DRAWN = 2  # pictures of each prompt, but for a scene's own
 TUNING_OBJECTS = slice(2, None, 25)  # of the names in order; none of them is among every fifth
 TUNING_SCENE = "sink"
 SCENE, CHANGE = "scene", "change"  # categories of what is asked of scenes
@@ -112,7 +112,7 @@ def _object(folder: Path, cuts: Cuts, reference: bool, tuning: bool) -> Subject:
     real = [cuts.add(folder.name, view, masks.get(view.stem.lower())) for view in held]
     words = words_of(folder.name)
     inputs = (rows[0],) if reference else ()
-    asked = [_asked(i, prompt, words, inputs, number=DRAWN) for i, prompt in enumerate(OBJECT_PROMPTS)]
+    asked = [_asked(i, prompt, words, inputs) for i, prompt in enumerate(OBJECT_PROMPTS)]
     return Subject(folder.name, _rows(rows, words), tuple(asked), tuple(real), tuning=tuning)
 
 

@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -22,6 +22,7 @@ from networks.deft_config import DeftError, nearest
 PUBLISHED = "https://huggingface.co/datasets/VisualCloze/Graph200K"
 MAKE = "python processing.py --split {split} --target_path FOLDER, of https://github.com/lzyhha/VisualCloze, makes it"
 CONSISTENT = 3  # the least objectConsistency with which VisualCloze uses a reference
+TUNING_ROWS = 20  # of `test`, behind those that are drawn: rates are chosen on them, for the first task
 STYLES = ("InstantStyle", "ReduxStyle")
 # what is asked of the model: ours, since the authors' own are not published. {text} is the row's description, which is
 # left out where something else than the picture itself is to be drawn
@@ -79,7 +80,7 @@ def task_of(text: str) -> Task:
 
 
 def subjects(data: Path, cuts: Cuts, protocol: Protocol) -> list[Subject]:
-    """One for each task.
+    """One for each task, and where `test` has rows to spare one more, to choose rates on.
 
     :param cuts: makes what is shown in context
     :raises DeftError: when the data or a task's rows are not there
@@ -87,8 +88,13 @@ def subjects(data: Path, cuts: Cuts, protocol: Protocol) -> list[Subject]:
     check_instruction(protocol)
     tasks = [task_of(text) for text in protocol.tasks]
     train = _with_all(tasks, data, "train", protocol.train_rows)
-    test = _with_all(tasks, data, "test", protocol.rows)
-    return [_subject(task, train[task], test[task], cuts, protocol) for task in tasks]
+    test = _with_all(tasks, data, "test", protocol.rows + TUNING_ROWS)
+    found = [_subject(task, train[task], test[task][: protocol.rows], cuts, protocol) for task in tasks]
+    first, spare = tasks[0], test[tasks[0]][protocol.rows :]
+    if spare:
+        tuning = _subject(first, train[first], spare, cuts, protocol)
+        found.append(replace(tuning, name=f"{first.name}-tuning", tuning=True))
+    return found
 
 
 @dataclass(frozen=True)
