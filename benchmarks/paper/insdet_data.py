@@ -134,7 +134,9 @@ def _rows(pictures: Sequence[Path], words: str) -> tuple[Row, ...]:
     return tuple(Row(picture, f"a photo of {TOKEN} {words}") for picture in pictures)
 
 
-def _asked(index: int, prompt: str, words: str, inputs: tuple[Path, ...], category: str = "", number: int = 1) -> Asked:
+def _asked(
+    index: int, prompt: str, words: str, inputs: tuple[Path, ...], category: str = "", number: int = DRAWN
+) -> Asked:
     shown = f"{TOKEN} {words} <img><|image_1|></img>" if inputs else f"{TOKEN} {words}"
     return Asked(index, prompt.format(shown), prompt.format(words), number, category, inputs)
 
