@@ -22,7 +22,7 @@ from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
 from library.training import given, interrupts, metadata, prepare, preview, start, state
-from library.training.adapter import DeftAdapter
+from library.training.adapter import AdapterOf, DeftAdapter
 from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
 from library.training.loop import TrainingLoop
 from library.training.losses import Losses
@@ -39,16 +39,17 @@ from networks.deft_config import DeftError
 logger = logging.getLogger(__name__)
 
 
-def train(run: Run) -> Path:
+def train(run: Run, adapter_of: AdapterOf = DeftAdapter) -> Path:
     """One training run; returns the file of the finished adapter.
 
+    :param adapter_of: puts another adapter on the model, to be trained on the same data, noise and steps
     :raises DeftError: for mistakes in options, data or files, before the first step
     :raises TrainingStopped: when the training cannot go on, or its result cannot be written
     :raises Interrupted: when a signal has ended it, after saving
     :raises EndedAtOnce: when a signal has ended it before the first step, or a second one has
     """
     with Interrupts() as signals:
-        return _train(run, signals)
+        return _train(run, signals, adapter_of)
 
 
 def show(run: Run) -> None:
@@ -63,7 +64,7 @@ def show(run: Run) -> None:
             print(file)
 
 
-def _train(run: Run, signals: Interrupts) -> Path:
+def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     start.log_messages(run.logs)
     files, folder = given.read(run), Path(run.saves.output_dir)
     accelerator, seed = start.accelerator_of(run.process, run.logs)
@@ -74,7 +75,7 @@ def _train(run: Run, signals: Interrupts) -> Path:
     prepare.tell_what_is_rounded(model, files.samples)
 
     plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
-    adapter = DeftAdapter(run.network, files, model, accelerator, folder)
+    adapter = adapter_of(run.network, files, model, accelerator, folder)
     caches = run.data.caches
     if caches.cache_text_encoder_outputs:
         texts.keep(files.texts_encoded(run.preservation), dtype, caches)
@@ -108,7 +109,7 @@ def _train(run: Run, signals: Interrupts) -> Path:
         validation = Validation(
             loading(kept, noise, shuffle=False), losses, adapter, noise, options.max_validation_steps
         )
-    fields = metadata.of_training(run, model, adapter.module, trained, length, seed)
+    fields = metadata.of_training(run, model, adapter, trained, length, seed)
     saves = Saves(run.saves, adapter, fields, setting, length, averaged, accelerator)
     samples = Samples(
         files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler

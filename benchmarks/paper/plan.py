@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+BASE, REAL = "base", "real"  # the anchors among the methods: the model without an adapter; real pictures beside real ones
+
 
 @dataclass(frozen=True)
 class Row:
@@ -64,11 +66,13 @@ class Published:
 
     :param figures: column's name -> value, in the scale of the results: cosines from 0 to 1
     :param source: where they were read
+    :param adapter: whose own figures are laid beside it; "" for none
     """
 
     method: str
     figures: Mapping[str, float]
     source: str
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ class Benchmark:
     :param drawing_steps: of the sampler
     :param published: figures of others
     :param columns: of further tables: name -> (metric, category or group of which it is the mean)
+    :param notes: what a reader of the tables has to know
+    :param hundredfold: metrics that the benchmark's own tables give times 100
     """
 
     name: str
@@ -110,3 +116,5 @@ class Benchmark:
     drawing_steps: int = 50
     published: tuple[Published, ...] = ()
     columns: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    hundredfold: tuple[str, ...] = ()

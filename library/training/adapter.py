@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -31,8 +32,13 @@ class Adapter(Protocol):
         """That holds its parameters; in training mode or not."""
         ...
 
+    def fields(self) -> dict[str, object]:
+        """`ss_...` of a file's metadata: its size and options."""
+        ...
+
     def groups(self, rates: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups for an optimizer, and their names."""
+        """Parameter groups for an optimizer, and their names. The model has been placed by now: in the training's
+        precision, with all that is part of it."""
         ...
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -57,6 +63,10 @@ class Adapter(Protocol):
         ...
 
 
+# from the options, what is given in files, the model that is loaded and not yet placed, and the folder of the output
+AdapterOf: TypeAlias = Callable[[NetworkOptions, Given, Family, Accelerator, Path], Adapter]
+
+
 class DeftAdapter:
     """networks.deft on a Stable Diffusion model.
 
@@ -65,7 +75,7 @@ class DeftAdapter:
     """
 
     def __init__(self, options: NetworkOptions, given: Given, model: Family, accelerator: Accelerator, folder: Path):
-        self.model, self.max_norm = model, options.scale_weight_norms
+        self.model, self.max_norm, self.options = model, options.scale_weight_norms, options
         self.device = accelerator.device
         encoder, unet = model.text_encoders, model.denoiser
         for file, strength in given.base:
@@ -87,6 +97,14 @@ class DeftAdapter:
         self.module.apply_to(encoder, unet, not only_unet, not only_encoder)
         if given.start is not None:
             logger.info(str(self.module.load_adapter(given.start)))
+
+    def fields(self) -> dict[str, object]:
+        """See `Adapter`."""
+        args = {key: value for key, value in self.options.network_args.items() if key != "neuron_dropout"}
+        config = self.module.config
+        return {
+            "ss_network_dim": config.dim, "ss_network_alpha": config.alpha, "ss_network_args": json.dumps(args)
+        }  # fmt: skip
 
     def groups(self, rates: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
         """See `Adapter`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import mimetypes
 import time
 from pathlib import Path
@@ -14,9 +13,9 @@ from library.data.plan import Plan
 from library.models.family import Family
 from library.options.rooms import Run
 from library.training import optimizers, schedules
+from library.training.adapter import Adapter
 from library.training.objective import FLOW_ONLY
 from library.training.state import Length
-from networks.deft import DeftNetwork
 from networks.deft_config import DeftError, reason_of
 from networks.deft_progress import Bar
 
@@ -30,13 +29,12 @@ _ALWAYS = (
 )
 
 
-def of_training(run: Run, model: Family, network: DeftNetwork, plan: Plan, length: Length, seed: int) -> dict[str, str]:
+def of_training(run: Run, model: Family, adapter: Adapter, plan: Plan, length: Length, seed: int) -> dict[str, str]:
     """The fields that are known before the first step; with --no_metadata, those alone that clients need.
 
     :raises DeftError: when the thumbnail cannot be read
     """
     width, height = run.data.datasets[0].buckets.resolution
-    network_args = {key: value for key, value in run.network.network_args.items() if key != "neuron_dropout"}
     unused = () if model.objective == "flow" else tuple(f"ss_{name}" for name in FLOW_ONLY)
     fields: dict[str, object] = {
         "modelspec.title": run.saves.output_name,
@@ -50,9 +48,7 @@ def of_training(run: Run, model: Family, network: DeftNetwork, plan: Plan, lengt
         "ss_optimizer": optimizers.described(run.optimizer),
         "ss_lr_scheduler": schedules.named(run.optimizer),
         "ss_seed": seed,
-        "ss_network_dim": network.config.dim,
-        "ss_network_alpha": network.config.alpha,
-        "ss_network_args": json.dumps(network_args),
+        **adapter.fields(),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
