@@ -26,7 +26,7 @@ from networks.deft_config import DeftError
 # key names of an attention's queries, keys, values and output; FLUX.1's are of its double blocks, whose files have
 # them in one
 ATTENTION = r"_to_(q|k|v|out_0)$|_(img|txt)_attn_(qkv|proj)$"
-LAYERS = {"network_reg_dims": f"^(?!.*({ATTENTION}))=0"}  # network_args that leave all others alone
+LAYERS: Mapping[str, Any] = {"network_reg_dims": f"^(?!.*({ATTENTION}))=0"}  # network_args that leave all others alone
 CONFIG = "peft_config"  # of a file's metadata
 
 ConfigOf = Callable[[int, list[str]], peft.PeftConfig]  # from the rank and the layers' names
@@ -179,11 +179,10 @@ def _peft(denoiser: nn.Module, file: Path, config: str) -> Iterator[None]:
     device = next(denoiser.parameters()).device
     try:
         layers = _inject(peft.get_peft_config(json.loads(config)), denoiser)
-        found = peft.set_peft_model_state_dict(denoiser, deft_io.read_tensors(file)[0])
+        found: Any = peft.set_peft_model_state_dict(denoiser, deft_io.read_tensors(file)[0])
         if found.unexpected_keys:
             raise DeftError(f"{file}: fits another model; {found.unexpected_keys[0]} is not in this one")
-        for layer in layers:
-            nn.Module.to(layer, device)  # type: ignore[arg-type]
+        nn.ModuleList(layers).to(device)  # type: ignore[arg-type]
         denoiser.requires_grad_(False)
         yield
     finally:

@@ -66,8 +66,9 @@ def _to_do(room: Room) -> Iterator[str]:
     yield "what there is to do"
     yield f"  {len(room.counted)} subjects are counted, {len(room.tuning)} more serve to choose rates"
     yield f"  trainings of {settings.steps} steps: {len(tuning) + number}, of which {trainings} are missing"
-    yield f"  pictures of {settings.size} x {settings.size}: {pictures}, of which {pictures - planned + missing} are missing"
-    yield from _cost(room, trainings, pictures - planned + missing)
+    left = pictures - planned + missing
+    yield f"  pictures of {settings.size} x {settings.size}: {pictures}, of which {left} are missing"
+    yield from _cost(room, trainings, left)
 
 
 def _pictures(subjects: Sequence[Subject], methods: int) -> int:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BASE, REAL = "base", "real"  # the anchors among the methods: the model without an adapter; real pictures beside real ones
+BASE, REAL = (
+    "base",
+    "real",
+)  # the anchors among the methods: the model without an adapter; real pictures beside real ones
 
 
 @dataclass(frozen=True)

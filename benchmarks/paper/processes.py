@@ -1,4 +1,4 @@
-"""Several processes of one run, on one machine or more: each does its share alone, and waits where it needs the others'.
+"""Several processes of one run, on one machine or more: each does its share, and waits where it needs the others'.
 
 They are started by accelerate or torchrun, whose names in the environment say which of them this one is, or by
 `--jobs`. The trainer must not know of it, since each trains adapters of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -12,6 +13,7 @@ import transformers
 
 from benchmarks.paper.plan import BASE, REAL, Subject
 from benchmarks.paper.records import Record, read_json, write_json
+from benchmarks.paper.settings import Method
 
 if TYPE_CHECKING:
     from benchmarks.paper.stages import Room
@@ -26,7 +28,7 @@ def write(room: Room) -> None:
     """
     file = room.settings.output / RESULTS
     then = read_json(file)
-    chosen = room.chosen() if room.tuning or not then.get("best") else {}
+    chosen = room.chosen()
     best = then.get("best", {}) | {name: method.rate for name, method in chosen.items()}
     machines = then.get("machines", [])
     if (machine := _machine()) not in machines:
@@ -35,9 +37,9 @@ def write(room: Room) -> None:
         "benchmark": room.benchmark.name,
         "settings": _settings(room),
         "best": best,
-        "methods": then.get("methods", {}) | _methods(room, {method.key for method in chosen.values()}),
-        "subjects": then.get("subjects", {}) | {one.name: _subject(room, one) for one in room.subjects},
-        "scoring": room.measured or then.get("scoring", {}),
+        "methods": _methods(room, then.get("methods", {}), chosen.values()),
+        "subjects": then.get("subjects", {}) | {one.name: _subject(room, one) for one in (*room.tuning, *room.counted)},
+        "scoring": room.measured if room.measured.get("models") else then.get("scoring", {}),
         "notes": _notes(room),
         "machines": machines,
     })  # fmt: skip
@@ -55,15 +57,20 @@ def _settings(room: Room) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _methods(room: Room, chosen: set[str]) -> dict[str, Record]:
+def _methods(room: Room, then: Mapping[str, Record], chosen: Iterable[Method]) -> dict[str, Record]:
+    """:param then: those of other command lines; of one adapter at several rates, the last choice counts"""
     parameters = {one["method"]: one["parameters"] for one in room.trainings.read()}
-    found: dict[str, Record] = {BASE: {"adapter": BASE}, REAL: {"adapter": REAL}}
+    found: dict[str, Record] = {BASE: {"adapter": BASE}, REAL: {"adapter": REAL}} | dict(then)
     for method in room.methods():
         if method.key in parameters:
             found[method.key] = {
                 "adapter": method.adapter, "rank": method.rank, "rate": method.rate, "steps": method.steps,
-                "parameters": parameters[method.key], "rate_chosen": method.key in chosen,
+                "parameters": parameters[method.key], "rate_chosen": False,
             }  # fmt: skip
+    for best in chosen:
+        for key, one in found.items():
+            if (one["adapter"], one.get("rank"), one.get("steps")) == (best.adapter, best.rank, best.steps):
+                one["rate_chosen"] = key == best.key
     return found
 
 

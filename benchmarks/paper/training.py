@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,10 +28,10 @@ from networks.deft_config import DeftError
 from networks.deft_io import write_whole
 
 # what --config may say and the benchmark decides: name -> value
-_SAVES = dict.fromkeys(("save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio")) | {
+_SAVES: dict[str, Any] = dict.fromkeys(("save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio")) | {
     "save_state": False, "save_state_on_train_end": False, "no_metadata": False,
 }  # fmt: skip
-_LOOP = dict.fromkeys(("max_train_epochs", "sample_every_n_epochs", "sample_every_n_steps")) | {
+_LOOP: dict[str, Any] = dict.fromkeys(("max_train_epochs", "sample_every_n_epochs", "sample_every_n_steps")) | {
     "sample_at_first": False
 }
 
@@ -87,12 +88,13 @@ def run_of(settings: Settings, options: Sequence[str] = ()) -> Run:
 def _options(settings: Settings, training: Training) -> list[str]:
     """What differs between trainings; each is of the denoiser alone, on batches of one."""
     method, file = training.method, data_of(settings, training.subject)
-    args = adapters.LAYERS | dict(network_args(method.adapter) or {})
+    args = dict(adapters.LAYERS) | dict(network_args(method.adapter) or {})
     rate, rank = f"{method.rate:g}", str(method.rank)
     found = ["--output_name", training.name, "--max_train_steps", str(method.steps), "--seed", str(training.seed),
              "--learning_rate", rate, "--unet_lr", rate, "--lr_scheduler", "constant", "--train_batch_size", "1",
              "--gradient_accumulation_steps", "1", "--network_dim", rank, "--network_alpha", rank,
-             "--network_train_unet_only", "--network_args", *(f"{key}={value}" for key, value in args.items())]  # fmt: skip
+             "--network_train_unet_only",
+             "--network_args", *(f"{key}={value}" for key, value in args.items())]  # fmt: skip
     if file.suffix == ".jsonl":
         found += ["--train_jsonl", str(file), "--image_path", str(settings.data)]
     else:
