@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.paper import command
+from benchmarks.paper.metrics import METRICS as ALL
 from benchmarks.paper.plan import Benchmark, Source, Subject
 
 METRICS = ("clip_i", "dino", "dinov2", "clip_t")
@@ -48,7 +49,7 @@ def benchmark_of(args: Namespace) -> Benchmark:
             cuts.make()
         return found
 
-    parts = {"the scene": "scene", "changed": "change", "easy": "easy", "hard": "hard"} if of_scenes else {}
+    parts = ("scene", "change", "easy", "hard") if of_scenes else ()
     return Benchmark(
         name=f"InsDet {args.what}",
         subjects=subjects,
@@ -58,8 +59,9 @@ def benchmark_of(args: Namespace) -> Benchmark:
         metrics=(*METRICS, *OF_SCENES) if of_scenes else METRICS,
         steps=STEPS,
         size=SIZE,
-        columns={f"{metric}, {title}": (metric, of) for metric in METRICS for title, of in parts.items()},
+        columns={f"{ALL[metric].title}, {of}": (metric, of) for metric in METRICS for of in parts},
         notes=("the protocol is this project's: neither the authors' captions and split nor their results were found",),
+        sets_of="scene" if of_scenes else "",
     )
 
 

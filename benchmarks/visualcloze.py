@@ -10,47 +10,50 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.paper.metrics import METRICS as ALL
-
 from benchmarks.paper import command
-from benchmarks.paper.plan import Benchmark, Published, Source, Subject
+from benchmarks.paper.metrics import METRICS as ALL
+from benchmarks.paper.plan import BASE, Benchmark, Published, Source, Subject
 
 METRICS = ("clip_i", "dinov1", "dinov2", "clip_t", "ssim", "f1", "depth_rmse", "fid", "fd_dinov2", "musiq", "maniqa")
 OF_ONE_TASK = {"f1": "canny", "depth_rmse": "depth"}  # metric -> the condition that it looks for
 CONTEXT_SIZE = 384  # pixels a side of what is shown in context: VisualCloze's
 SIZE, STEPS = 512, 4000
 
-CLOZE = "VisualCloze, arXiv 2504.07960, Table 1; its CLIP, its depth estimator and its number of pictures are unknown"
-NOTES = "a note on DEFT's paper, https://en.papernotes.org/NeurIPS2025/image_generation/"
-_CONTROLLED = ("fid", "ssim", "maniqa", "musiq", "clip_t")
-# task -> method -> F1 or RMSE, then _CONTROLLED, with CLIP-T as printed, times 100
-_TABLE = {
-    "canny": {
-        "ControlNet": (0.13, 46.06, 0.34, 0.31, 45.45, 34.10),
-        "OminiControl": (0.47, 29.58, 0.61, 0.44, 61.40, 34.40),
-        "OneDiffusion": (0.39, 32.76, 0.55, 0.46, 59.99, 34.99),
-        "OmniGen": (0.43, 51.58, 0.47, 0.47, 62.66, 33.66),
-        "VisualCloze, dev": (0.39, 30.36, 0.61, 0.48, 61.13, 35.03),
-        "VisualCloze, Fill": (0.35, 30.60, 0.55, 0.49, 64.39, 34.98),
-    },
-    "depth": {
-        "ControlNet": (23.70, 36.83, 0.41, 0.44, 60.17, 34.49),
-        "OminiControl": (21.44, 36.23, 0.52, 0.44, 60.18, 34.08),
-        "OneDiffusion": (10.35, 39.03, 0.49, 0.49, 60.49, 34.71),
-        "OmniGen": (15.07, 86.08, 0.26, 0.49, 64.90, 29.72),
-        "VisualCloze, dev": (25.06, 42.14, 0.53, 0.46, 58.95, 34.80),
-        "VisualCloze, Fill": (10.31, 33.88, 0.54, 0.48, 64.85, 35.10),
-    },
-}
-_DEFT = {  # task -> method -> CLIP-I, DINOv1, DINOv2, times 100
-    "canny": {"OmniGen": (95.45, 87.13, 87.60), "DEFT, rank 32": (95.78, 90.37, 90.65)},
-    "depth": {"OmniGen": (92.02, 85.16, 77.39), "DEFT, rank 32": (93.18, 88.98, 85.75)},
-}
+CLOZE = "VisualCloze (arXiv 2504.07960), Table 1; which CLIP, depth estimator and pictures is not known"
+NOTE = "a note on DEFT's paper, https://en.papernotes.org/NeurIPS2025/image_generation/"
+# task, metrics, where they were read, and method -> values
+FIGURES: tuple[tuple[str, tuple[str, ...], str, Mapping[str, tuple[float, ...]]], ...] = (
+    ("canny", ("f1", "fid", "ssim", "maniqa", "musiq", "clip_t"), CLOZE, {
+        "ControlNet": (0.13, 46.06, 0.34, 0.31, 45.45, 0.3410),
+        "OminiControl": (0.47, 29.58, 0.61, 0.44, 61.40, 0.3440),
+        "OneDiffusion": (0.39, 32.76, 0.55, 0.46, 59.99, 0.3499),
+        "OmniGen": (0.43, 51.58, 0.47, 0.47, 62.66, 0.3366),
+        "VisualCloze, dev": (0.39, 30.36, 0.61, 0.48, 61.13, 0.3503),
+        "VisualCloze, Fill": (0.35, 30.60, 0.55, 0.49, 64.39, 0.3498),
+    }),
+    ("depth", ("depth_rmse", "fid", "ssim", "maniqa", "musiq", "clip_t"), CLOZE, {
+        "ControlNet": (23.70, 36.83, 0.41, 0.44, 60.17, 0.3449),
+        "OminiControl": (21.44, 36.23, 0.52, 0.44, 60.18, 0.3408),
+        "OneDiffusion": (10.35, 39.03, 0.49, 0.49, 60.49, 0.3471),
+        "OmniGen": (15.07, 86.08, 0.26, 0.49, 64.90, 0.2972),
+        "VisualCloze, dev": (25.06, 42.14, 0.53, 0.46, 58.95, 0.3480),
+        "VisualCloze, Fill": (10.31, 33.88, 0.54, 0.48, 64.85, 0.3510),
+    }),
+    ("canny", ("clip_i", "dinov1", "dinov2"), NOTE, {
+        "OmniGen": (0.9545, 0.8713, 0.8760),
+        "DEFT, rank 32": (0.9578, 0.9037, 0.9065),
+    }),
+    ("depth", ("clip_i", "dinov1", "dinov2"), NOTE, {
+        "OmniGen": (0.9202, 0.8516, 0.7739),
+        "DEFT, rank 32": (0.9318, 0.8898, 0.8575),
+    }),
+)  # fmt: skip
+OWN = {"OmniGen": BASE, "DEFT, rank 32": "deft-frozen"}  # what the authors' script trains with their options
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -102,6 +105,7 @@ def benchmark_of(args: Namespace) -> Benchmark:
         published=tuple(one for one in published() if one.figures.keys() <= columns.keys()),
         columns=columns,
         notes=("the instructions are this project's: those of the paper's authors were not found",),
+        sets_each=True,
     )  # fmt: skip
 
 
@@ -117,17 +121,10 @@ def title(metric: str, task: str) -> str:
 
 def published() -> Iterator[Published]:
     """Others' figures, by the columns of their task."""
-    for task, methods in _TABLE.items():
-        names = ("f1" if task == "canny" else "depth_rmse", *_CONTROLLED)
+    for task, metrics, source, methods in FIGURES:
         for method, values in methods.items():
-            figures = dict(zip(names, values, strict=True))
-            figures["clip_t"] /= 100
-            yield Published(method, {title(name, task): value for name, value in figures.items()}, CLOZE)
-    for task, methods in _DEFT.items():
-        for method, values in methods.items():
-            names = (title(name, task) for name in ("clip_i", "dinov1", "dinov2"))
-            figures = dict(zip(names, (value / 100 for value in values), strict=True))
-            yield Published(method, figures, NOTES)
+            figures = {title(name, task): value for name, value in zip(metrics, values, strict=True)}
+            yield Published(method, figures, source, OWN.get(method, ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
