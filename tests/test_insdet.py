@@ -1,16 +1,18 @@
 """InsDet as subjects: what is trained on, what is held out, and how pictures are cut."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import insdet
 from benchmarks.paper import insdet_data
 from benchmarks.paper.cuts import Cut, Cuts, around, square_of, within
 from benchmarks.paper.insdet_data import Protocol
 from networks.deft_config import DeftError
-from tests import small_insdet
+from tests import small_insdet, small_judges
 
 SIZE = 16
 
@@ -18,6 +20,11 @@ SIZE = 16
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return small_insdet.make(tmp_path / "InsDet-mini")
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory) -> dict[str, Path]:
+    return small_judges.build(tmp_path_factory.mktemp("judges"))
 
 
 @pytest.fixture
@@ -171,3 +178,29 @@ def test_mistakes_are_one_line(data: Path, cuts: Cuts, tmp_path: Path):
     for view in sorted(images.iterdir())[2:]:
         view.unlink()
     refused("2 views; at least 3 are needed")
+
+
+def test_scenes_from_data_to_report(data: Path, model_folder: Path, judges: dict[str, Path], tmp_path: Path):
+    out = tmp_path / "out"
+    options = ["--what", "scenes", "--data", data, "--model", model_folder, "--output", out, "--device", "cpu",
+               "--clip", judges["clip"], "--dino", judges["dino"], "--dinov2", judges["dinov2"],
+               "--adapters", "lora", "--rank", "2", "--rates", "1e-3", "--steps", "1", "--size", "64",
+               "--drawing_steps", "1", "--limit_prompts", "1"]  # fmt: skip
+    assert insdet.main([*map(str, options), "--dry_run"]) == 0
+    assert not (out / "cuts").exists()
+    assert insdet.main(list(map(str, options))) == 0
+    records, scores = (
+        [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("records.jsonl", "scores.jsonl")
+    )
+    methods = ("base", "lora|2|0.001|1")
+    for method in methods:  # the scene as often as it has odd frames, and a change twice
+        assert sum(record["method"] == method for record in records) == 2 + 2
+    drawn = [score for score in scores if score.get("picture", "").startswith("pictures/")]
+    assert len(drawn) == 2 * (2 + 2)
+    assert all({"clip_i", "dino", "dinov2", "clip_t"} <= score.keys() for score in drawn)
+    sets = {score["method"]: (score["drawn"], score["real"]) for score in scores if "fd_dinov2" in score}
+    assert sets == dict.fromkeys(methods, (2, 2))  # without the changes
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert "CLIP-T, change" in report
+    assert "lora" in report
