@@ -14,13 +14,14 @@ from __future__ import annotations
 import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.paper import command
+from benchmarks.paper.metrics import METRICS as TABLE
 from benchmarks.paper.metrics import PRIOR
 from benchmarks.paper.plan import Asked, Benchmark, Published, Row, Source, Subject
 from networks.deft_config import DeftError, read_text
@@ -106,7 +107,7 @@ def _asked(prompts: Iterable[str], kind: str, token: str) -> Iterator[Asked]:
 
 def benchmark_of(args: Namespace) -> Benchmark:
     """As the paper has it, at Stable Diffusion 1.5's size."""
-    columns = {f"{METRIC_TITLES[metric]}, {of}": (metric, of)
+    columns = {f"{TABLE[metric].title}, {of}": (metric, of)
                for metric in ("dino", "clip_t") for of in ("object", "live", SCENE, OUTFIT, PROPERTY)}  # fmt: skip
     return Benchmark(
         name="DreamBooth",
@@ -121,13 +122,15 @@ def benchmark_of(args: Namespace) -> Benchmark:
     )
 
 
-METRIC_TITLES = {"dino": "DINO", "clip_t": "CLIP-T"}
-
-
 def add_options(parser: ArgumentParser) -> None:
     """This benchmark's own."""
     parser.add_argument("--token", default="sks", help="that stands for the subject in prompts (default: sks)")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see `command.main`."""
+    return command.main(__doc__ or "", METRICS, benchmark_of, add_options, argv=argv)
+
+
 if __name__ == "__main__":
-    sys.exit(command.main(__doc__, METRICS, benchmark_of, add_options))
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 from benchmarks.paper import training
@@ -82,11 +83,9 @@ def _cost(room: Room, trainings: int, pictures: int) -> Iterator[str]:
     if not trained or not drawn:
         yield "  time: not measured yet; it is once a training and a picture are there (--limit_subjects 1)"
     else:
-        steps = sum(int(one["method"].rsplit("|", 1)[1]) for one in trained)
-        a_step, a_picture = (
-            sum(one["seconds"] for one in trained) / steps,
-            sum(one["seconds"] for one in drawn) / len(drawn),
-        )
+        # the median: a first training may have drawn what `keep` is to keep
+        a_step = statistics.median(one["seconds"] / int(one["method"].rsplit("|", 1)[1]) for one in trained)
+        a_picture = statistics.median(one["seconds"] for one in drawn)
         hours = (trainings * room.settings.steps * a_step + pictures * a_picture) / 3600
         yield (
             f"  time of one process, without scoring: {hours:.1f} hours ({a_step:.3f} s a step, {a_picture:.2f} s a "
