@@ -89,7 +89,7 @@ def named(values) -> dict[str, float]:
 def test_an_interval_covers_the_mean_as_often_as_it_says(monkeypatch):
     monkeypatch.setattr(bootstrap, "SAMPLES", 1000)
     rng = np.random.default_rng(1)
-    found = [bootstrap.interval(named(rng.normal(0.7, 0.1, 30)), seed) for seed in range(400)]
+    found = [bootstrap.interval(named(rng.normal(0.7, 0.1, 30)), seed % 20) for seed in range(400)]
     covered = np.mean([interval.low <= 0.7 <= interval.high for interval in found])
     assert 0.90 < covered < 0.97
     widths = np.mean([interval.high - interval.low for interval in found])
@@ -243,9 +243,10 @@ def test_what_is_read_does_not_depend_on_order_and_the_last_line_counts(run):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("scores.jsonl", '{"picture"\n{}\n', "line 1 is not JSON"),
+        ("scores.jsonl", '{"picture"\n{}\n', "line 1 is no JSON object"),
         ("records.jsonl", "[]\n", "line 1 is no JSON object"),
-        ("results.json", "{", "is not JSON"),
+        ("results.json", "{", "no JSON"),
+        ("results.json", "{}", "there are no results yet"),
         ("results.json", '{"methods": {}}', "holds no results"),
     ],
 )
@@ -277,6 +278,13 @@ def test_the_sheet_shows_each_picture_in_its_place(run):
         assert seen(0, 0, 0.1) == (255, 255, 255), "it is twice as wide as high"
         assert seen(0, 2) == (220, 220, 220), "missing"
         assert seen(0, 1) == seen(0, 3) == seen(1, 2) == (200, 0, 0)
+
+
+def test_labels_are_broken_where_they_end():
+    text = "live_subject_animal_04_red_panda\na red panda in a jungle"
+    found = sheet.wrapped(text, lambda part: len(part) <= 12)
+    assert found == ["live_subject", "_animal_04_r", "ed_panda", "a red panda", "in a jungle"]
+    assert sheet.wrapped("ab", lambda part: False) == ["a", "b"], "no width at all still ends"
 
 
 @pytest.mark.parametrize(("number", "most", "expected"), [(3, 6, [0, 1, 2]), (9, 2, [0, 8]), (150, 3, [0, 74, 149])])

@@ -87,8 +87,12 @@ def over_all(scored: Scored, benchmark: Benchmark) -> list[Column]:
 
 
 def shown(scored: Scored) -> list[Method]:
-    """The rows of the tables: the anchors, and each adapter at its chosen rate."""
-    anchors = [scored.methods.get(key, Method(key, key)) for key in ANCHORS]
+    """The rows of the tables: the anchors, and each adapter at its chosen rate.
+
+    Without real pictures beside others: there are none where a subject has but one.
+    """
+    there = {BASE, *(row["method"] for row in scored.scores)}
+    anchors = [scored.methods.get(key, Method(key, key)) for key in ANCHORS if key in there]
     return anchors + [m for key, m in scored.methods.items() if m.chosen and key not in ANCHORS]
 
 
@@ -218,7 +222,7 @@ def missing_lines(scored: Scored, benchmark: Benchmark) -> list[str]:
     for method in shown(scored):
         for column in over_all(scored, benchmark):
             lacking = scored.missing(method.key, column.metric)
-            if not lacking or (method.key == REAL and figure(scored, REAL, column) is None):
+            if not lacking or (method.key == REAL and not scored.of_subjects(REAL, column.metric)):
                 continue
             subjects = sorted(lacking)
             named = ", ".join(subjects[:5]) + (f" and {len(subjects) - 5} more" if len(subjects) > 5 else "")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.paper.metrics import METRICS, PRIOR
-from networks.deft_config import DeftError, read_text
+from benchmarks.paper.records import lines_of, read_json
+from networks.deft_config import DeftError
 
 REAL, BASE = "real", "base"  # the anchors' keys: real pictures beside real ones; the model without an adapter
 RECORDS, SCORES = "records.jsonl", "scores.jsonl"
@@ -127,39 +127,17 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def lines_of(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, none where there is no file; what a killed run left of its last line is passed over.
-
-    :raises DeftError: for another line that is no JSON object
-    """
-    if not file.is_file():
-        return
-    lines = read_text(file, f"{file}:").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                return
-            raise DeftError(f"{file}: line {number} is not JSON; remove it, and score again") from None
-        if not isinstance(found, dict):
-            raise DeftError(f"{file}: line {number} is no JSON object; remove it, and score again")
-        yield found
-
-
 def read(results: Path) -> Scored:
     """A run's `results.json`, and the records and scores in its folder.
 
     :raises DeftError: where there is none, or it is no run's
     """
+    told = read_json(results)
+    if not told:
+        raise DeftError(f"{results}: there are no results yet")
     try:
-        told = json.loads(read_text(results, f"{results}:"))
         methods = {key: _method(key, said) for key, said in told["methods"].items()}
         subjects = {name: _subject(said) for name, said in told["subjects"].items()}
-    except json.JSONDecodeError as error:
-        raise DeftError(f"{results}: is not JSON ({error})") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise DeftError(f"{results}: holds no results of a benchmark ({type(error).__name__}: {error})") from None
     folder = results.parent

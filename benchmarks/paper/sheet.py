@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from networks.deft_io import write_whole
 
-CELL, GAP, LABEL, HEAD, POINTS = 160, 6, 190, 40, 13  # pixels, and the size of letters
+CELL, GAP, LABEL, HEAD, POINTS = 160, 6, 210, 40, 13  # pixels, and the size of letters
 
 
 class Line(NamedTuple):
@@ -72,9 +71,29 @@ def _read(path: Path | None) -> Image.Image | None:
 
 
 def _write(canvas: ImageDraw.ImageDraw, font: Any, text: str, left: int, top: int, width: int, most: int) -> None:
-    """Wraps a text by words into lines of a width in pixels; cuts what is over `most` lines."""
-    letters = max(1, int(width / font.getlength("x")))
-    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, letters) or [""]]
+    """A text in lines of a width in pixels; what is over `most` lines is cut."""
+    lines = wrapped(text, lambda part: font.getlength(part) <= width)
     if len(lines) > most:
-        lines[most - 1 :] = [lines[most - 1][: letters - 1] + "…"]
+        lines[most - 1 :] = [lines[most - 1][:-1] + "…"]
     canvas.multiline_text((left, top), "\n".join(lines), "black", font, spacing=2)
+
+
+def wrapped(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """A text's lines, broken at spaces, and within words that fit nowhere."""
+    lines = []
+    for part in text.split("\n"):
+        line = ""
+        for word in part.split(" "):
+            longer = f"{line} {word}" if line else word
+            if line and not fits(longer):
+                lines.append(line)
+                longer = word
+            while not fits(longer):
+                cut = next((end for end in range(len(longer) - 1, 1, -1) if fits(longer[:end])), 1)
+                if cut == len(longer):
+                    break
+                lines.append(longer[:cut])
+                longer = longer[cut:]
+            line = longer
+        lines.append(line)
+    return lines
