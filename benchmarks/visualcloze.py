@@ -24,8 +24,7 @@ OF_ONE_TASK = {"f1": "canny", "depth_rmse": "depth"}  # metric -> the condition 
 CONTEXT_SIZE = 384  # pixels a side of what is shown in context: VisualCloze's
 SIZE, STEPS = 512, 4000
 
-CLOZE = "VisualCloze (arXiv 2504.07960), Table 1; which CLIP, depth estimator and pictures is not known"
-NOTE = "a note on DEFT's paper, https://en.papernotes.org/NeurIPS2025/image_generation/"
+CLOZE, NOTE = "VisualCloze (arXiv 2504.07960), Table 1", "a note on DEFT's paper, en.papernotes.org"
 # task, metrics, where they were read, and method -> values
 FIGURES: tuple[tuple[str, tuple[str, ...], str, Mapping[str, tuple[float, ...]]], ...] = (
     ("canny", ("f1", "fid", "ssim", "maniqa", "musiq", "clip_t"), CLOZE, {
@@ -104,7 +103,10 @@ def benchmark_of(args: Namespace) -> Benchmark:
         size=SIZE,
         published=tuple(one for one in published() if one.figures.keys() <= columns.keys()),
         columns=columns,
-        notes=("the instructions are this project's: those of the paper's authors were not found",),
+        notes=(
+            "the instructions are this project's: those of the paper's authors were not found",
+            "VisualCloze's own figures: which CLIP, which depth estimator and how many pictures is not known",
+        ),
         sets_each=True,
     )  # fmt: skip
 
