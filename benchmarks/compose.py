@@ -66,10 +66,7 @@ KINDS: dict[str, tuple[float, dict[str, str] | None]] = {
 MODES = {
     "sum": ["--mode", "sum"],
     "projected": ["--mode", "projected"],
-    "projected, energy 0.9": ["--mode", "projected", "--energy", "0.9"],
-    "projected, energy 0.5": ["--mode", "projected", "--energy", "0.5"],
     "projected, symmetric": ["--mode", "projected", "--symmetric"],
-    "projected, symmetric, energy 0.9": ["--mode", "projected", "--symmetric", "--energy", "0.9"],
 }
 SEQUENCE = {"sequence": ["--mode", "sequence", "--base", str(measure.MODEL)]}
 FIXED = ("steps", "pictures", "sampling")

@@ -64,12 +64,9 @@ class Common:
 
 @dataclass(frozen=True)
 class Options:
-    """:param energy: share of a concept's squared norm whose input directions count as its own
-    :param symmetric: whether concepts are kept free of all others', not of those before them alone
-    """
+    """:param symmetric: whether concepts are kept free of all others', not of those before them alone"""
 
     mode: str
-    energy: float = 1.0
     symmetric: bool = False
 
 
@@ -101,7 +98,7 @@ def in_common(decomposed: Sequence[Decomposed | None], options: Options) -> Comm
     """Of the parts of one layer; None where a concept has none."""
     pairs, chance = [], []
     found = [d for d in decomposed if d is not None and d.values.any()]
-    ranks = [deft_factors.rank_of_energy(d.values, options.energy) for d in found]
+    ranks = [deft_factors.rank_of_energy(d.values, 1.0) for d in found]
     for i, (one, j) in enumerate(zip(found, ranks, strict=True)):
         for other, k in list(zip(found, ranks, strict=True))[i + 1 :]:
             outputs = deft_factors.cosines(one.left[:, :j], other.left[:, :k])
@@ -111,7 +108,7 @@ def in_common(decomposed: Sequence[Decomposed | None], options: Options) -> Comm
     shared, square = [], []
     for i, mine in enumerate(decomposed):
         others = [
-            d.leading_inputs(options.energy)
+            d.leading_inputs(1.0)
             for j, d in enumerate(decomposed)
             if d is not None and j != i and (j < i or options.mode != "projected" or options.symmetric)
         ]
@@ -176,7 +173,7 @@ def composed(
     common = in_common(decomposed, options)
     there = [part for part in parts if part is not None]
     if options.mode == "projected":
-        directions = [d.leading_inputs(options.energy) for d in decomposed if d is not None]
+        directions = [d.leading_inputs(1.0) for d in decomposed if d is not None]
         there = projected(there, directions, options.symmetric)
     return deft_factors.concatenated(there), common
 
@@ -312,14 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--ratios", nargs="+", type=float, default=[], metavar="X", help="how much each counts, also below 0 (1)")
     add("--save_to", required=True, metavar="FILE", help="what is written")
     add("--mode", choices=MODES, default="sum", help="how they are put together (sum)")
-    add("--energy", type=float, default=1.0, metavar="X",
-        help="share of a concept's squared norm whose leading input directions are its own (1: all)")  # fmt: skip
     add("--symmetric", action="store_true", help="projected: each free of all others', not of those before it alone")
     add("--new_rank", type=int, metavar="N", help="cut what is written to this rank, with the least error")
     add("--save_precision", choices=deft_tools.PRECISIONS, help="dtype of what is written (the first adapter's)")
     add("--base", metavar="MODEL", help="the base model, where changes depend on the weight below them")
     given = parser.parse_args(argv)
-    options = Options(given.mode, given.energy, given.symmetric)
+    options = Options(given.mode, given.symmetric)
     sizes = given.new_rank, given.save_precision
     return deft_tools.run(lambda: work(given.models, given.ratios, given.save_to, options, *sizes, given.base))
 
@@ -340,10 +335,8 @@ def work(
     output = deft_tools.output_path("--save_to", save_to, [*models, *filter(None, [base])])
     if len(models) < 2:
         raise DeftError(f"--models {models[0]}: give two or more")
-    if not 0 < options.energy <= 1:
-        raise DeftError(f"--energy {options.energy:g}: give a share above 0 and up to 1")
-    if options.mode != "projected" and (options.symmetric or options.energy != 1):
-        raise DeftError("--symmetric and --energy are for --mode projected")
+    if options.mode != "projected" and options.symmetric:
+        raise DeftError("--symmetric is for --mode projected")
     if new_rank is not None and new_rank < 1:
         raise DeftError(f"--new_rank {new_rank}: give at least 1")
     parts = deft_sum.read_parts(models, ratios, [], [])
@@ -360,7 +353,7 @@ def work(
         "ratios": [part.strength.denoiser for part in parts],
     }
     if options.mode == "projected":
-        done |= {"energy": options.energy, "symmetric": options.symmetric}
+        done["symmetric"] = options.symmetric
     if new_rank is not None:
         layers, error, largest = truncated(layers, new_rank)
         print(f"to rank {new_rank}: relative error {error:.2g}, of a layer {largest:.2g} at most")

@@ -6,9 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from networks import deft_factors, deft_formats, deft_io, deft_math, deft_names, deft_rebase, deft_repair, deft_tools
+from networks import (
+    deft_factors,
+    deft_formats,
+    deft_io,
+    deft_math,
+    deft_names,
+    deft_partial,
+    deft_rebase,
+    deft_repair,
+    deft_tools,
+)
 from networks.deft_checkpoint import Checkpoint, open_checkpoint
 from networks.deft_config import DeftError, naming
 from networks.deft_factors import Factors
@@ -91,7 +99,7 @@ def converted(file: Path, to: str, dtype: torch.dtype | None, limit: Limit, verb
 def _read_any(file: Path, base: Checkpoint | None, limit: Limit) -> _Read:
     adapter = deft_formats.read(file)
     _refuse_removal(limit, f"{file} is")
-    told = [f"left out: {len(adapter.left)} tensors, {key}: {why}" for key, why in [*adapter.left.items()][:1]]
+    told = deft_tools.left_told(adapter.left)
     read = _Read({}, adapter.metadata, adapter.format, adapter.architecture, adapter.dtype, told)
     _fill(read, adapter, limit, base)
     _scale(read, limit)
@@ -348,13 +356,14 @@ def _write_peft(output: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             models.setdefault("", {})[key] = tensor
         else:
             models.setdefault(model, {})[f"base_model.model.{rest}"] = tensor
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    partial: Path | None = None
     try:
+        partial = deft_partial.partial_of(output)
         for model, found in models.items():
             deft_io.write_safetensors(
                 found, partial / model / "adapter_model.safetensors", {"format": "pt", **metadata}
             )
-            config = json.dumps(_peft_config(found), indent=2, sort_keys=True)
+            config = json.dumps(deft_formats.peft_config(found), indent=2, sort_keys=True)
             deft_io.write_whole(partial / model / "adapter_config.json", config.encode())
         if output.exists():
             output.rmdir()  # empty: `_output` has seen to it
@@ -362,7 +371,8 @@ def _write_peft(output: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     except OSError as error:
         raise DeftError(f"{output}: could not be saved ({error})") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            deft_partial.remove(partial)
     print(f"{output}: peft, {' and '.join(sorted(models)) or 'the original model'}, {_dtype_of(tensors)}")
 
 

@@ -253,6 +253,7 @@ def _share_reached(sizes: Tensor, share: float, whole: float | None = None) -> i
 OVERSAMPLING = 16  # directions of a sketch beyond the rank asked for
 TOLERANCE = 1e-3  # of the error, relative: an improvement that is not worth another power iteration
 ROUNDING = 1e-6  # an error that no iteration improves
+NEGLIGIBLE = 1e-7  # of the largest singular value: rounding in float32
 MOST_ITERATIONS = 32  # never seen to be needed: where singular values hardly fall, the error hardly does either
 
 
@@ -274,10 +275,13 @@ def approximated(
     if not math.isfinite(whole):
         raise ValueError("non-finite values")
     most = min(D.shape) if rank is None else min(rank, *D.shape)
-    width = most if energy is None else min(most, OVERSAMPLING)
+    width = most if energy in (None, 1) else min(most, OVERSAMPLING)
     while True:
         found = _leading(D, width, whole)
-        needed = width if energy is None else rank_of_energy(found.values, energy, whole**2)
+        if energy == 1:  # sums of squares are not precise enough to tell
+            needed = max(1, int((found.values > NEGLIGIBLE * found.values[0]).sum()))
+        else:
+            needed = width if energy is None else rank_of_energy(found.values, energy, whole**2)
         if needed <= width or len(found.values) >= most:
             break
         width = min(most, 2 * width)

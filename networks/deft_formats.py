@@ -337,6 +337,8 @@ def _by_layer(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, dic
         if name in parts:
             raise DeftError(f"{source}: {layer} has two tensors for {name}, {key} for one")
         parts[name] = tensor
+        if name == "ia3_l" and tensor.shape[0] > 1:
+            left[f"{layer}.bias"] = "where there is one, peft's (IA)^3 scales it with the weight; a bias is no weight"
     for layer in [layer for layer, parts in layers.items() if parts.keys() == {"weight"}]:
         raise DeftError(f"{source}: {layer}.weight is of no kind of adapter that is known here")
     return layers, left
@@ -782,7 +784,7 @@ def to_factors(
     if not isinstance(change, Factors):
         found, error = deft_factors.approximated(_matrix_of(change, base), _behind_outputs(change, base), rank, energy)
         sizes = found.up.square().sum(0)  # the singular values: two factors of equal size
-        used = sizes > 1e-7 * sizes.max()  # no rank for what is rounding
+        used = sizes > deft_factors.NEGLIGIBLE * sizes.max()  # no rank for what is rounding
         return replace(found, up=found.up[:, used], down=found.down[used]), error
     if energy is None and (rank is None or change.rank <= rank):
         return change, 0.0

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from networks import deft_factors, deft_math
+from networks import deft_factors, deft_math, deft_partial
 from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_factors import Factors
 from networks.deft_targets import TOGETHER, Target, looks_made_for
@@ -248,12 +248,11 @@ def parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | Non
     """One layer by the names of its parts.
 
     :raises KeyError: with the name of a part that is missing or that no plain LoRA or DEFT layer has
-    :raises ValueError: when the parts do not fit each other or are not finite
+    :raises ValueError: when the parts do not fit each other, are empty or not finite
     """
     parts = dict(parts)
     for name, tensor in parts.items():
-        if not deft_factors.is_finite(tensor):
-            raise ValueError(f"{name} has non-finite values")
+        check_values(name, tensor)
     alpha = None
     if "alpha" in parts:
         if parts["alpha"].numel() != 1:
@@ -283,6 +282,14 @@ def parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | Non
     elif rank == 0:
         rank = padded
     return LoraLayer(factors.up * 2.0**exponent, factors.down * file_scale * 2.0**-exponent, kernel, rank, scale)
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """:raises ValueError: for a tensor of a layer without any value, or with one that is no number"""
+    if not tensor.numel():
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} holds nothing")
+    if not deft_factors.is_finite(tensor):
+        raise ValueError(f"{name} has non-finite values")
 
 
 def factors_of(layer: LoraLayer | DeftLayer, base_weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -421,9 +428,9 @@ def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
     :param content: the whole, or its parts in order
     :raises DeftError: for a full disk, or a folder that cannot be written to
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = deft_partial.partial_of(path)
         with open(partial, "wb") as file:
             for part in [content] if isinstance(content, bytes) else content:
                 file.write(part)
@@ -433,5 +440,5 @@ def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
     except OSError as error:
         raise DeftError(f"{path}: could not be saved, what was there is untouched ({error})") from None
     finally:
-        with contextlib.suppress(OSError):  # the disk may be gone
-            partial.unlink(missing_ok=True)
+        if partial is not None:
+            deft_partial.remove(partial)

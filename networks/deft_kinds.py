@@ -28,7 +28,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from networks import deft_factors, deft_io, deft_math
+from networks import deft_io, deft_math
 from networks.deft_factors import Factors
 from networks.deft_io import DeftLayer
 
@@ -104,12 +104,11 @@ def change_of(parts: Mapping[str, Tensor], facts: Facts) -> Change:
     """What the tensors of one layer make of its weight.
 
     :raises KeyError: with the name of a tensor that is missing, or that no kind has
-    :raises ValueError: when the tensors are not finite or do not fit each other
+    :raises ValueError: when the tensors are empty, not finite or do not fit each other
     """
     rest = dict(parts)
     for name, tensor in rest.items():
-        if not deft_factors.is_finite(tensor):
-            raise ValueError(f"{name} has non-finite values")
+        deft_io.check_values(name, tensor)
     kind = next((kind for kind in KINDS if kind.sign in rest), None)
     if kind is None:
         raise KeyError(next(iter(rest)))
@@ -270,7 +269,7 @@ def _glora(parts: Parts, facts: Facts) -> Change:
 
 def _ia3(parts: Parts, facts: Facts) -> Change:
     factors, on_input = parts.pop("weight").float().flatten(), bool(_number(parts.pop("on_input")))
-    return _stretched(factors, on_input)
+    return _stretched(factors, on_input, facts.kernel or ())
 
 
 def _peft_ia3(parts: Parts, facts: Facts) -> Change:
@@ -281,16 +280,25 @@ def _peft_ia3(parts: Parts, facts: Facts) -> Change:
         patterns = facts.config.get("feedforward_modules") or []
         ends = isinstance(patterns, list | tuple) and any(facts.path.endswith(str(end)) for end in patterns)
         on_input = ends or (isinstance(patterns, str) and re.fullmatch(patterns, facts.path) is not None)
-    return _stretched(vector.float().flatten() - 1, on_input)
+    factors = vector.float().flatten() - 1
+    if vector.dim() > 2 and facts.kernel is None:  # a convolution's, of a size that only the weight tells
+        return _stretched(factors, on_input, (0, 0))
+    return _stretched(factors, on_input, facts.kernel or ())
 
 
-def _stretched(factors: Tensor, on_input: bool) -> OnBase:
+def _stretched(factors: Tensor, on_input: bool, kernel: tuple[int, ...]) -> OnBase:
+    """W with its rows, or its inputs, longer by these parts of them.
+
+    :param kernel: (kh, kw) of a convolution, zeros where it is not known
+    """
+    shape: tuple[int, ...] = (0, len(factors), *kernel) if on_input else (len(factors), 0)
+
     def delta(W: Tensor) -> Tensor:
         if not on_input:
             return W * factors.to(W)[:, None]
         return (W.reshape(len(W), len(factors), -1) * factors.to(W)[:, None]).flatten(1)
 
-    return OnBase("(IA)^3", (0, len(factors)) if on_input else (len(factors), 0), delta)
+    return OnBase("(IA)^3", shape, delta)
 
 
 def _rotations(blocks: Tensor, limit: float) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from networks import deft_factors
+from networks import deft_factors, deft_tools
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter
@@ -57,7 +57,7 @@ def repaired(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Repaired:
     :raises DeftError: when it holds more than plain LoRA layers
     """
     changes = _plain(adapter)
-    done = [*_names(adapter, tensors), *_scales(tensors), *_left(adapter)]
+    done = [*_names(adapter, tensors), *_scales(tensors), *deft_tools.left_told(adapter.left)]
     model = _model(adapter.architecture, changes)
     changes, lines = _shapes(changes, model)
     done += lines
@@ -128,13 +128,6 @@ def _scales(tensors: Mapping[str, Tensor]) -> list[str]:
     if other:
         lines.append(f"alpha: {len(other)} layers had another than their rank; multiplied into their weights")
     return lines
-
-
-def _left(adapter: Adapter) -> list[str]:
-    if not adapter.left:
-        return []
-    key, reason = next(iter(adapter.left.items()))
-    return [f"left out: {len(adapter.left)} tensors that are no part of a LoRA ({key}: {reason})"]
 
 
 def _nothing_learnt(changes: Mapping[str, Factors]) -> list[str]:

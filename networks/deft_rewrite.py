@@ -24,7 +24,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from networks import deft_progress, deft_scaled
+from networks import deft_partial, deft_progress, deft_scaled
 from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Scratch, TensorEntry, TensorFile
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
@@ -87,7 +87,7 @@ def rewrite(
     except OSError as error:
         raise DeftError(f"{output}: could not be written, nothing is left of it ({reason_of(error)})") from None
     finally:
-        _remove(partial)
+        deft_partial.remove(partial)
 
 
 def _files(checkpoint: Checkpoint) -> list[tuple[str, TensorFile]]:
@@ -116,40 +116,10 @@ def _check_output(checkpoint: Checkpoint, output: Path) -> None:
 
 
 def _partial(output: Path) -> Path:
-    """Where the output grows; what killed processes have left there is taken away."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for path in output.parent.glob(f".{_escaped(output.name)}.*.partial"):
-            pid = path.name.removeprefix(f".{output.name}.").removesuffix(".partial")
-            if pid.isdigit() and not _runs(int(pid)):
-                _remove(path)
+        return deft_partial.partial_of(output)
     except OSError as error:
         raise DeftError(f"{output}: cannot be written there ({reason_of(error)})") from None
-    return output.with_name(f".{output.name}.{os.getpid()}.partial")
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"([\[*?])", r"[\1]", name)
-
-
-def _runs(pid: int) -> bool:
-    if os.name != "posix" or not 0 < pid < 1 << 31:  # elsewhere os.kill ends the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _check_space(output: Path, size: int) -> None:

@@ -193,8 +193,8 @@ def change_of(W: Tensor, found: Sequence[Found]) -> Tensor:
 def say_what_is_left(parts: Sequence[Part]) -> None:
     """What of the adapters is no change of a weight, and so in no sum."""
     for part in parts:
-        for key, why in list(part.adapter.left.items())[:1]:
-            print(f"{part.adapter.source}: {len(part.adapter.left)} tensors are not merged, such as {key}: {why}")
+        for line in deft_tools.left_told(part.adapter.left):
+            print(f"{part.adapter.source}: {line}")
 
 
 def sum_metadata(

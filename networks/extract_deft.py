@@ -30,7 +30,7 @@ from torch import Tensor
 
 from networks import deft_factors, deft_formats, deft_targets, deft_tools
 from networks.deft_checkpoint import Checkpoint, Entry, open_checkpoint
-from networks.deft_config import DeftError, reason_of
+from networks.deft_config import DeftError, naming
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter, Dense, OnBase
 from networks.deft_progress import progress
@@ -261,7 +261,7 @@ def of_adapter(adapter: Adapter, base: Checkpoint | None, made: Extracted) -> No
             _check_fits(adapter.source, name, change.shape, base)
         elif isinstance(change, OnBase):
             raise DeftError(f"{name}: {change.kind} depends on the base model's weights; give it with --model_org")
-        try:
+        with naming(f"{adapter.source}: {name}"):
             if isinstance(change, Factors):
                 made.add_factors(name, change)
             elif isinstance(change, Dense):
@@ -269,8 +269,6 @@ def of_adapter(adapter: Adapter, base: Checkpoint | None, made: Extracted) -> No
             elif base is not None:
                 W = base.weight(name)
                 made.add(name, W.shape, change.delta(W.flatten(1)))
-        except ValueError as error:
-            raise DeftError(f"{adapter.source}: {name} has {reason_of(error)}; nothing was written") from None
 
 
 def _check_fits(source: str, name: str, shape: Sequence[int], base: Checkpoint) -> None:
@@ -373,7 +371,7 @@ def extract(given: Given, wanted: Wanted, device: torch.device) -> None:
         print(line)
     if not made.layers:
         raise DeftError(f"{inputs[-1]}: nothing differs that was to be extracted; nothing was written")
-    dtype = deft_tools.PRECISIONS[given.precision] if given.precision else _saved(found_dtype)
+    dtype = deft_tools.saved_dtype(given.precision, found_dtype)
     done: dict[str, object] = {name: value for name, value in asdict(wanted).items() if value is not None}
     done |= {"from": [Path(path).name for path in inputs], "error": made.losses.record()}
     done |= {"left_out": made.unexpressed.record(), "errors": made.losses.each()}
@@ -387,11 +385,6 @@ def extract(given: Given, wanted: Wanted, device: torch.device) -> None:
         print(f"without any change: {len(made.unchanged)} layers, {made.unchanged[0]} for one")
     print(f"{len(made.layers)} layers, {deft_tools.padding_told(made.layers, dtype, given.pad)}")
     print(f"{made.losses}\n{output} is written")
-
-
-def _saved(dtype: torch.dtype) -> torch.dtype:
-    """A LoRA's dtype for that of a model: fp8 and the like have too few digits."""
-    return dtype if dtype in deft_tools.PRECISIONS.values() else torch.float16
 
 
 def main(argv: Sequence[str] | None = None) -> int:

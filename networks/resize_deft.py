@@ -91,10 +91,10 @@ class Resized:
                     f"{adapter.source}: {name} is {change.kind}, no LoRA; make it one, of the rank that you want: "
                     f"extract_deft.py --adapter {adapter.source} --dim {rule.rank}"
                 )
-            self._add(name, change, rule, device)
+            self._add(adapter.source, name, change, rule, device)
 
-    def _add(self, name: str, change: Factors, rule: Rule, device: torch.device) -> None:
-        with naming(name):
+    def _add(self, source: str, name: str, change: Factors, rule: Rule, device: torch.device) -> None:
+        with naming(f"{source}: {name}"):
             whole = deft_factors.decomposed(Factors(change.up.to(device), change.down.to(device), change.kernel))
         cut, error = whole.truncated(rule.of(whole))
         self.before[name] = change.rank

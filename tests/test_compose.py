@@ -90,7 +90,7 @@ def test_projected_concepts_add_nothing_to_others_inputs(three, tmp_path, symmet
     assert told == pytest.approx(cut, abs=6e-4)
 
 
-def test_energy_leaves_weak_directions_to_others():
+def test_leading_inputs_are_those_with_the_share_asked_for():
     strong = Factors(torch.eye(20, 2), torch.eye(2, 32) * torch.tensor([[10.0], [1.0]]), (32,)).double()
     U = deft_factors.decomposed(strong).leading_inputs(0.9)
     assert U.shape == (32, 1)
@@ -174,8 +174,7 @@ def test_what_is_refused(three, tmp_path, capsys):
         (["--models", *files, "--ratios", "1", "1"], "--ratios: 2 for 3 files"),
         (["--models", files[0], narrow], "has the shape"),
         (["--models", files[0], flux], "FLUX.1"),
-        (["--models", *files, "--mode", "projected", "--energy", "0"], "--energy 0"),
-        (["--models", *files, "--energy", "0.5"], "are for --mode projected"),
+        (["--models", *files, "--symmetric"], "is for --mode projected"),
         (["--models", *files, "--new_rank", "0"], "--new_rank 0"),
     ):
         assert compose(*args, "--save_to", out) == 2, args
