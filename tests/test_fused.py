@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from networks import convert_deft, deft, deft_io, deft_math
+from networks import convert_deft, deft, deft_io, deft_math, inspect_deft
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule
 from tests.conftest import deltas, largest_error, relative_error
@@ -239,6 +239,7 @@ def test_tools_take_them_apart(tmp_path, removal, capsys):
     net.save_weights(file, None, None)
     wanted = {name: factors.delta().detach() for name, factors in net._file_factors().items()}
     net.remove()
+    assert inspect_deft.main([file]) == 0
     more = []
     if removal == "1":
         assert convert_deft.main([file, "--save_to", str(tmp_path / "y.safetensors")]) == 2
