@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import library
@@ -70,6 +71,8 @@ def _train(run: Run, signals: Interrupts) -> Path:
     dtype = prepare.WEIGHT_DTYPES[run.process.mixed_precision]
     model = load(run.model, dtype)
     objective, texts = objective_of(run.objective, model), Texts(model, accelerator)
+    run = replace(run, objective=objective.options)
+    prepare.check_text_encoders(model, run.network, run.data.caches)
     prepare.tell_what_is_cut(model, files.texts())
     prepare.tell_what_is_rounded(model, files.samples)
 

@@ -35,6 +35,9 @@ class Family(ABC):
     objective: ClassVar[Literal["diffusion", "flow"]]  # see `library.training.objective`
     takes_pictures: ClassVar[bool] = False  # beside a caption, which says where they belong
     dropped: ClassVar[str] = ""  # the caption of a condition that is dropped; it has no pictures
+    # options of flow matching where they are not given; these are sd-scripts'
+    timestep_sampling: ClassVar[str] = "sigma"
+    model_prediction_type: ClassVar[str] = "sigma_scaled"
 
     def __init__(self, path: Path, pipeline: DiffusionPipeline, options: ModelOptions):
         self.path, self.pipeline, self.options = path, pipeline, options
@@ -107,6 +110,10 @@ class Family(ABC):
             no caption has any, as always where `takes_pictures` is not so
         """
 
+    def misplaced(self, caption: str, pictures: int) -> str | None:
+        """What is wrong with a caption beside so many pictures; None if nothing."""
+        return "this model takes no pictures" if pictures else None
+
     @abstractmethod
     def reading(self) -> Mapping[str, Any]:
         """What decides how captions are encoded, beside encoders and tokenizers; plain values, for keys of caches."""
@@ -125,9 +132,9 @@ class Family(ABC):
     def beyond(self, caption: str) -> tuple[str, int]:
         """What of a caption is cut, and the number of tokens that are read."""
 
-    @abstractmethod
     def drawing_inputs(self, prompt: Text, negative: Text | None) -> dict[str, Tensor]:
-        """What the pipeline's call takes instead of `prompt` and `negative_prompt`."""
+        """What the pipeline's call takes instead of `prompt` and `negative_prompt`; of families without own `draw`."""
+        raise NotImplementedError
 
     def guidance(self, prompt: Prompt) -> dict[str, float]:
         """The pipeline's arguments for it."""

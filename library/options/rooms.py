@@ -253,10 +253,10 @@ class ObjectiveOptions:
     huber_schedule: str = "snr"
     huber_c: float = 0.1
     huber_scale: float = 1.0
-    timestep_sampling: str = "sigma"
+    timestep_sampling: str | None = None  # None: the family's
     sigmoid_scale: float = 1.0
     discrete_flow_shift: float = 3.0
-    model_prediction_type: str = "sigma_scaled"
+    model_prediction_type: str | None = None  # None: the family's
     weighting_scheme: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0

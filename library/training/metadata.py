@@ -33,15 +33,17 @@ _ALWAYS = (
 def of_training(run: Run, model: Family, network: DeftNetwork, plan: Plan, length: Length, seed: int) -> dict[str, str]:
     """The fields that are known before the first step; with --no_metadata, those alone that clients need.
 
+    :param run: its objective with what the model's family decides
     :raises DeftError: when the thumbnail cannot be read
     """
     width, height = run.data.datasets[0].buckets.resolution
     network_args = {key: value for key, value in run.network.network_args.items() if key != "neuron_dropout"}
-    unused = () if model.objective == "flow" else tuple(f"ss_{name}" for name in FLOW_ONLY)
+    of_flow = {f"ss_{name}": getattr(run.objective, name) for name in FLOW_ONLY}
     fields: dict[str, object] = {
         "modelspec.title": run.saves.output_name,
         "modelspec.implementation": "diffusers",
-        **{name: value for name, value in run.recorded.items() if name not in unused},
+        **{name: value for name, value in run.recorded.items() if name not in of_flow},
+        **(of_flow if model.objective == "flow" else {}),
         **model.names(),
         "ss_training_started_at": time.time(),
         **described.fields(plan, run.data.dataset_config is None),

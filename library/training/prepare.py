@@ -19,7 +19,7 @@ from library.data.examples import Decoded, Examples, Latents, View, decoded, vie
 from library.data.index import Index, hash_of
 from library.data.plan import Picture, Plan, cannot_be_read, pictures, without
 from library.models.family import Family
-from library.options.rooms import DataOptions
+from library.options.rooms import CacheOptions, DataOptions, NetworkOptions
 from library.prompts import Prompt
 from networks.deft_config import DeftError, reason_of
 from networks.deft_progress import Bar
@@ -135,6 +135,19 @@ def loader_of(
     examples = Examples(plan, latents, weight, model.pixels_per_latent, seed)
     places = accelerator.process_index, accelerator.num_processes
     return Loader(plan, examples, seed, *places, accumulated, shuffle)
+
+
+def check_text_encoders(model: Family, network: NetworkOptions, caches: CacheOptions) -> None:
+    """:raises DeftError: for options that are about text encoders alone, where the model has none"""
+    asked = {
+        "network_train_text_encoder_only": network.network_train_text_encoder_only,
+        "cache_text_encoder_outputs": caches.cache_text_encoder_outputs,
+    }
+    for name, value in asked.items():
+        if value and not model.text_encoders:
+            raise DeftError(
+                f"--{name}: {type(model).__name__} has no text encoder, words go through what is trained; leave it out"
+            )
 
 
 def tell_what_is_cut(model: Family, texts: Sequence[tuple[str, str]]) -> None:
