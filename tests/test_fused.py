@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import train_network_deft
 from networks import convert_deft, deft, deft_io, deft_math, inspect_deft
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule
-from tests.conftest import deltas, largest_error, relative_error
+from tests import small_omnigen
+from tests.conftest import arguments, deltas, largest_error, relative_error
 from tests.test_architectures import Flux, OmniGen, flux_transformer, network, omnigen_transformer, sdxl_unet
 from tests.test_conditions import gradients
 
@@ -333,3 +335,20 @@ def test_mistakes_are_one_line(make, options, told):
     with pytest.raises(DeftError, match=re.escape(told)) as error:
         network(make(), fuse_qkv="true", **options).prepare_optimizer_params(None, 1e-4)
     assert "\n" not in str(error.value)
+
+
+def test_the_trainer_goes_on_from_a_state_bit_for_bit(tmp_path, photos, fresh_accelerator):
+    """Four steps, and two and two: with P, R and Adam's averages of the three layers together."""
+    model = small_omnigen.build(tmp_path)
+    common = {"network_dim": 4, "network_alpha": 4, "max_train_steps": 4, "learning_rate": 1e-2, "save_state": True,
+              "save_every_n_steps": 2, "network_args": ["fuse_qkv=true", "removal=1", "init=paper"]}  # fmt: skip
+    assert train_network_deft.main(arguments(model, photos, tmp_path, **common)) == 0
+    state = next((tmp_path / "out").glob("*00002-state"))
+    common |= {"resume": state, "output_dir": tmp_path / "again"}
+    assert train_network_deft.main(arguments(model, photos, tmp_path, **common)) == 0
+    first, second = (load_file(tmp_path / name / "cat.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    downs = [first[f"{name}.lora_down.weight"] for name in PIECES]
+    assert torch.equal(downs[0], downs[2])
+    halfway = load_file(tmp_path / "out" / "cat-step00000002.safetensors")
+    assert not torch.equal(halfway[f"{PIECES[0]}.lora_down.weight"], downs[0])
