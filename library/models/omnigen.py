@@ -63,10 +63,6 @@ class OmniGen(Family):
         """See `Family`, and `omnigen_sequence.encoded`; an empty caption is a dropped one."""
         return self.pipeline.encoded([caption or self.dropped for caption in captions], inputs)
 
-    def misplaced(self, caption: str, pictures: int) -> str | None:
-        """See `Family`."""
-        return placeholders.misplaced(caption, pictures)
-
     def reading(self) -> dict[str, Any]:
         """See `Family`."""
         return {"family": type(self).__name__}
