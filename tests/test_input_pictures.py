@@ -33,7 +33,7 @@ from library.models.omnigen import OmniGen
 from library.options.parse import parse
 from library.options.rooms import CaptionOptions, DataOptions
 from library.prompts import Prompt, read_prompts
-from library.training import prepare
+from library.training import inputs, prepare
 from library.training.randoms import Randoms
 from networks.deft_config import DeftError
 from tests.conftest import ROOT, arguments, in_two_processes, loaded
@@ -326,10 +326,13 @@ def test_a_picture_is_encoded_once_and_anew_only_when_it_changes(rows, tmp_path,
         plan, latents = prepare.read_pictures(options, planned(options), model, accelerator)
         counts.append(model.encoded)
     assert counts == [5, 0, 1, 0]
+    device = torch.device("cpu")
     for row in pictures(plan):
         for one in row.inputs:
             pixels = np.asarray(Image.open(one.path)).astype(np.float32) / 127.5 - 1
             assert torch.allclose(latents.read(one)[0], torch.from_numpy(pixels).permute(2, 0, 1), atol=1e-6)
+    for file, found in inputs.encoded([str(one.path) for one in row.inputs], Model(), options, device).items():
+        assert torch.equal(found, next(latents.read(one)[0] for one in row.inputs if str(one.path) == file))
     in_memory = Model()
     prepare.read_pictures(options_of(rows), planned(options), in_memory, accelerator)
     assert in_memory.encoded == 5

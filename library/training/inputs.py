@@ -7,20 +7,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from library.data import captions, plan
-from library.data.index import header_of
-from library.data.plan import InputPicture, Plan, input_picture
+import torch
+from torch import Tensor
+
+from library.data import cache, captions, plan
+from library.data.cache import Memory
+from library.data.examples import Latents, decoded_input
+from library.data.index import hash_of, header_of
+from library.data.plan import Plan, input_picture
+from library.models.family import Family
 from library.models.loading import outline_of
 from library.options.rooms import DataOptions, Run
 from library.placeholders import PICTURE, misplaced
 from library.prompts import Prompt, told_unused
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, reason_of
 
 logger = logging.getLogger(__name__)
 
 
-def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, InputPicture]]:
-    """The prompts with the paths of their pictures, or without these where the model reads none; and each picture.
+def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with the paths of their pictures, or without these where the model reads none.
 
     :raises DeftError: for input pictures that the model cannot read, or that captions and prompts do not fit
     """
@@ -31,7 +37,7 @@ def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> tuple[list[P
     asked = any(one.subset.captions.condition_dropout_prob for one in plan.pictures(pictures))
     texts = [*(one.caption for one in plan.pictures(pictures)), *(prompt.text for prompt in prompts)]
     if not (with_inputs or given or asked or any(map(PICTURE.search, texts))):
-        return list(prompts), {}
+        return list(prompts)
     file = run.samples.sample_prompts or ""
     if not outline_of(run.model).takes_pictures:
         if with_inputs:
@@ -40,36 +46,58 @@ def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> tuple[list[P
         if asked:
             what = f"--condition_dropout_prob: {_model(run)} reads no input pictures"
             raise DeftError(f"{what}; --caption_dropout_rate leaves captions out")
-        return told_unused(prompts, f"--sample_prompts {file}:"), {}
+        return told_unused(prompts, f"--sample_prompts {file}:")
     for one in plan.pictures(pictures):
         if problem := misplaced(captions.whole(one.caption, one.subset.captions), len(one.inputs)):
             raise DeftError(f"the caption of {one.path}: {problem}")
-    return _of_prompts(prompts, Path(file), most)
+    return [_found(prompt, Path(file)) for prompt in prompts]
+
+
+def encoded(files: Sequence[str], model: Family, options: DataOptions, device: torch.device) -> dict[str, Tensor]:
+    """Latents (c, h, w) of each file, float32, on the CPU, as a row of --train_jsonl has them; the VAE stays on the
+    device.
+
+    :raises DeftError: for one that cannot be read
+    """
+    found: dict[str, Tensor] = {}
+    if not files:
+        return found
+    model.vae.to(device)
+    contents = {Path(file): hash_of(Path(file)) or "" for file in files}
+    latents = Latents(Memory(), contents, cache.fingerprint(model.vae), options.transparent_background)
+    for path in contents:
+        try:
+            header = header_of(path)
+            if header.error:
+                raise OSError(header.error)
+            one = input_picture(path, header, options.max_input_image_size)
+            pixels = decoded_input(one, options.transparent_background).pixels
+        except Exception as error:  # whatever Pillow raises
+            raise DeftError(f"{path}: cannot be read ({reason_of(error)})") from None
+        generator = cache.generator_of(latents.key(one))
+        found[str(path)] = model.encode_image(pixels[None], [generator])[0].float().cpu()
+    return found
 
 
 def _model(run: Run) -> str:
     return Path(run.model.pretrained_model_name_or_path).name
 
 
-def _of_prompts(prompts: Sequence[Prompt], file: Path, most: int) -> tuple[list[Prompt], dict[str, InputPicture]]:
-    """:param file: of the prompts
-    :param most: pixels of a picture's longest side
+def _found(prompt: Prompt, file: Path) -> Prompt:
+    """With the paths of its pictures.
+
+    :param file: of the prompts
     """
-    option = f"--sample_prompts {file}:"
-    found: list[Prompt] = []
-    pictures: dict[str, InputPicture] = {}
-    for prompt in prompts:
-        if problem := misplaced(prompt.text, len(prompt.inputs)):
-            raise DeftError(f"{option} {problem}, in '{prompt.text}'")
-        paths = [_path(name, file.parent) for name in prompt.inputs]
-        for name, path in zip(prompt.inputs, paths, strict=True):
-            header = header_of(path)
-            if header.error:
-                reason = f"cannot be read ({header.error})" if path.is_file() else "no such file"
-                raise DeftError(f"{option} --i {name}: {reason}, in '{prompt.text}'")
-            pictures[str(path)] = input_picture(path, header, most)
-        found.append(replace(prompt, inputs=tuple(map(str, paths))))
-    return found, pictures
+    option, where = f"--sample_prompts {file}:", f", in '{prompt.text}'"
+    if problem := misplaced(prompt.text, len(prompt.inputs)):
+        raise DeftError(f"{option} {problem}{where}")
+    paths = [_path(name, file.parent) for name in prompt.inputs]
+    for name, path in zip(prompt.inputs, paths, strict=True):
+        if not path.is_file():
+            raise DeftError(f"{option} --i {name}: no such file{where}")
+        if error := header_of(path).error:
+            raise DeftError(f"{option} --i {name}: cannot be read ({error}){where}")
+    return replace(prompt, inputs=tuple(map(str, paths)))
 
 
 def _path(name: str, folder: Path) -> Path:
