@@ -76,7 +76,7 @@ def _train(run: Run, signals: Interrupts) -> Path:
     prepare.tell_what_is_cut(model, files.texts())
     prepare.tell_what_is_rounded(model, files.samples)
 
-    shown = inputs.encoded(files.inputs_of_samples(), model, run.data, accelerator.device)
+    shown = inputs.encoded(files.samples, model, run.data, accelerator.device)
     plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
     adapter = DeftAdapter(run.network, files, model, accelerator, folder)
     caches = run.data.caches

@@ -44,10 +44,6 @@ class Given:
     base: list[tuple[AdapterFile, float]]
     resumed: tuple[Position, Setting] | None
 
-    def inputs_of_samples(self) -> list[str]:
-        """Files of the pictures that prompts speak of."""
-        return [file for prompt in self.samples for file in prompt.inputs]
-
     def texts(self) -> list[tuple[str, str]]:
         """Captions and prompts, each behind what a user knows it by."""
         found = [(str(one.path), captions.whole(one.caption, one.subset.captions)) for one in plan.pictures(self.plan)]

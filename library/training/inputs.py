@@ -13,8 +13,9 @@ from torch import Tensor
 from library.data import cache, captions, plan
 from library.data.cache import Memory
 from library.data.examples import Latents, decoded_input
-from library.data.index import hash_of, header_of
+from library.data.index import Header, hash_of, header_of
 from library.data.plan import Plan, input_picture
+from library.data.resizing import INPUT_STEPS, Crop, center_crop
 from library.models.family import Family
 from library.models.loading import outline_of
 from library.options.rooms import DataOptions, Run
@@ -53,34 +54,44 @@ def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> list[Prompt]
     return [_found(prompt, Path(file)) for prompt in prompts]
 
 
-def encoded(files: Sequence[str], model: Family, options: DataOptions, device: torch.device) -> dict[str, Tensor]:
-    """Latents (c, h, w) of each file, float32, on the CPU, as a row of --train_jsonl has them; the VAE stays on the
-    device.
+def _model(run: Run) -> str:
+    return Path(run.model.pretrained_model_name_or_path).name
 
-    :raises DeftError: for one that cannot be read
+
+def encoded(
+    prompts: Sequence[Prompt], model: Family, options: DataOptions, device: torch.device
+) -> list[tuple[Tensor, ...]]:
+    """Latents (c, h, w) of each prompt's pictures, float32, on the CPU, as rows of --train_jsonl have them: a picture
+    of the proportions of what is drawn is scaled to its size. The VAE stays on the device.
+
+    :raises DeftError: for a picture that cannot be read
     """
-    found: dict[str, Tensor] = {}
-    if not files:
-        return found
+    if not any(prompt.inputs for prompt in prompts):
+        return [()] * len(prompts)
     model.vae.to(device)
-    contents = {Path(file): hash_of(Path(file)) or "" for file in files}
-    latents = Latents(Memory(), contents, cache.fingerprint(model.vae), options.transparent_background)
-    for path in contents:
+    vae, background = cache.fingerprint(model.vae), options.transparent_background
+
+    def latents(file: str, prompt: Prompt) -> Tensor:
+        path = Path(file)
         try:
             header = header_of(path)
             if header.error:
                 raise OSError(header.error)
-            one = input_picture(path, header, options.max_input_image_size)
-            pixels = decoded_input(one, options.transparent_background).pixels
+            one = input_picture(path, header, options.max_input_image_size, _like_drawn(header, prompt))
+            pixels, content = decoded_input(one, background).pixels, hash_of(path) or ""
         except Exception as error:  # whatever Pillow raises
             raise DeftError(f"{path}: cannot be read ({reason_of(error)})") from None
-        generator = cache.generator_of(latents.key(one))
-        found[str(path)] = model.encode_image(pixels[None], [generator])[0].float().cpu()
-    return found
+        generator = cache.generator_of(Latents(Memory(), {path: content}, vae, background).key(one))
+        return model.encode_image(pixels[None], [generator])[0].float().cpu()
+
+    return [tuple(latents(file, prompt) for file in prompt.inputs) for prompt in prompts]
 
 
-def _model(run: Run) -> str:
-    return Path(run.model.pretrained_model_name_or_path).name
+def _like_drawn(header: Header, prompt: Prompt) -> Crop | None:
+    """For a picture of the proportions of what is drawn."""
+    size, (width, height) = (header.width, header.height), (prompt.width, prompt.height)
+    drawn = width - width % INPUT_STEPS, height - height % INPUT_STEPS
+    return center_crop(size, drawn, drawn) if size[0] * drawn[1] == size[1] * drawn[0] else None
 
 
 def _found(prompt: Prompt, file: Path) -> Prompt:
