@@ -22,7 +22,7 @@ from library.data.plan import divided
 from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
-from library.training import given, interrupts, metadata, prepare, preview, start, state
+from library.training import given, inputs, interrupts, metadata, prepare, preview, start, state
 from library.training.adapter import DeftAdapter
 from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
 from library.training.loop import TrainingLoop
@@ -76,6 +76,7 @@ def _train(run: Run, signals: Interrupts) -> Path:
     prepare.tell_what_is_cut(model, files.texts())
     prepare.tell_what_is_rounded(model, files.samples)
 
+    shown = inputs.encoded(files.samples, model, run.data, accelerator.device)
     plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
     adapter = DeftAdapter(run.network, files, model, accelerator, folder)
     caches = run.data.caches
@@ -114,8 +115,9 @@ def _train(run: Run, signals: Interrupts) -> Path:
     fields = metadata.of_training(run, model, adapter.module, trained, length, seed)
     saves = Saves(run.saves, adapter, fields, setting, length, averaged, accelerator)
     samples = Samples(
-        files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler
-    )
+        files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler,
+        shown,
+    )  # fmt: skip
     start.start_trackers(accelerator, run.logs, run.recorded)
 
     parameters = sum(p.numel() for p in adapter.parameters())

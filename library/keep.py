@@ -47,7 +47,7 @@ def read_prompts(path: str | os.PathLike, size: tuple[int, int], option: str = "
     :param size: width and height of lines without --w and --h
     :raises DeftError: when it cannot be read, or has a wrong line
     """
-    found = prompts_file.read_prompts(str(path), size, option, STEPS)
+    found = prompts_file.told_unused(prompts_file.read_prompts(str(path), size, option, STEPS), f"{option} {path}:")
     return [prompt if prompt.seed is not None else replace(prompt, seed=i) for i, prompt in enumerate(found)]
 
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from library import placeholders
 from library.models import omnigen_drawing, omnigen_sequence, samplers
 from library.models.family import Family, Text
 from library.models.outline import Encoder, Outline, config_of, pixels_per_latent
@@ -62,10 +63,6 @@ class OmniGen(Family):
         """See `Family`, and `omnigen_sequence.encoded`; an empty caption is a dropped one."""
         return self.pipeline.encoded([caption or self.dropped for caption in captions], inputs)
 
-    def misplaced(self, caption: str, pictures: int) -> str | None:
-        """See `Family`."""
-        return omnigen_sequence.misplaced(caption, pictures)
-
     def reading(self) -> dict[str, Any]:
         """See `Family`."""
         return {"family": type(self).__name__}
@@ -100,7 +97,7 @@ class OmniGen(Family):
             negative = self.pipeline.encoded([omnigen_drawing.NEGATIVE])
         alone = None
         if inputs:
-            names = " ".join(omnigen_sequence.placeholder(k + 1) for k in range(len(inputs)))
+            names = " ".join(placeholders.placeholder(k + 1) for k in range(len(inputs)))
             alone = self.pipeline.encoded([names], [inputs])
         own = omnigen_drawing.GUIDANCE, omnigen_drawing.PICTURE_GUIDANCE
         asked = prompt.guidance, prompt.embedded_guidance
@@ -211,7 +208,7 @@ def outline(location: Path, options: ModelOptions) -> Outline:
     def ids(caption: str) -> list[int]:
         return list(tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
 
-    return Outline(2 * pixels_per_latent(location), (Encoder("OmniGen", tokenizer, ids, _tokens(config)),))
+    return Outline(2 * pixels_per_latent(location), (Encoder("OmniGen", tokenizer, ids, _tokens(config)),), True)
 
 
 def _tokens(config: dict[str, Any]) -> int:

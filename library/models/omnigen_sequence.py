@@ -6,7 +6,6 @@ to what stands before it, a picture in it also to all of itself, and the picture
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,26 +13,11 @@ import torch
 from torch import Tensor
 
 from library.models.family import Text
+from library.placeholders import PICTURE, misplaced
 from networks.deft_config import DeftError
 
-PICTURE = re.compile(r"<\|image_(\d+)\|>")  # which of the input pictures, from 1
 _AROUND = "<|user|>\nGenerate an image according to the following instructions\n{}<|end|>\n<|assistant|>\n<|diffusion|>"
 _PADDING, _PLACE = 2, 0  # ids that stand where nothing is read, and where a picture does
-
-
-def placeholder(number: int) -> str:
-    """What stands in an instruction for an input picture, counted from 1."""
-    return f"<img><|image_{number}|></img>"
-
-
-def misplaced(caption: str, pictures: int) -> str | None:
-    """What is wrong with how a caption names its pictures; None if nothing. Each has to be named, once or more."""
-    named, wanted = {int(number) for number in PICTURE.findall(caption)}, set(range(1, pictures + 1))
-    if named == wanted:
-        return None
-    if named - wanted:
-        return f"it names <|image_{min(named - wanted)}|>, and there are {pictures} input pictures"
-    return f"it has to name its input pictures, as in {placeholder(min(wanted - named))}"
 
 
 def ids_of(tokenizer: Any, caption: str) -> list[list[int]]:

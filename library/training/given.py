@@ -16,7 +16,7 @@ from library.data.remarks import Remarks
 from library.models import samplers
 from library.options.rooms import NetworkOptions, OptimizerOptions, PreservationOptions, Run
 from library.prompts import Prompt, read_prompts
-from library.training import optimizers, schedules, start, state
+from library.training import inputs, optimizers, schedules, start, state
 from library.training.state import Position, Setting
 from networks import deft_io, deft_keep
 from networks.deft_config import DeftError, parse_options, user_options
@@ -100,6 +100,7 @@ def _read(run: Run) -> Given:
     pictures = plan.plan_of(run.data, Index(run.data.caches.folder), remarks)
     _check_captions(run, pictures, remarks)
     remarks.tell()
+    samples = inputs.checked(run, pictures, samples)
     return Given(pictures, remarks, samples, to_keep, adapter, base, resumed)
 
 
@@ -108,7 +109,7 @@ def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:
     for subset, group in plan.by_subset(plan.pictures(pictures)):
         texts = [picture.caption for picture in group]
         for line in captions.problems(subset.captions, texts, run.model.weighted_captions):
-            remarks.add(f"{subset.name}: {line}", Path(subset.metadata_file or subset.image_dir or ""))
+            remarks.add(f"{subset.name}: {line}", subset.place)
     asked = run.preservation
     if asked.diff_output_preservation_class is not None and not any(
         asked.of_class(text)

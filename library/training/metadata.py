@@ -9,8 +9,8 @@ import mimetypes
 import time
 from pathlib import Path
 
-from library.data import described
-from library.data.plan import Plan
+from library.data import captions, described
+from library.data.plan import Plan, pictures
 from library.models.family import Family
 from library.options.rooms import Run
 from library.training import optimizers, schedules
@@ -39,10 +39,11 @@ def of_training(run: Run, model: Family, network: DeftNetwork, plan: Plan, lengt
     width, height = run.data.datasets[0].buckets.resolution
     network_args = {key: value for key, value in run.network.network_args.items() if key != "neuron_dropout"}
     of_flow = {f"ss_{name}": getattr(run.objective, name) for name in FLOW_ONLY}
+    decided = {*of_flow, *(() if model.takes_pictures else ("ss_max_input_image_size", "ss_condition_dropout_prob"))}
     fields: dict[str, object] = {
         "modelspec.title": run.saves.output_name,
         "modelspec.implementation": "diffusers",
-        **{name: value for name, value in run.recorded.items() if name not in of_flow},
+        **{name: value for name, value in run.recorded.items() if name not in decided},
         **(of_flow if model.objective == "flow" else {}),
         **model.names(),
         "ss_training_started_at": time.time(),
@@ -55,6 +56,7 @@ def of_training(run: Run, model: Family, network: DeftNetwork, plan: Plan, lengt
         "ss_network_dim": network.config.dim,
         "ss_network_alpha": network.config.alpha,
         "ss_network_args": json.dumps(network_args),
+        **_dropped(model, plan),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -66,6 +68,12 @@ def of_training(run: Run, model: Family, network: DeftNetwork, plan: Plan, lengt
     elif model.path.is_file():
         fields["ss_new_sd_model_hash"] = sha256_of(model.path)
     return {key: str(value) for key, value in fields.items()}
+
+
+def _dropped(model: Family, plan: Plan) -> dict[str, str]:
+    """The share of conditions that is left out, where nothing was asked for, too; several where subsets differ."""
+    shares = {captions.condition_dropout(one.subset.captions, model.takes_pictures) for one in pictures(plan)}
+    return {"ss_condition_dropout_prob": ", ".join(map(str, sorted(shares)))} if model.takes_pictures else {}
 
 
 def _data_url(picture: str) -> str:

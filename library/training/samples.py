@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from library.models.family import Family
 from library.prompts import Prompt
@@ -47,6 +48,7 @@ class Samples:
     :param folder: where `sample/` is made
     :param name: the adapter's
     :param sampler: of `--sample_sampler`
+    :param inputs: of each prompt, see `inputs.encoded`
     """
 
     prompts: Sequence[Prompt]
@@ -57,6 +59,7 @@ class Samples:
     folder: Path
     name: str
     sampler: str | None
+    inputs: Sequence[Sequence[Tensor]]
 
     def __post_init__(self) -> None:
         """:raises DeftError: for a sampler that the model does not have"""
@@ -83,10 +86,11 @@ class Samples:
 
     def _draw(self, number: int, prompt: Prompt, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        inputs = [one.to(self.accelerator.device) for one in self.inputs[number]]
         with torch.no_grad():
-            text, negative = self.texts([prompt.text]), self.texts([prompt.negative])
+            text, negative = self.texts([prompt.text], [inputs]), self.texts([prompt.negative])
         with Bar(prompt.steps, "drawing", "steps") as bar:
-            image = self.model.draw(prompt, text, negative, prompt.sampler or self.sampler, bar)
+            image = self.model.draw(prompt, text, negative, prompt.sampler or self.sampler, bar, inputs)
         image.save(path)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
