@@ -122,7 +122,8 @@ def _as_factors(
     where = f"{adapter.source}: {name} is of the kind {change.kind}"
     if isinstance(change, OnBase) and base is None:
         raise DeftError(f"{where}, whose change depends on the base model's weight; give it with --base MODEL")
-    weight = _weight_of(base, name) if base is not None else None
+    names = (change.together if isinstance(change, OnBase) else ()) or (name,)
+    weight = _weight_of(base, names) if base is not None else None
     with naming(where):
         if limit.rank is None and limit.energy is None:
             rank = min(64, change.shape[0] or 64)
@@ -134,17 +135,17 @@ def _as_factors(
         return deft_formats.to_factors(change, limit.rank, limit.energy, weight)
 
 
-def _weight_of(base: Checkpoint, name: str) -> Callable[[], Tensor]:
-    """Reads a layer's weight (m, in[, kh, kw]) when it is needed.
+def _weight_of(base: Checkpoint, names: Sequence[str]) -> Callable[[], Tensor]:
+    """Reads a layer's weight (m, in[, kh, kw]) when it is needed, or those of several, stacked.
 
     :raises DeftError: then, if the base has no such layer
     """
 
     def weight() -> Tensor:
-        try:
-            return base.weight(name)
-        except KeyError:
-            raise DeftError(f"--base {base.source}: it has no layer {name}, which the file changes") from None
+        for name in names:
+            if name not in base.layers.keys() | base.further.keys():
+                raise DeftError(f"--base {base.source}: it has no layer {name}, which the file changes")
+        return torch.cat([base.weight(name) for name in names])
 
     return weight
 

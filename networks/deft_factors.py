@@ -76,7 +76,7 @@ def stacked(parts: Sequence[tuple[Factors, int]], total: int) -> Factors:
 def shared(factors: Factors) -> Factors:
     """The same product with each row of down only once: pieces of one weight, stacked, have its rank again."""
     first: dict[bytes, int] = {}
-    at = [first.setdefault(row.numpy().tobytes(), len(first)) for row in factors.down.cpu()]
+    at = [first.setdefault(row.numpy().tobytes(), len(first)) for row in factors.down.detach().cpu()]
     if len(first) == len(at):
         return factors
     up = factors.up.new_zeros(factors.up.shape[0], len(first))

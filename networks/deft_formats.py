@@ -158,7 +158,11 @@ class _Made(Mapping[str, Change]):
         change = self._makers[name]()
         if isinstance(change, Factors):
             return change
-        return type(change)(change.kind, change.shape, _checked(change.delta, f"{self._source}: {name}"))
+        place = f"{self._source}: {name}"
+        if isinstance(change, Dense):
+            return replace(change, delta=_checked(change.delta, place))
+        of_all = None if change.of_all is None else _checked(change.of_all, place)
+        return replace(change, delta=_checked(change.delta, place), of_all=of_all)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
@@ -424,7 +428,8 @@ def _makers(
         make()  # which finds what is wrong with it
         made = [(name, given or piece, make)]
         if several:
-            made = [(name, piece, _share(make, k, len(names), layer, source)) for k, (name, piece) in enumerate(names)]
+            of = [name for name, _ in names]
+            made = [(name, piece, _share(make, k, of, layer, source)) for k, (name, piece) in enumerate(names)]
         for name, piece, one in made:
             if piece in pieces.setdefault(name, {}) or (pieces[name] and "" in (piece, *pieces[name])):
                 raise DeftError(f"{source}: {layer} is there twice, under another name also")
@@ -432,33 +437,36 @@ def _makers(
     return _wholes(pieces, source)
 
 
-def _share(make: Callable[[], Change], k: int, number: int, layer: str, source: str) -> Callable[[], Change]:
+def _share(make: Callable[[], Change], k: int, names: Sequence[str], layer: str, source: str) -> Callable[[], Change]:
     """What makes the k-th of so many equal parts of a change, row by row.
 
-    :raises DeftError: where it has no such parts, or they depend on the whole weight
+    :param names: key names of the layers that are in one
+    :raises DeftError: where it has no such parts
     """
 
     def share() -> Change:
         change = make()
-        rows = change.shape[0] // number
-        if rows * number != change.shape[0]:
-            raise DeftError(f"{source}: {layer} is of {number} layers in one, which are not of one size")
+        rows = change.shape[0] // len(names)
+        if rows * len(names) != change.shape[0]:
+            raise DeftError(f"{source}: {layer} is of {len(names)} layers in one, which are not of one size")
         if isinstance(change, Factors):
             return deft_factors.rows_of(change, k * rows, rows)
-        if isinstance(change, OnBase):
-            refused = functools.partial(_refuse_apart, layer, number, source)
-            return replace(change, shape=(rows, *change.shape[1:]), delta=refused)
-        whole = change.delta
-        return replace(change, shape=(rows, *change.shape[1:]), delta=lambda: whole()[k * rows : (k + 1) * rows])
+        shape = (rows, *change.shape[1:])
+        if isinstance(change, Dense):
+            whole = change.delta
+            return replace(change, shape=shape, delta=lambda: whole()[k * rows : (k + 1) * rows])
+        of_all = change.delta
+        refused = functools.partial(_refuse_apart, layer, source)
+        return OnBase(change.kind, shape, refused, tuple(names), lambda W: of_all(W).chunk(len(names))[k])
 
     share()  # which finds what is wrong with it
     return share
 
 
-def _refuse_apart(layer: str, number: int, source: str, W: Tensor) -> Tensor:
+def _refuse_apart(layer: str, source: str, W: Tensor) -> Tensor:
     raise DeftError(
-        f"{source}: {layer} is of {number} layers in one and depends on all their weights; a DEFT file becomes a LoRA "
-        f"by convert_deft.py --base MODEL"
+        f"{source}: {layer} is of several layers in one and depends on all their weights; make a LoRA of it with "
+        f"convert_deft.py --base MODEL first"
     )
 
 
@@ -805,6 +813,8 @@ def _matrix_of(change: Dense | OnBase, base: Callable[[], Tensor] | None) -> Ten
     if base is None:
         raise ValueError(f"{change.kind} depends on the base model's weights")
     W = base().float()
+    if change.of_all is not None:
+        return change.of_all(W.flatten(1))
     if change.shape[0] not in (0, W.shape[0]) or math.prod(change.shape[1:]) not in (0, W[0].numel()):
         raise ValueError(f"made for a weight of {change.shape}, the base model's is {tuple(W.shape)}")
     return change.delta(W.flatten(1))

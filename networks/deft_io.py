@@ -133,13 +133,27 @@ class AdapterFile:
         first = layers[0][0]
         sizes = [piece.shape[0] for piece in target.pieces]
         starts = {piece.name: sum(sizes[:k]) for k, piece in enumerate(target.pieces)}
-        if len(layers) == len(sizes) and all(torch.equal(layer.down, first.down) for layer, _ in layers):
-            whole = Factors(torch.cat([layer.up for layer, _ in layers]), first.down, first.kernel)
+        ups = [_up_for(layer, first.down) for layer, _ in layers]
+        same = [up for up in ups if up is not None]
+        if len(same) == len(sizes):
+            whole = Factors(torch.cat(same), first.down, first.kernel)
         else:
             placed = [(Factors(layer.up, layer.down, layer.kernel), starts[piece.name]) for layer, piece in layers]
             whole = deft_factors.shared(deft_factors.stacked(placed, sum(sizes)))
         known = max(layer.trained_rank for layer, _ in layers)
         return replace(first, up=whole.up, down=whole.down, trained_rank=max(known, whole.rank))
+
+
+def _up_for(layer: Factors, down: Tensor) -> Tensor | None:
+    """The up of the same product with another down, where that is the layer's own up to a power of two, which half
+    precision's balance puts in; else None."""
+    if torch.equal(layer.down, down):
+        return layer.up
+    if layer.down.shape != down.shape or not layer.down.any():
+        return None
+    ratio = float(down.abs().max() / layer.down.abs().max())
+    exact = ratio > 0 and math.frexp(ratio)[0] == 0.5 and torch.equal(layer.down * ratio, down)
+    return layer.up / ratio if exact else None
 
 
 def _part(fused: LoraLayer, target: Target) -> LoraLayer:
@@ -324,6 +338,7 @@ def lora_tensors(
     :param layers: by key name, float32
     :param pad: False leaves each layer its own rank
     """
+    layers = dict(layers)
     file_rank = max(factors.rank for factors in layers.values())
     tensors: dict[str, Tensor] = {}
     exponents: dict[str, int] = {}

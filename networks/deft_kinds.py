@@ -56,11 +56,15 @@ class OnBase:
     :param kind: in words, for what is said of it
     :param shape: the weight's (m, in[, kh, kw]); n in one number, and 0, where a file does not tell
     :param delta: of the weight W (m, n), float32, makes the change (m, n)
+    :param together: key names, where the change depends on the weights of several layers, stacked in this order
+    :param of_all: of those, stacked, makes the change (m, n) of this one; `delta` then refuses
     """
 
     kind: str
     shape: tuple[int, ...]
     delta: Callable[[Tensor], Tensor]
+    together: tuple[str, ...] = ()
+    of_all: Callable[[Tensor], Tensor] | None = None
 
 
 Change: TypeAlias = Factors | Dense | OnBase

@@ -342,10 +342,12 @@ def test_changes_of_fused_weights_of_omnigen_are_read(start):
         assert found.architecture == "OmniGen"
         assert list(found.changes) == OMNIGEN_NAMES[:3]
         assert relative_error(torch.cat([change.delta() for change in found.changes.values()]), delta) < 1e-6
-    for kind, tensors in {"apart": {f"{start}qkv_proj.oft_R.weight": torch.randn(4, 6)}, "damaged": {
-        f"{start}qkv_proj.lora_A.weight": down, f"{start}qkv_proj.lora_B.weight": up[:, :4]}}.items():  # fmt: skip
-        with pytest.raises(DeftError, match=kind):
-            deft_formats.parse(tensors, {}, "x")
+    oft = {f"{start}qkv_proj.oft_R.weight": torch.randn(4, 6)}
+    with pytest.raises(DeftError, match="of several layers in one"):
+        deft_formats.parse(oft, {}, "x").changes[OMNIGEN_NAMES[0]].delta(torch.randn(16, 16))
+    damaged = {f"{start}qkv_proj.lora_A.weight": down, f"{start}qkv_proj.lora_B.weight": up[:, :4]}
+    with pytest.raises(DeftError, match="damaged"):
+        deft_formats.parse(damaged, {}, "x")
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])

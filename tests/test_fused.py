@@ -7,14 +7,16 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from networks import convert_deft, deft, deft_io, deft_math
+import train_network_deft
+from networks import convert_deft, deft, deft_io, deft_math, inspect_deft
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule
-from tests.conftest import deltas, largest_error, relative_error
+from tests import small_omnigen
+from tests.conftest import arguments, deltas, largest_error, relative_error
 from tests.test_architectures import Flux, OmniGen, flux_transformer, network, omnigen_transformer, sdxl_unet
 from tests.test_conditions import gradients
 
@@ -156,6 +158,11 @@ def test_the_file_is_a_plain_lora_of_three_layers_with_one_down(tmp_path, dtype)
     expected = torch.matmul(*m.lora_factors()).detach()
     tolerance = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
 
+    for name, factor in zip(PIECES, (1.0, 4.0, 0.125), strict=True):  # as other programs' files of float16 may have it
+        tensors[f"{name}.lora_down.weight"] *= factor
+        tensors[f"{name}.lora_up.weight"] /= factor
+    save_file(tensors, file, deft_io.read_metadata(file))
+
     apart = read(omnigen_transformer(), file, fuse_qkv="false")
     assert relative_error(torch.cat([deltas(apart)[name] for name in PIECES]), expected) < tolerance
     for other in (read(omnigen_transformer(), file), read(OmniGen(), file)):
@@ -239,6 +246,7 @@ def test_tools_take_them_apart(tmp_path, removal, capsys):
     net.save_weights(file, None, None)
     wanted = {name: factors.delta().detach() for name, factors in net._file_factors().items()}
     net.remove()
+    assert inspect_deft.main([file]) == 0
     more = []
     if removal == "1":
         assert convert_deft.main([file, "--save_to", str(tmp_path / "y.safetensors")]) == 2
@@ -332,3 +340,20 @@ def test_mistakes_are_one_line(make, options, told):
     with pytest.raises(DeftError, match=re.escape(told)) as error:
         network(make(), fuse_qkv="true", **options).prepare_optimizer_params(None, 1e-4)
     assert "\n" not in str(error.value)
+
+
+def test_the_trainer_goes_on_from_a_state_bit_for_bit(tmp_path, photos, fresh_accelerator):
+    """Four steps, and two and two: with P, R and Adam's averages of the three layers together."""
+    model = small_omnigen.build(tmp_path)
+    common = {"network_dim": 4, "network_alpha": 4, "max_train_steps": 4, "learning_rate": 1e-2, "save_state": True,
+              "save_every_n_steps": 2, "network_args": ["fuse_qkv=true", "removal=1", "init=paper"]}  # fmt: skip
+    assert train_network_deft.main(arguments(model, photos, tmp_path, **common)) == 0
+    state = next((tmp_path / "out").glob("*00002-state"))
+    common |= {"resume": state, "output_dir": tmp_path / "again"}
+    assert train_network_deft.main(arguments(model, photos, tmp_path, **common)) == 0
+    first, second = (load_file(tmp_path / name / "cat.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    downs = [first[f"{name}.lora_down.weight"] for name in PIECES]
+    assert torch.equal(downs[0], downs[2])
+    halfway = load_file(tmp_path / "out" / "cat-step00000002.safetensors")
+    assert not torch.equal(halfway[f"{PIECES[0]}.lora_down.weight"], downs[0])

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import train_network_deft
-from library.models import omnigen_drawing, omnigen_sequence
+from library.models import omnigen_drawing
 from library.models.loading import outline_of
 from library.options.rooms import ModelOptions, ObjectiveOptions
+from library.placeholders import misplaced, placeholder
 from library.prompts import Prompt
 from library.training.objective import objective_of
 from library.training.randoms import Randoms
@@ -141,10 +142,17 @@ def test_a_dropped_condition(model):
     ],
 )
 def test_captions_that_do_not_name_their_pictures_end_in_one_line(model, caption, number, told):
-    assert model.misplaced(caption, number).startswith(told)
+    assert misplaced(caption, number).startswith(told)
     with pytest.raises(DeftError, match=re.escape(f"caption '{caption}': {told}")):
         model.encode_text([caption], [[picture(0, 4, 4)] * number])
-    assert model.misplaced(*BATCH[1][:1], 2) is None
+    assert misplaced(*BATCH[1][:1], 2) is None
+
+
+@pytest.mark.parametrize("size", [(66, 4), (4, 66)])
+def test_pictures_that_are_too_large_end_in_one_line(model, size):
+    for noisy, inputs in ((torch.zeros(1, 4, *size), []), (torch.zeros(1, 4, 4, 4), [torch.zeros(4, *size)])):
+        with pytest.raises(DeftError, match="a picture has 66 latents a side, OmniGen knows places of 64"):
+            predicted(model, [("<img><|image_1|></img>" if inputs else "", inputs)], noisy)
 
 
 # --- objective -------------------------------------------------------------------------------------------------------
@@ -278,7 +286,7 @@ def test_pictures_are_those_of_diffusers_pipeline(number, model, pipeline):
     """Where its prompt is longer than its negative one, which is the first row that its positions are right for."""
     from PIL import Image
 
-    text = " ".join(omnigen_sequence.placeholder(k + 1) for k in range(number)) + " a cat" * 100
+    text = " ".join(placeholder(k + 1) for k in range(number)) + " a cat" * 100
     assert len(text) > len(omnigen_drawing.NEGATIVE)
     shown = [np.random.default_rng(k).integers(0, 256, size, np.uint8) for k, size in
              enumerate([(32, 48, 3), (64, 16, 3)][:number])]  # fmt: skip
@@ -420,6 +428,17 @@ def test_what_is_not_read_ends_in_one_line(folder, tmp_path):
     (original / "model.safetensors").rename(original / "model.pt")
     with pytest.raises(DeftError, match="no Diffusers model folder"):
         loaded(original)
+
+
+def test_another_vae_in_the_model_s_own_scale(folder, tmp_path):
+    vae = loaded(folder).vae
+    vae.register_to_config(scaling_factor=0.5)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(1)
+    vae.save_pretrained(str(tmp_path / "vae"))
+    found = loaded(folder, vae=str(tmp_path / "vae")).vae
+    assert torch.equal(found.decoder.conv_out.bias, vae.decoder.conv_out.bias)
+    assert found.config.scaling_factor == 0.13025
 
 
 def test_other_families_options_are_told(folder, caplog):

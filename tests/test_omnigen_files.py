@@ -18,6 +18,7 @@ from tests.test_architectures import network, omnigen_transformer
 from tests.test_fused import PIECES, answer
 
 R = 4
+R_OF_THEIRS = 3
 
 
 class OmniGen(nn.Module):
@@ -142,6 +143,35 @@ def test_an_adapter_of_the_originals_training_is_three_layers_with_one_down(tmp_
     net.apply_to([], transformer)
     net.load_weights(file)
     assert {m.rank for m in net.all_modules} == {8}
+
+
+@pytest.mark.parametrize("method", ["qr", "None"])
+def test_an_adapter_of_the_papers_authors_becomes_a_lora_on_its_base(tmp_path, method, capsys):
+    """As their finetune.py leaves it: P and R over the fused weight, of "qr" with the Q that was kept."""
+    model, state, layers, expected = OmniGen(), {}, {}, {}
+    for k, layer in enumerate(model.llm.layers):
+        W, path = layer.self_attn.qkv_proj.weight.double(), f"llm.layers.{k}.self_attn.qkv_proj"
+        P, R = 0.02 * torch.randn(48, R_OF_THEIRS), 0.02 * torch.randn(R_OF_THEIRS, 16)
+        Q = torch.linalg.qr(P)[0]
+        state |= {f"{path}.P": P, f"{path}.R_new": R} | ({f"{path}.Q_P_cached": Q} if method == "qr" else {})
+        layers[path] = {"r": R_OF_THEIRS, "injection_method": "residual_projection", "decomposition_method": method}
+        left, eraser = (Q, Q) if method == "qr" else (P, torch.relu(P))
+        delta = left.double() @ (R.double() - eraser.double().T @ W)
+        for x, rows in zip("qkv", delta.chunk(3), strict=True):
+            expected[f"lora_unet_layers_{k}_self_attn_to_{x}"] = rows.float()
+    torch.save(state, tmp_path / "knowledge_injection_state.bin")
+    torch.save({"layer_configs": layers}, tmp_path / "knowledge_injection_config.bin")
+    weights = {name: p.contiguous() for name, p in model.state_dict().items()}
+    save_file(weights | {"input_x_embedder.proj.weight": torch.zeros(16, 4, 2, 2)}, tmp_path / "model.safetensors")
+
+    arguments = [str(tmp_path), "--save_to", str(tmp_path / "x.safetensors"), "--energy", "1"]
+    assert convert_deft.main(arguments) == 2
+    assert "depends on the base model's weight; give it with --base MODEL" in capsys.readouterr().err
+    convert(*arguments, "--base", tmp_path / "model.safetensors")
+    assert largest_error(changes_of(tmp_path / "x.safetensors"), expected) < 1e-5
+    arguments = ["--sd_model", tmp_path / "model.safetensors", "--save_to", tmp_path / "y.safetensors"]
+    assert merge_deft.main([str(argument) for argument in [*arguments, "--models", tmp_path]]) == 2
+    assert "of several layers in one and depends on all their weights" in capsys.readouterr().err
 
 
 def test_a_file_is_merged_into_either_forms_checkpoint(tmp_path):

@@ -5,6 +5,7 @@ The formulas are written here once more, in float64, from the authors' and peft'
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import train_network_deft
 from library.models.reading import CONFIGS
 from library.options.parse import parse
 from library.options.rooms import Run
 from networks import deft
 from networks.deft_module import DeftModule
+from tests import small_models, small_omnigen
 from tests.conftest import ROOT, perturb, relative_error
 from tests.test_architectures import omnigen_transformer, sd_unet, sdxl_unet
 
@@ -198,3 +202,27 @@ def test_the_first_steps_are_as_far_as_the_comments_say(name):
         assert bool(moved) == (expected is not None)
         if expected is not None:
             assert (min(moved), max(moved)) == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_trainer_takes_two_steps_with_it(name, tmp_path, photos, fresh_accelerator):
+    """With a small model and pictures in the places of the paths, and a size that fits them."""
+    kind = "omnigen" if name.startswith("omnigen") else "sd2" if name == "peft_sd21" else "sdxl"
+    model = small_omnigen.build(tmp_path) if kind == "omnigen" else small_models.build(kind, tmp_path / "model")
+    given = {
+        "pretrained_model_name_or_path": model, "output_dir": tmp_path / "out", "output_name": "x", "resolution": 64,
+        "max_train_steps": 2, "mixed_precision": "no", "save_precision": "float", "min_bucket_reso": 64,
+    }  # fmt: skip
+    if kind == "omnigen":
+        rows = [{"instruction": "a photo of sks cat", "input_images": [], "output_image": p.name}
+                for p in sorted(photos.glob("*.jp*g"))]  # fmt: skip
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        given |= {"train_jsonl": tmp_path / "rows.jsonl", "image_path": photos, "network_dim": 4}
+        given |= {"max_train_epochs": 1} if name == "omnigen_single" else {}
+    else:
+        given |= {"train_data_dir": photos.parent} | ({"vae": model / "vae"} if kind == "sdxl" else {})
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    assert train_network_deft.main(["--config_file", str(FOLDER / f"{name}.toml"), *words]) == 0
+    names = {key.partition(".")[0] for key in load_file(tmp_path / "out" / "x.safetensors")}
+    assert names
+    assert all(re.search(ALL[name].layers, one) for one in names)

@@ -110,10 +110,6 @@ class Family(ABC):
             no caption has any, as always where `takes_pictures` is not so
         """
 
-    def misplaced(self, caption: str, pictures: int) -> str | None:
-        """What is wrong with a caption beside so many pictures; None if nothing."""
-        return "this model takes no pictures" if pictures else None
-
     @abstractmethod
     def reading(self) -> Mapping[str, Any]:
         """What decides how captions are encoded, beside encoders and tokenizers; plain values, for keys of caches."""
