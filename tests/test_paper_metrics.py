@@ -436,6 +436,28 @@ def test_weights_that_lack_a_layer_are_refused(judges, tmp_path, pictures):
         judge.scores([Drawn(pictures[0], (pictures[1],))])
 
 
+def test_settings_as_older_folders_have_them(judges, tmp_path, pictures):
+    """CLIP's and DINO's were published before processors were called so, and sizes had a side each."""
+    models = {name: Path(shutil.copytree(judges[name], tmp_path / name)) for name in ("clip", "dino")}
+    for name, extractor in (("clip", "CLIPFeatureExtractor"), ("dino", "ViTFeatureExtractor")):
+        file = models[name] / "preprocessor_config.json"
+        settings = json.loads(file.read_text())
+        del settings["image_processor_type"]
+        side = {"size": 32, "crop_size": 32} if name == "clip" else {"size": 64}
+        file.write_text(json.dumps(settings | side | {"feature_extractor_type": extractor}))
+    drawn = [Drawn(pictures[0], tuple(pictures[1:]))]
+    found, expected = (
+        Scorer(metrics.choose(["clip_i", "dino"], given), given, tmp_path / f"{i}.sqlite").scores(drawn)
+        for i, given in enumerate((models, judges))
+    )
+    assert found == expected
+
+
+def test_a_library_that_is_broken_is_named():
+    with pytest.raises(DeftError, match=r"^no-such-library cannot be imported .*: pip install no-such-library$"):
+        embeddings.installed("no_such_library.part")
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("executed",)
