@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import dreambooth
+
 SUBJECTS = {"can": "can", "dog": "dog", "vase": "vase"}  # the first serves to choose rates
 PICTURES = 2
 HEAD = "Classes\n\nsubject_name,class\n{}\n\nPrompts\n\nObject Prompts\n\nprompt_list = [\n{}\n]\n\n"
@@ -36,11 +36,6 @@ def build(folder: Path, subjects: dict[str, str] = SUBJECTS) -> Path:
 
 def run(folder: Path, model: Path, judges: dict[str, Path], output: Path, *options: str) -> int:
     """`benchmarks/dreambooth.py` in this process, as small as it can be."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import dreambooth
-    finally:
-        sys.path.pop(0)
     argv = ["--data", folder, "--model", model, "--output", output, "--size", 64, "--steps", 2, "--drawing_steps", 1,
             "--limit_prompts", 1, "--images_per_prompt", 1, "--device", "cpu", *options]  # fmt: skip
     for name in ("clip", "dino"):

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     BitImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
     Dinov2Config,
     Dinov2Model,
+    DPTImageProcessorPil,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
@@ -52,13 +56,27 @@ def dinov2(folder: Path) -> Path:
     return folder
 
 
+def depth(folder: Path) -> Path:
+    """`--depth_model`: Depth-Anything-V2's kind."""
+    stages = [f"stage{i}" for i in range(1, 5)]
+    four = _SMALL | {"num_hidden_layers": 4, "initializer_range": 0.3}
+    backbone = Dinov2Config(**four, image_size=28, patch_size=14, out_features=stages, reshape_hidden_states=False)
+    narrow = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "head_hidden_size": 8, "initializer_range": 0.3}
+    config = DepthAnythingConfig(backbone_config=backbone, reassemble_hidden_size=32, **narrow)
+    DepthAnythingForDepthEstimation(config).save_pretrained(folder)
+    DPTImageProcessorPil(size={"height": 56, "width": 56}, ensure_multiple_of=14).save_pretrained(folder)
+    return folder
+
+
 def build(folder: Path, seed: int = 0) -> dict[str, Path]:
     """All of them, the same for the same seed: option's name -> folder."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
+        transformers.logging.disable_progress_bar()
         return {
             "clip": clip(folder / "clip"),
             "dino": vit(folder / "dino", 16, 64),
             "dino_vits8": vit(folder / "dino_vits8", 8, 224),
             "dinov2": dinov2(folder / "dinov2"),
+            "depth_model": depth(folder / "depth_model"),
         }

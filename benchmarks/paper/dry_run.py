@@ -4,52 +4,66 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from benchmarks.paper import training
-from benchmarks.paper.metrics import MODELS, models_of
-from benchmarks.paper.plan import Benchmark, Subject
+from benchmarks.paper.metrics import models_of
+from benchmarks.paper.plan import Benchmark, Source, Subject
 from benchmarks.paper.processes import Alone
 from benchmarks.paper.settings import Settings
 from benchmarks.paper.stages import Room
 from networks.deft_config import DeftError
 
+BASES = (
+    Source("Stable Diffusion 1.5", "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
+           "CreativeML OpenRAIL-M"),
+    Source("SDXL", "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0", "CreativeML OpenRAIL++-M"),
+    Source("FLUX.1 dev", "https://huggingface.co/black-forest-labs/FLUX.1-dev", "FLUX.1 [dev] non-commercial"),
+    Source("OmniGen", "https://huggingface.co/Shitao/OmniGen-v1-diffusers", "MIT"),
+)  # fmt: skip
+
 
 def told(benchmark: Benchmark, settings: Settings) -> str:
     """In lines."""
-    lines = [f"{benchmark.name}: what is needed", *_needed(benchmark, settings)]
-    try:
-        room = Room(benchmark, settings, Alone())
-        return "\n".join([*lines, "", *_to_do(room)])
-    except DeftError as error:
-        return "\n".join([*lines, "", f"how much there is to do cannot be told: {error}"])
-
-
-def _needed(benchmark: Benchmark, settings: Settings) -> Iterator[str]:
-    data = benchmark.data
-    state = "there"
-    try:
-        benchmark.subjects(settings.data)
-    except DeftError as error:
-        state = f"MISSING ({error})"
-    yield f"  data: {data.what}, {data.published}, {data.licence}: {state}"
-    try:
-        training.check(settings)
-        state = "there"
-    except DeftError as error:
-        state = f"MISSING ({error})"
-    yield f"  base model: --model {settings.model}: {state}"
+    lines, usable = [], {}
     for model in models_of(benchmark.metrics):
         path = settings.models.get(model.option)
-        state = "MISSING: its metrics are left out"
-        if path is not None:
-            try:
-                MODELS[model.option].check(path)
-                state = f"there, {path}"
-            except DeftError as error:
-                state = f"MISSING ({error})"
-        source = model.source
-        yield f"  --{model.option}: {source.what}, {source.published}, {source.licence}: {state}"
+        lacking = "not given: its metrics are left out" if path is None else _lacking(partial(model.check, path))
+        usable[model.option] = None if lacking else path
+        lines.append(_line(f"--{model.option}", model.source, lacking, path))
+    lacking = _lacking(lambda: benchmark.subjects(settings.data))
+    lines.insert(0, _line("--data", benchmark.data, lacking, settings.data))
+    lines.insert(1, _base(settings))
+    try:
+        to_do = list(_to_do(Room(benchmark, replace(settings, models=usable), Alone())))
+    except DeftError:  # which the lines before have told
+        to_do = ["how much there is to do shows once the data and the base model are there"]
+    return "\n".join([f"{benchmark.name}: what is needed", *lines, "", *to_do])
+
+
+def _lacking(look: Callable[[], object]) -> str:
+    """What is wrong with something; nothing, where it is right."""
+    try:
+        look()
+    except DeftError as error:
+        return str(error)
+    return ""
+
+
+def _line(option: str, source: Source, lacking: str, path: Path | None) -> str:
+    state = f"MISSING ({lacking})" if lacking else f"there, {path}"
+    return f"  {option}: {source.what}; {source.published}; {source.licence}\n    {state}"
+
+
+def _base(settings: Settings) -> str:
+    lacking = _lacking(lambda: training.check(settings))
+    if not lacking:
+        return f"  --model: the base model\n    there, {settings.model}"
+    known = [f"\n    {one.what}; {one.published}; {one.licence}" for one in BASES]
+    return f"  --model: the base model, for one of these{''.join(known)}\n    MISSING ({lacking})"
 
 
 def _to_do(room: Room) -> Iterator[str]:

@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from networks.deft_config import DeftError
 from networks.deft_progress import Bar
 
 RESULTS = "results.json"
+T = TypeVar("T")
 
 
 class Drawing(NamedTuple):
@@ -188,7 +189,7 @@ class Room:
         if not tuning:
             self._tell_what_is_not_chosen("train")
         known = self.finished()
-        todo = share([one for one in self.to_train(tuning) if one.key not in known], self.together)
+        todo = self._share([one for one in self.to_train(tuning) if one.key not in known])
         for number, one in enumerate(todo, 1):
             record = training.train(self.settings, one)
             self.trainings.add(record)
@@ -200,7 +201,7 @@ class Room:
         if not tuning:
             self._tell_what_is_not_chosen("generate")
         known = self.finished()
-        todo = share(self._drawable(tuning, known), self.together)
+        todo = self._share(self._drawable(tuning, known))
         if not todo:
             return
         painter = generating.Painter(self.settings, self.benchmark.guidance)
@@ -214,6 +215,12 @@ class Room:
         del painter
         training.tidy_up()
         print(f"drew {number} pictures", flush=True)
+
+    def _share(self, things: Sequence[T]) -> list[T]:
+        """This process's part of what all have found missing, before any of them makes it less."""
+        part = share(things, self.together)
+        self.together.wait("shared out")
+        return part
 
     def _drawable(self, tuning: bool, known: Mapping[str, Record]) -> list[tuple[Drawing, list[tuple[Asked, int]]]]:
         """What is missing of trainings that are done; says of how many others there is nothing to draw with."""
@@ -239,7 +246,7 @@ class Room:
         self.drawn.add({
             "method": drawing.key, "subject": name, "group": drawing.subject.group, "category": asked.category,
             "index": asked.index, "k": k, "seed": seed, "picture": path, "prompt": asked.prompt,
-            "seconds": round(time.perf_counter() - begin, 3),
+            "guidance": painter.guidance, "seconds": round(time.perf_counter() - begin, 3),
         })  # fmt: skip
 
     def score(self, tuning: bool) -> None:

@@ -19,7 +19,10 @@ def fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def ssim(first: np.ndarray, second: np.ndarray) -> float:
-    """Structural similarity (Wang 2004): Gaussian window, values from 0 to 1, mean over places inside and colours."""
+    """Structural similarity (Wang 2004) of values from 0 to 1, mean over places and colours.
+
+    As torchmetrics: mirrored at the edges, where Wang leaves those places out.
+    """
     x, y = (torch.from_numpy(picture).permute(2, 0, 1).double() / 255 for picture in (first, second))
     mean_x, mean_y = _blurred(x), _blurred(y)
     var_x, var_y = _blurred(x * x) - mean_x**2, _blurred(y * y) - mean_y**2
@@ -30,10 +33,11 @@ def ssim(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _blurred(values: Tensor) -> Tensor:
-    """(c, h, w) -> (c, h - 10, w - 10)."""
+    """(c, h, w), under a Gaussian window."""
     places = torch.arange(WINDOW, dtype=values.dtype) - WINDOW // 2
     weights = torch.exp(-(places**2) / (2 * SIGMA**2))
     weights /= weights.sum()
+    values = functional.pad(values, [WINDOW // 2] * 4, mode="reflect")
     rows = functional.conv2d(values[:, None], weights[None, None, :, None])
     return functional.conv2d(rows, weights[None, None, None, :])[:, 0]
 

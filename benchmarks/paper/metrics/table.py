@@ -193,7 +193,7 @@ METRICS: Mapping[str, Metric] = {
     "rmse": Metric("RMSE", Compares.REFERENCES, "rmse", "", False, "grey levels, 0 to 255", _CLOZE, 2),
     "f1": Metric("F1", Compares.REFERENCES, "edges", "", True, "0 to 1", _CLOZE),
     "depth_rmse": Metric("RMSE (depth)", Compares.REFERENCES, "depth", "depth_model", False,
-                         "0 to 255, each map from its nearest to its farthest point", _CLOZE, 2),
+                         "0 to 255, each map from its least to its greatest value", _CLOZE, 2),
     "musiq": Metric("MUSIQ", Compares.ALONE, "quality", "musiq", True, "0 to 100", _CLOZE, 2),
     "maniqa": Metric("MANIQA", Compares.ALONE, "quality", "maniqa", True, "0 to 1", _CLOZE),
 }  # fmt: skip
