@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import library
@@ -71,10 +72,12 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     dtype = prepare.WEIGHT_DTYPES[run.process.mixed_precision]
     model = load(run.model, dtype)
     objective, texts = objective_of(run.objective, model), Texts(model, accelerator)
+    run = replace(run, objective=objective.options)
+    prepare.check_text_encoders(model, run.network, run.data.caches)
     prepare.tell_what_is_cut(model, files.texts())
     prepare.tell_what_is_rounded(model, files.samples)
 
-    plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
+    plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator, list(files.inputs.values()))
     adapter = adapter_of(run.network, files, model, accelerator, folder)
     caches = run.data.caches
     if caches.cache_text_encoder_outputs:
@@ -111,9 +114,11 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
         )
     fields = metadata.of_training(run, model, adapter, trained, length, seed)
     saves = Saves(run.saves, adapter, fields, setting, length, averaged, accelerator)
+    inputs = {name: latents.read(one)[0] for name, one in files.inputs.items()}
     samples = Samples(
-        files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler
-    )
+        files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler,
+        inputs,
+    )  # fmt: skip
     start.start_trackers(accelerator, run.logs, run.recorded)
 
     parameters = sum(p.numel() for p in adapter.parameters())

@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from library import prompts as prompts_file
+from library.models import omnigen
 from library.models.loading import load as load_model
 from library.models.reading import of_folder
 from library.options.rooms import ModelOptions
@@ -46,7 +47,7 @@ def read_prompts(path: str | os.PathLike, size: tuple[int, int], option: str = "
     :param size: width and height of lines without --w and --h
     :raises DeftError: when it cannot be read, or has a wrong line
     """
-    found = prompts_file.read_prompts(str(path), size, option, STEPS)
+    found = prompts_file.told_unused(prompts_file.read_prompts(str(path), size, option, STEPS), f"{option} {path}:")
     return [prompt if prompt.seed is not None else replace(prompt, seed=i) for i, prompt in enumerate(found)]
 
 
@@ -63,7 +64,7 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], k
     layers = [
         target for model, its in models for target in deft_targets.targets(model, its, True, its.optional_containers)
     ]
-    total = sum(prompt.steps for prompt in prompts)
+    total, usual = sum(prompt.steps for prompt in prompts), getattr(pipeline, "default_guidance", GUIDANCE)
     with Watch(layers, k) as watch, torch.no_grad(), Bar(total, "drawing what to keep", "steps") as bar:
         for alike, group in itertools.groupby(prompts, lambda p: replace(p, text="", seed=None)):
             together = list(group)
@@ -74,7 +75,7 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], k
                     width=alike.width,
                     height=alike.height,
                     num_inference_steps=alike.steps,
-                    guidance_scale=GUIDANCE if alike.guidance is None else alike.guidance,
+                    guidance_scale=usual if alike.guidance is None else alike.guidance,
                     generator=[prompt.generator() for prompt in part],
                     output_type="latent",
                     callback_on_step_end=counted_by(bar, len(part)),
@@ -104,6 +105,8 @@ def load(path: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
             return load_model(ModelOptions(path)).pipeline.to(device, dtype)
         except DeftError as error:
             raise DeftError(f"{error}; models of other kinds have to be Diffusers folders here") from error
+    if omnigen.is_known(Path(path)):  # which diffusers makes with torchvision alone
+        return load_model(ModelOptions(path)).pipeline.to(device, dtype)
     if not (Path(path) / "model_index.json").is_file():
         raise DeftError(
             f"--pretrained_model_name_or_path {path}: no Diffusers model folder (model_index.json) and no file"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Prompt:
     steps: int = 30
     embedded_guidance: float | None = None  # that FLUX is told; None likewise
     sampler: str | None = None  # of --sample_sampler; None for the run's
+    inputs: tuple[str, ...] = ()  # files of the pictures that the text speaks of as <img><|image_1|></img> and so on
 
     def generator(self) -> torch.Generator:
         """Of the picture's noise, the same on every device; from a seed of its own where there is none."""
@@ -61,8 +62,9 @@ _BY_KEY = {key: (name, kind) for name, (_, key, kind) in _FIELDS.items()}
 # sd-scripts' further ones, for samplers and models that are not here
 _NOT_USED = {
     "cn": "controlnet_image", "ctr": "cfg_trunc_ratio",
-    "rcfg": "renorm_cfg", "fs": "flow_shift", "mk": "mask_image", "i": "image",
+    "rcfg": "renorm_cfg", "fs": "flow_shift", "mk": "mask_image",
 }  # fmt: skip
+_INPUT = ("i", "image")  # letter and key of an input picture, of which there may be several
 
 
 def read_prompts(
@@ -100,9 +102,14 @@ def parse_line(line: str, option: str = "--sample_prompts") -> dict[str, Any]:
     found: dict[str, Any] = {"prompt": text.strip()}
     for given in options:
         letter, _, value = given.partition(" ")
+        if letter.lower() == _INPUT[0]:
+            found.setdefault(_INPUT[1], []).append(value.strip())
+            continue
         key = (_BY_LETTER | _NOT_USED).get(letter.lower())
         if key is None:
-            raise DeftError(f"{option} unknown option --{letter} in '{line}'; known: --{' --'.join(_BY_LETTER)}")
+            raise DeftError(
+                f"{option} unknown option --{letter} in '{line}'; known: --{' --'.join((*_BY_LETTER, _INPUT[0]))}"
+            )
         found[key] = value.strip()
     return found
 
@@ -138,18 +145,33 @@ def _toml(text: str, option: str) -> list[dict[str, Any]]:
 
 def _table(found: Mapping[str, Any], option: str) -> dict[str, Any]:
     """What is given in it, every key known."""
-    known = {*_BY_KEY, *_NOT_USED.values(), "enum"}
+    known = {*_BY_KEY, *_NOT_USED.values(), _INPUT[1], "enum"}
     for key in found:
         if key not in known:
             raise DeftError(f"{option} unknown key '{key}'{nearest(key, known)}")
     return {key: value for key, value in found.items() if value is not None and key != "enum"}
 
 
+def _inputs(given: Any, option: str) -> tuple[str, ...]:
+    """One file or several; a line's --i are several."""
+    files = [given] if isinstance(given, str) else given
+    if not isinstance(files, (list, tuple)) or not all(isinstance(one, str) and one for one in files):
+        raise DeftError(f"{option} {_INPUT[1]} = {given!r:.60} is no file, nor a list of such (--{_INPUT[0]} FILE)")
+    return tuple(files)
+
+
+def told_unused(prompts: Sequence[Prompt], option: str) -> list[Prompt]:
+    """The prompts without their pictures, for models that read none, which is told."""
+    if any(prompt.inputs for prompt in prompts):
+        logger.warning(f"{option} {_INPUT[1]} not used; other models have it")
+    return [replace(prompt, inputs=()) for prompt in prompts]
+
+
 def _prompt(table: Mapping[str, Any], defaults: Mapping[str, Any], option: str) -> Prompt:
     """:raises DeftError: for a value that is no number, or that no picture can have"""
     if "prompt" not in table:
         raise DeftError(f"{option} no prompt in {dict(table)}")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"inputs": _inputs(table.get(_INPUT[1], ()), option)}
     where = f"in '{table['prompt']}'"
     for key, given in {**defaults, **table}.items():
         if key in _BY_KEY:

@@ -239,6 +239,7 @@ class DeftConfig:
     embedder_dims: tuple[int, ...] | None = _option(None, _ranks)
     train_t5xxl: bool = _option(False, parse_bool)
     train_llm_adapter: bool = _option(False, parse_bool)
+    train_mlp: bool = _option(False, parse_bool)
     exclude_patterns: tuple[str, ...] | None = _option(None, _patterns)
     include_patterns: tuple[str, ...] | None = _option(None, _patterns)
     verbose: bool = _option(False, parse_bool)

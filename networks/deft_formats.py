@@ -379,8 +379,8 @@ def _without_processor(path: str) -> str:
         if block.startswith("single"):
             return f"{block}.linear1#012" if what == "qkv" else f"{block}.linear2"
         return f"{block}.{'txt' if number == '2' else 'img'}_attn.{what}"
-    path = re.sub(r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj", path)
-    path = re.sub(r"\.self_attn\.to_out$", ".self_attn.out_proj", path)
+    path = re.sub(r"(encoder\.layers\.\d+\.self_attn)\.to_([qkv])$", r"\1.\2_proj", path)
+    path = re.sub(r"(encoder\.layers\.\d+\.self_attn)\.to_out$", r"\1.out_proj", path)
     return re.sub(r"(?:\.processor)?\.to_out$", ".to_out.0", path).replace(".processor.to_", ".to_")
 
 
@@ -403,8 +403,10 @@ def _makers(
     for layer, parts in layers.items():
         format, model, path = models[layer]
         path, _, given = re.sub(r"-(\d+)$", r"#\1", path).partition("#")  # a part by our own files' names
+        several = deft_names.layers_in(row, model, path)
         try:
-            name, piece = (layer, "") if model == "kept" else deft_names.key_name(row, model, path)
+            names = [deft_names.key_name(row, model, one) for one in several or (path,)]
+            name, piece = (layer, "") if model == "kept" else names[0]
         except KeyError:
             raise DeftError(f"{source}: {layer} is no layer of {architecture}, whose names the others are") from None
         if row is None and format.name in ("diffusers", "bare"):
@@ -415,11 +417,34 @@ def _makers(
         facts = Facts(config, path, rank, str(metadata.get("ss_network_module", "")), recorded.get(layer), kernel)
         make = _maker(layer, _with_alpha(parts, config, rank, path), facts, source)
         make()  # which finds what is wrong with it
-        piece = given or piece
-        if piece in pieces.setdefault(name, {}) or (pieces[name] and "" in (piece, *pieces[name])):
-            raise DeftError(f"{source}: {layer} is there twice, under another name also")
-        pieces[name][piece] = make
+        made = [(name, given or piece, make)]
+        if several:
+            made = [(name, piece, _share(make, k, len(names), layer, source)) for k, (name, piece) in enumerate(names)]
+        for name, piece, one in made:
+            if piece in pieces.setdefault(name, {}) or (pieces[name] and "" in (piece, *pieces[name])):
+                raise DeftError(f"{source}: {layer} is there twice, under another name also")
+            pieces[name][piece] = one
     return _wholes(pieces, source)
+
+
+def _share(make: Callable[[], Change], k: int, number: int, layer: str, source: str) -> Callable[[], Change]:
+    """What makes the k-th of so many equal parts of a change, row by row.
+
+    :raises DeftError: where it has no such parts, or they depend on the whole weight
+    """
+
+    def share() -> Change:
+        change = make()
+        rows = change.shape[0] // number
+        if isinstance(change, OnBase) or rows * number != change.shape[0]:
+            raise DeftError(f"{source}: {layer} is of {number} layers in one, whose changes cannot be had apart")
+        if isinstance(change, Factors):
+            return deft_factors.rows_of(change, k * rows, rows)
+        whole = change.delta
+        return replace(change, shape=(rows, *change.shape[1:]), delta=lambda: whole()[k * rows : (k + 1) * rows])
+
+    share()  # which finds what is wrong with it
+    return share
 
 
 def _wholes(pieces: Mapping[str, Mapping[str, Callable[[], Change]]], source: str) -> dict[str, Callable[[], Change]]:

@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from networks.deft_targets import ARCHITECTURES, Architecture, Part, inverted
+from networks.deft_targets import ARCHITECTURES, Architecture, Part, inverted, parts_of
 
 DENOISER = "denoiser"  # the other models are text encoders: "text_encoder", "text_encoder_2", ... in Diffusers' order
 
@@ -28,6 +28,7 @@ _CERTAIN = (
                          r"|^denoiser_(single_)?transformer_blocks_\d+_(attn|ff|norm|norm1|proj)_"),
     ("Lumina 2", r"^denoiser_(layers|noise_refiner|context_refiner)_\d+_attention_qkv$"),
     ("Anima", r"^denoiser_(llm_adapter_)?blocks_\d+_.*(q|k|v|output)_proj$"),
+    ("OmniGen", r"^denoiser_(llm_)?layers_\d+_(self_attn_(to_[qkv]|to_out_0|qkv_proj|o_proj)|mlp_gate_up_proj)$"),
 )  # fmt: skip
 _LIKELY = (
     # small models of other families have attention there too, and their files say what they are
@@ -42,6 +43,7 @@ _IN_METADATA = (
     ("Lumina 2", r"^lumina-?2"),
     ("HunyuanImage 2.1", r"^hunyuan-image-2.1"),
     ("Anima", r"^anima"),
+    ("OmniGen", r"^omnigen-?1"),
 )
 
 
@@ -139,6 +141,18 @@ def key_name(architecture: Architecture | None, model: str, path: str) -> tuple[
     return f"lora_unet_{path.replace('.', '_')}", ""
 
 
+def layers_in(architecture: Architecture | None, model: str, path: str) -> list[str]:
+    """The paths of the layers whose weights stand one above the other in one, of equal size; empty where it is one's.
+
+    :param path: as for `key_name`
+    """
+    for part in architecture.denoisers if architecture and model == DENOISER else ():
+        found = path if "." in path else dotted(path, part.words.split())
+        if found and (paths := parts_of(found, part)):
+            return paths
+    return []
+
+
 def _prefix(model: str) -> str:
     number = model.rpartition("_")[2]
     return f"lora_te{number if number.isdecimal() else ''}"
@@ -169,7 +183,10 @@ def _pieces(path: str, part: Part) -> list[tuple[str, str]]:
     back = _inverted(part.renames)
     pieces = {piece: renamed(f"{path}#{piece}", back) for piece in ("0", "1", "2", "3", "swapped")} if back else {}
     found = [(new, piece) for piece, new in pieces.items() if "#" not in new]
-    return found or [(renamed(path, back), "")]
+    whole = renamed(path, back)
+    if not found and "#" in whole:  # other layers are in the same weight
+        raise KeyError(path)
+    return found or [(whole, "")]
 
 
 _inverted = functools.lru_cache(None)(inverted)

@@ -31,7 +31,8 @@ class Part:
     :param conv_containers: those whose layers are adapted too when k x k convolutions are
     :param path_root: beginning of every module path in the file; transformers 5 dropped CLIP's `text_model.`
     :param renames: (pattern, replacement) from a module's path to the path that key names are made of, all applied in
-        this order; `#k` at the end of a path: the layer is the k-th part of the weight that files know
+        this order; `#k` at the end of a path: the layer is the k-th part of the weight that files know; in a pattern:
+        its k-th part is what files know as a layer, all parts of equal size
     :param option: option without which the part is left alone
     :param optional_containers: option -> further containers
     :param base: of a denoiser, what sd-scripts calls the model in a file's metadata
@@ -285,6 +286,20 @@ _LUMINA_WORDS = (
     "t_embedder cap_embedder mlp final_layer linear"
 )
 
+# The layers of OmniGen's blocks: Diffusers' paths, which files have, to the original's, whose queries, keys and values
+# are one weight.
+_OMNIGEN_FUSED = (
+    (r"^layers\.(\d+)\.self_attn\.to_q$", r"llm.layers.\1.self_attn.qkv_proj#0"),
+    (r"^layers\.(\d+)\.self_attn\.to_k$", r"llm.layers.\1.self_attn.qkv_proj#1"),
+    (r"^layers\.(\d+)\.self_attn\.to_v$", r"llm.layers.\1.self_attn.qkv_proj#2"),
+    (r"^layers\.(\d+)\.self_attn\.to_out\.0$", r"llm.layers.\1.self_attn.o_proj"),
+    (r"^layers\.(\d+)\.mlp\.gate_up_proj$", r"llm.layers.\1.mlp.gate_up_proj"),
+    (r"^layers\.(\d+)\.mlp\.down_proj$", r"llm.layers.\1.mlp.down_proj"),
+)
+OMNIGEN_RENAMES = inverted(_OMNIGEN_FUSED)
+_OMNIGEN_WORDS = "layers self_attn to_q to_k to_v to_out mlp gate_up_proj down_proj"
+_OMNIGEN_ORIGINAL_WORDS = "llm layers self_attn qkv_proj o_proj mlp gate_up_proj down_proj"
+
 _CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 
 
@@ -320,6 +335,7 @@ def _sd3_base(transformer: nn.Module) -> tuple[str, str]:
 _SDXL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
 _SDXL_BASE = _base(*_SDXL)
 _CHROMA = ("chroma", "chroma")
+_OMNIGEN = ("omnigen1", "omnigen-1")
 _FLUX_CONTAINERS = ("DoubleStreamBlock", "SingleStreamBlock")
 _FLUX_INPUTS = ("_img_in", "_time_in", "_vector_in", "_guidance_in", "_txt_in")
 
@@ -501,10 +517,35 @@ ARCHITECTURES = (
         left_out=r".*(_modulation|_norm|_embedder|final_layer).*",
         patterns_fit_paths=True,
     ),
+    Architecture(
+        "OmniGen",
+        (
+            Part(
+                "lora_unet",
+                ("OmniGenTransformer2DModel",),
+                ("Attention",),
+                optional_containers={"train_mlp": ("OmniGenFeedForward",)},
+                base=_base(*_OMNIGEN),
+                form="diffusers",
+                words=_OMNIGEN_WORDS,
+            ),
+            Part(
+                "lora_unet",
+                ("OmniGen",),
+                ("Phi3Attention", "Phi3SdpaAttention", "Phi3FlashAttention2"),
+                renames=OMNIGEN_RENAMES,
+                optional_containers={"train_mlp": ("Phi3MLP",)},
+                base=_base(*_OMNIGEN),
+                words=_OMNIGEN_ORIGINAL_WORDS,
+            ),
+        ),
+        numbered={"train_block_indices": r"_layers_(\d+)_"},
+    ),
 )
 
 # What a foreign file looks made for: the first row whose pattern is found in one of its keys.
 _FILE_SIGNS = (
+    ("OmniGen", r"layers[._]\d+[._]self_attn[._](to_[qkv]|qkv_proj)\b"),
     ("FLUX.1", r"lora_unet_(double|single)_blocks_|^transformer\.(single_)?transformer_blocks"),
     ("Stable Diffusion 3", r"joint_blocks_"),
     ("SDXL", r"lora_te2_|lora_unet_(input|middle|output)_blocks?_|add_embedding|transformer_blocks_[2-9]_"),
@@ -550,6 +591,8 @@ def base_metadata_of(architecture: str, shapes: Mapping[str, Sequence[int]]) -> 
     if architecture == "FLUX.1 or Chroma":
         chroma = any("distilled_guidance_layer" in name for name in shapes)
         return _base_fields(*(_CHROMA if chroma else _flux_version("guidance_in" in name for name in shapes)))
+    if architecture == "OmniGen":
+        return _base_fields(*_OMNIGEN)
     return _base_fields("", "")
 
 
@@ -608,7 +651,8 @@ def targets(
             if id(layer) in seen or not is_adaptable(layer) or not (with_convolutions or is_pointwise(layer)):
                 continue
             seen.add(id(layer))
-            found += _split(_target(part, ".".join(filter(None, (path, child_path))), layer), fused)
+            whole_path = ".".join(filter(None, (path, child_path)))
+            found += _several(part, whole_path, layer) or _split(_target(part, whole_path, layer), fused)
     return _with_rows(found)
 
 
@@ -626,6 +670,22 @@ def _target(part: Part, path: str, layer: Layer) -> Target:
         path = part.path_root + path
     file_name = f"{part.prefix}_{path}".replace(".", "_")
     return Target(f"{file_name}-{number}" if number else file_name, path, layer)
+
+
+def parts_of(path: str, part: Part) -> list[str]:
+    """The paths in files of the layers that one of the model's is in one; empty where it is one layer there too."""
+    numbers = {found for pattern, _ in part.renames for found in re.findall(r"#(\d)\$$", pattern)}
+    paths = [f"{path}#{number}" for number in sorted(numbers)]
+    for pattern, replacement in part.renames:
+        paths = [re.sub(pattern, replacement, one) for one in paths]
+    return [one for one in paths if "#" not in one]
+
+
+def _several(part: Part, path: str, layer: Layer) -> list[Target]:
+    """The layers of files that this one is: each some of its outputs."""
+    paths = parts_of(path, part)
+    size = layer.weight.shape[0] // max(len(paths), 1)
+    return [replace(_target(part, one, layer), rows=(k * size, (k + 1) * size)) for k, one in enumerate(paths)]
 
 
 def _split(target: Target, fused: Mapping[str, bool]) -> list[Target]:

@@ -1,4 +1,4 @@
-"""SDXL and FLUX.1 as diffusers has them, fused weights, and the options that choose layers, ranks and rates."""
+"""SDXL, FLUX.1 and OmniGen as diffusers has them, fused weights, the options that choose layers, ranks and rates."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from networks import deft, deft_io
+from networks import deft, deft_formats, deft_io, deft_report
 from networks.deft_config import DeftError, parse_options
 from networks.deft_ranks import numbers_of, weights_of
-from networks.deft_targets import base_metadata, recognise
+from networks.deft_targets import base_metadata, looks_made_for, recognise
 from tests.conftest import deltas, largest_error, perturb, relative_error
 
 diffusers = pytest.importorskip("diffusers")
@@ -98,6 +98,54 @@ class Flux(nn.Module):
             x = x + block.img_attn.proj(torch.softmax(q @ k.mT, -1) @ v)
         for block in self.single_blocks:
             x = block(x)
+        return x
+
+
+def omnigen_transformer(layers: int = 2) -> nn.Module:
+    """Four heads of four numbers."""
+    return diffusers.OmniGenTransformer2DModel(
+        hidden_size=16, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32, num_layers=layers,
+        time_step_dim=4, rope_scaling={"long_factor": [1, 2], "short_factor": [1, 2]}, pad_token_id=0, vocab_size=40,
+        pos_embed_max_size=8,
+    ).requires_grad_(False)  # fmt: skip
+
+
+class Phi3Attention(nn.Module):
+    """Layers and names of the original's."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.o_proj, self.qkv_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 3 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv_proj(x).chunk(3, -1)
+        return self.o_proj(torch.softmax(q @ k.mT, -1) @ v)
+
+
+class Phi3MLP(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(2 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(up * nn.functional.silu(gate))
+
+
+class OmniGen(nn.Module):
+    """As the original's transformer, with qkv in one layer."""
+
+    def __init__(self, dim: int = 16, layers: int = 2) -> None:
+        super().__init__()
+        self.llm = nn.Module()
+        blocks = [{"self_attn": Phi3Attention(dim), "mlp": Phi3MLP(dim)} for _ in range(layers)]
+        self.llm.layers = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.llm.layers:
+            x = x + block["self_attn"](x)
+            x = x + block["mlp"](x)
         return x
 
 
@@ -240,6 +288,89 @@ def test_both_forms_of_flux_write_the_same_file(tmp_path):
     other.apply_to([], ours)
     assert other.load_weights(str(tmp_path / "x.safetensors")).left_at_start == 0
     assert largest_error(deltas(other), deltas(net)) < 1e-6
+
+
+OMNIGEN_NAMES = [
+    f"lora_unet_layers_{i}_self_attn_{name}" for i in range(2) for name in ("to_q", "to_k", "to_v", "to_out_0")
+]
+
+
+@pytest.mark.parametrize("make", [omnigen_transformer, OmniGen])
+def test_attention_of_omnigen_and_its_mlp_where_it_is_asked_for(make):
+    names = [m.target.file_name for m in network(make()).all_modules]
+    assert sorted(names) == sorted(OMNIGEN_NAMES)
+    more = [m.target.file_name for m in network(make(), train_mlp="true", train_block_indices="1").all_modules]
+    mlp = [f"lora_unet_layers_1_mlp_{name}" for name in ("gate_up_proj", "down_proj")]
+    assert sorted(more) == sorted(OMNIGEN_NAMES[4:] + mlp)
+
+
+def test_original_omnigen_with_its_fused_weights_is_the_model_that_its_file_says(tmp_path):
+    """The file has queries, keys and values apart; diffusers' form reads it, and the fused base with the file's deltas
+    added answers as the trained one."""
+    model, x, file = OmniGen(), torch.randn(2, 5, 16), str(tmp_path / "x.safetensors")
+    base = model(x)
+    net = network(model, train_mlp="true")
+    trained = model(x)
+    net.save_weights(file, torch.float32, None)
+    theirs = omnigen_transformer()
+    other, _ = deft.create_network_from_weights(1.0, file, None, [], theirs)
+    other.apply_to([], theirs)
+    assert other.load_weights(file).left_at_start == 0
+    assert {m.rank for m in other.all_modules} == {4}
+    assert largest_error(deltas(other), deltas(net)) < 1e-6
+    changes = deltas(net)
+    net.remove()
+    assert torch.equal(model(x), base)
+    for i, block in enumerate(model.llm.layers):
+        name = f"lora_unet_layers_{i}"
+        qkv = torch.cat([changes[f"{name}_self_attn_to_{kind}"] for kind in "qkv"])
+        block["self_attn"].qkv_proj.weight += qkv
+        block["self_attn"].o_proj.weight += changes[f"{name}_self_attn_to_out_0"]
+        for layer in ("gate_up_proj", "down_proj"):
+            getattr(block["mlp"], layer).weight += changes[f"{name}_mlp_{layer}"]
+    assert relative_error(model(x), trained) < 1e-5
+    assert relative_error(base, trained) > 1e-3
+
+
+@pytest.mark.parametrize("start", ["base_model.model.llm.layers.0.self_attn.", "lora_unet_llm_layers_0_self_attn_"])
+def test_changes_of_fused_weights_of_omnigen_are_read(start):
+    """A LoRA, as the original's own training with peft writes it, and a whole difference: each layer's own rows."""
+    up, down, whole = torch.randn(48, 5), torch.randn(5, 16), torch.randn(48, 16)
+    lora = {f"{start}qkv_proj.lora_A.weight": down, f"{start}qkv_proj.lora_B.weight": up}
+    for tensors, delta in ((lora, up @ down), ({f"{start}qkv_proj.diff": whole}, whole)):
+        found = deft_formats.parse(tensors, {}, "x")
+        assert found.architecture == "OmniGen"
+        assert list(found.changes) == OMNIGEN_NAMES[:3]
+        assert relative_error(torch.cat([change.delta() for change in found.changes.values()]), delta) < 1e-6
+    for kind, tensors in {"apart": {f"{start}qkv_proj.oft_R.weight": torch.randn(4, 6)}, "damaged": {
+        f"{start}qkv_proj.lora_A.weight": down, f"{start}qkv_proj.lora_B.weight": up[:, :4]}}.items():  # fmt: skip
+        with pytest.raises(DeftError, match=kind):
+            deft_formats.parse(tensors, {}, "x")
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
+def test_every_form_of_an_omnigen_file_is_read_again(tmp_path, form):
+    net = network(omnigen_transformer(), train_mlp="true")
+    changes = net._file_factors()
+    tensors = deft_formats.tensors_as(form, changes, torch.float32, True, "OmniGen")
+    again = deft_formats.parse(tensors, {}, "x")
+    assert again.architecture == "OmniGen"
+    assert largest_error({name: change.delta() for name, change in again.changes.items()}, deltas(net)) < 1e-6
+    with pytest.raises(DeftError, match="has no name in it that is known here"):
+        deft_formats.tensors_as("comfy", changes, torch.float32, True, "OmniGen")
+
+
+def test_no_client_is_said_to_read_an_omnigen_file(tmp_path):
+    net = network(omnigen_transformer())
+    net.save_weights(str(tmp_path / "x.safetensors"), torch.float32, base_metadata(*_recognised(omnigen_transformer())))
+    found = deft_report.report(str(tmp_path / "x.safetensors"), None)
+    assert found.known is None
+    assert found.adapter.architecture == "OmniGen"
+    assert looks_made_for(load_file(tmp_path / "x.safetensors")) == "OmniGen"
+
+
+def _recognised(model):
+    return model, recognise(model)[1]
 
 
 def test_a_fused_lora_of_another_program_is_read_exactly(tmp_path):
@@ -446,8 +577,10 @@ def test_sdxl_encoders_have_their_own_names():
         (sdxl_unet, "False", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
         (flux_transformer, "False", "flux1", "flux-1-dev/lora"),
         (lambda: flux_transformer(guidance=False), "False", "flux1", "flux-1-schnell/lora"),
+        (omnigen_transformer, "False", "omnigen1", "omnigen-1/lora"),
+        (OmniGen, "False", "omnigen1", "omnigen-1/lora"),
     ],
-    ids=["1.x", "2.x", "sdxl", "dev", "schnell"],
+    ids=["1.x", "2.x", "sdxl", "dev", "schnell", "omnigen", "original omnigen"],
 )
 def test_files_say_what_model_they_are_for(make, v2, version, architecture):
     """In the words of sd-scripts' own trainers; for its own classes see test_layers_and_ranks_of_every_architecture."""

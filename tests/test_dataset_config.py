@@ -251,9 +251,10 @@ def test_every_key_reaches_its_room_from_every_place(data, tmp_path):
         "custom_attributes": {"a": 1}, "resize_interpolation": "area", "network_multiplier": 0.5, "batch_size": 3,
         "min_bucket_reso": 128, "max_bucket_reso": 2048, "bucket_reso_steps": 32, "validation_split": 0.25,
         "token_warmup_step": 5, "caption_dropout_rate": 0.5, "caption_tag_dropout_rate": 0.5, "class_tokens": "cat",
-        "caption_extension": ".cap",
+        "caption_extension": ".cap", "condition_dropout_prob": 0.5,
     }  # fmt: skip
-    not_in_rooms = {"cache_info", "train_inpainting", "image_dir", "metadata_file", "conditioning_data_dir", "is_reg"}
+    not_in_rooms = {"cache_info", "train_inpainting", "image_dir", "metadata_file", "conditioning_data_dir", "is_reg",
+                    "train_jsonl", "image_path"}  # fmt: skip
     for name in KEYS.keys() - not_in_rooms:
         value = values.get(name, True if KEYS[name].read.__name__ == "_switch" else 7)
         value = value if KEYS[name].read.__name__ != "_text" or name in values else ";"

@@ -12,12 +12,14 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
+from library.models.family import Family
 from library.options.parse import parse
 from library.options.rooms import ObjectiveOptions
 from library.training.objective import DIFFUSION_ONLY, FLOW_ONLY, Diffusion, Flow, objective_of
 from library.training.randoms import Randoms
 from networks.deft_config import DeftError
 
+SD_SCRIPTS = {"timestep_sampling": Family.timestep_sampling, "model_prediction_type": Family.model_prediction_type}
 RAW = {"model_prediction_type": "raw"}
 EVERY_NOISE = {
     "noise_offset": 0.1, "noise_offset_random_strength": True, "adaptive_noise_scale": 0.2,
@@ -35,7 +37,7 @@ def diffusion(prediction: str = "epsilon", zero_snr: bool = False, **options) ->
 
 
 def flow(**options) -> Flow:
-    return Flow(ObjectiveOptions(**options))
+    return Flow(ObjectiveOptions(**(SD_SCRIPTS | options)))
 
 
 def alphas() -> np.ndarray:
@@ -421,7 +423,7 @@ def test_weights_of_another_prediction_are_refused():
 
 
 def family(kind: str) -> SimpleNamespace:
-    return SimpleNamespace(objective=kind, noise_scheduler=scheduler)
+    return SimpleNamespace(objective=kind, noise_scheduler=scheduler, **SD_SCRIPTS)
 
 
 # every option at a value of its own, with what it needs to have an effect

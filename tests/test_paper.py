@@ -30,6 +30,7 @@ from benchmarks.paper.records import Records
 from benchmarks.paper.settings import Method, Settings, Training, name_of_file, seed_of
 from benchmarks.paper.stages import Room
 from library.training.loop import TrainingLoop
+from library.training.saves import TrainingStopped
 from networks.deft_config import DeftError
 from tests import small_dreambooth
 from tests.conftest import loaded
@@ -312,6 +313,28 @@ def test_two_processes_share_a_run_out(settings, monkeypatch):
     # (two of each, but one for the class)
     assert len(pictures) == 2 * 3 * ((2 * 2 + 1) + (3 * 2 + 1))
     assert not rooms[0].missing(False)
+
+
+def test_a_training_that_fails_by_its_rate_is_recorded_and_no_other(settings, monkeypatch):
+    subject = Subject("dog", (Row(settings.data / "dog" / "00.jpg", "sks"),), (), ())
+    training.write_data(settings, subject)
+    one = Training(Method("lora", RANK, 1e-3, 1), subject, 0)
+
+    def stopped(reason):
+        def train(run, adapter_of):
+            model = loaded(settings.model)
+            adapter_of(run.network, None, model, None, settings.output)
+            raise TrainingStopped(reason)
+
+        return train
+
+    monkeypatch.setattr(training.train_network_deft, "train", stopped("stopped at step 9: non-finite loss nan"))
+    record = training.train(settings, one)
+    assert record["failed"].startswith("stopped at step 9")
+    assert "file" not in record
+    monkeypatch.setattr(training.train_network_deft, "train", stopped("x.safetensors: not written (No space left)"))
+    with pytest.raises(TrainingStopped, match="No space left"):
+        training.train(settings, one)
 
 
 # --- the choice of rates ---

@@ -144,12 +144,16 @@ def _run(
     together = processes.join()
     from benchmarks.paper.stages import Room  # behind join: it says which GPU torch is to see
     from library.training.interrupts import EndedAtOnce, Interrupted
+    from library.training.saves import TrainingStopped
 
     try:
-        room = Room(benchmark, settings, together)
-        room.run(STAGES if args.stage == "all" else (args.stage,))
+        with processes.on(settings.device):
+            Room(benchmark, settings, together).run(STAGES if args.stage == "all" else (args.stage,))
         if finish is not None and args.stage in ("all", "report") and together.first:
             finish(args, settings)
+    except TrainingStopped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (Interrupted, EndedAtOnce) as ended:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return ended.exit_code

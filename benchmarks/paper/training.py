@@ -114,6 +114,7 @@ def train(settings: Settings, training: Training) -> Record:
     says why it is not.
 
     :raises DeftError: for options, files, a model or a machine that it cannot be done with
+    :raises TrainingStopped: when it could not go on for another reason than numbers that are not finite
     :raises Interrupted: when a signal has ended it, after saving
     """
     run = run_of(settings, _options(settings, training))
@@ -122,7 +123,9 @@ def train(settings: Settings, training: Training) -> Record:
     try:
         train_network_deft.train(run, _kept_in(made, adapters.adapter_of(training.method.adapter)))
         failed = ""
-    except TrainingStopped as error:  # a rate too high, for one
+    except TrainingStopped as error:
+        if "finite" not in str(error):  # a full disk, pictures that are gone: not the adapter's failure
+            raise
         failed = str(error)
     except torch.OutOfMemoryError:
         raise DeftError(

@@ -114,11 +114,11 @@ def without_trigger(facts: Facts, share: float) -> str | None:
 
 def same_captions(facts: Facts, least: float) -> str | None:
     """The limit is in pictures."""
-    texts = {text_of(one) for one in facts.trained}
-    folders = {one.subset.class_tokens for one in facts.trained}  # which stand in for captions knowingly
+    texts = {(text_of(one), *(other.path for other in one.inputs)) for one in facts.trained}
+    folders = {(one.subset.class_tokens,) for one in facts.trained}  # which stand in for captions knowingly
     if facts.different < least or len(texts) > 1 or texts <= folders:
         return None
-    return f"all captions are the same: '{_short(texts.pop())}'"
+    return f"all captions are the same: '{_short(str(texts.pop()[0]))}'"
 
 
 def cut_captions(facts: Facts, most: float) -> str | None:
@@ -139,7 +139,7 @@ def alone_in_bucket(facts: Facts, pictures_alone: float) -> str | None:
 def batches_never_full(facts: Facts, share: float) -> str | None:
     """The limit is the share of the batch size that the largest bucket fills."""
     for dataset in facts.loader.plan:
-        largest, size = max(dataset.buckets().values()), dataset.options.batch_size
+        largest, size = max(dataset.alike().values()), dataset.options.batch_size
         if largest < share * size:
             return f"--train_batch_size {size}: no size of pictures comes more than {_times(largest)} in an epoch"
     return None
@@ -210,7 +210,11 @@ RULES = (
     Rule(without_trigger, 0.2, "what these pictures teach is not bound to the word; add it", grave=True),
     Rule(same_captions, 5, "what the pictures have in common is all learnt as one; say what is to stay changeable"),
     Rule(cut_captions, 0, "what is behind is not read; shorten them, or give --max_token_length 225 (not FLUX.1)"),
-    Rule(alone_in_bucket, 1, "it is trained in batches of itself alone; crop it to the shape of others"),
+    Rule(
+        alone_in_bucket,
+        1,
+        "it is trained in batches of itself alone; crop it, and its input pictures, to the shape of others",
+    ),
     Rule(batches_never_full, 1, "batches are never full, and rates meant for full ones too high; give a smaller one"),
     Rule(drowned, 0.1, "the others drown it; give it more repeats, or the others fewer", grave=True),
     Rule(
@@ -241,12 +245,12 @@ def enlargement(picture: Picture) -> float:
     return max(1.0, picture.fit.resized[0] / picture.size[0], picture.fit.resized[1] / picture.size[1])
 
 
-def _buckets(facts: Facts) -> Iterator[tuple[tuple[int, int], int, list[Path]]]:
+def _buckets(facts: Facts) -> Iterator[tuple[tuple[int, ...], int, list[Path]]]:
     """Each data set's: its size, the batch size, and its files."""
     for dataset in facts.loader.plan:
-        found: dict[tuple[int, int], dict[Path, bool]] = defaultdict(dict)
+        found: dict[tuple[int, ...], dict[Path, bool]] = defaultdict(dict)
         for picture in dataset.pictures:
-            found[picture.fit.bucket][picture.path] = True
+            found[picture.alike][picture.path] = True
         for size, paths in found.items():
             yield size, dataset.options.batch_size, list(paths)
 

@@ -49,6 +49,7 @@ class Example(NamedTuple):
     :param weight: of its loss
     :param preserved: whether it is to be answered as without the adapter
     :param multiplier: of the adapter
+    :param inputs: latents (c, h, w) of the pictures that the caption speaks of, float32
     """
 
     latents: Tensor | None
@@ -59,6 +60,7 @@ class Example(NamedTuple):
     weight: float = 1.0
     preserved: bool = False
     multiplier: float = 1.0
+    inputs: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Batch:
     :param weights: (b,) of the pictures' losses
     :param preserved: those that are to be answered as without the adapter
     :param multiplier: of the adapter
+    :param inputs: of each caption, see `Example`; empty where no caption has any
     :param share: of this batch in the mean over processes; 1 but in an epoch's last round
     """
 
@@ -85,6 +88,7 @@ class Batch:
     preserved: tuple[int, ...] = ()
     multiplier: float = 1.0
     share: float = 1.0
+    inputs: tuple[tuple[Tensor, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -107,6 +111,7 @@ def joined(examples: Sequence[Example]) -> Batch:
         torch.tensor([example.weight for example in examples]),
         tuple(i for i, example in enumerate(examples) if example.preserved),
         examples[0].multiplier,
+        inputs=tuple(example.inputs for example in examples) if any(example.inputs for example in examples) else (),
     )
 
 
@@ -138,7 +143,7 @@ class Loader:
         self.batch_size = max(dataset.options.batch_size for dataset in plan)
         self._epochs = [
             Epochs(
-                [picture.fit.bucket for picture in dataset.pictures],
+                [picture.alike for picture in dataset.pictures],
                 [picture.repeats for picture in dataset.pictures],
                 dataset.options.batch_size,
                 dataset_seed(seed),

@@ -159,12 +159,12 @@ def regularization_repeats(pictures: int, repeats: Sequence[int]) -> list[int]:
 class Epochs:
     """The batches of every epoch, drawn from the seed alone.
 
-    :param buckets: the size of each picture's bucket
+    :param buckets: the size of each picture's bucket, or whatever else pictures of a batch have in common
     :param repeats: how often an epoch shows each picture
     :param seed: `dataset_seed`'s
     """
 
-    def __init__(self, buckets: Sequence[Size], repeats: Sequence[int], batch_size: int, seed: int):
+    def __init__(self, buckets: Sequence[tuple[int, ...]], repeats: Sequence[int], batch_size: int, seed: int):
         self.buckets, self.repeats, self.batch_size, self.seed = buckets, repeats, batch_size, seed
         self._start()
 
@@ -190,7 +190,7 @@ class Epochs:
 
     def in_order(self) -> list[list[int]]:
         """The batches of an epoch as the pictures come, bucket after bucket."""
-        members: dict[Size, list[int]] = {}
+        members: dict[tuple[int, ...], list[int]] = {}
         for place, (bucket, repeats) in enumerate(zip(self.buckets, self.repeats, strict=True)):
             members.setdefault(bucket, []).extend([place] * repeats)
         size = self.batch_size
@@ -198,7 +198,7 @@ class Epochs:
 
     def _start(self) -> None:
         """As sd-scripts leaves its data sets before it seeds them."""
-        members: dict[Size, list[int]] = {size: [] for size in sorted(set(self.buckets))}
+        members: dict[tuple[int, ...], list[int]] = {size: [] for size in sorted(set(self.buckets))}
         for place, (bucket, repeats) in enumerate(zip(self.buckets, self.repeats, strict=True)):
             members[bucket] += [place] * repeats
         self._members = list(members.values())

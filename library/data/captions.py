@@ -14,6 +14,7 @@ from library.data.remarks import Remarks
 from library.options.rooms import CaptionOptions
 from networks.deft_config import DeftError, read_text
 
+CONDITION_DROPOUT = 0.01  # where nothing is asked for, as OmniGen's own training (docs/fine-tuning.md)
 _WILDCARD = re.compile(r"\{([^}]+)\}")
 
 
@@ -75,6 +76,18 @@ def process(caption: str, options: CaptionOptions, *, epoch: int, step: int, ste
     if options.secondary_separator:
         caption = caption.replace(options.secondary_separator, options.caption_separator)
     return caption
+
+
+def condition_dropout(options: CaptionOptions, takes_pictures: bool) -> float:
+    """The share of captions that are left out together with their input pictures, by --condition_dropout_prob.
+
+    :param takes_pictures: whether the model's family does; others leave captions out by --caption_dropout_rate alone
+    """
+    if options.condition_dropout_prob is not None:
+        asked = options.condition_dropout_prob
+    else:  # kohya's options ask for it, too
+        asked = 0.0 if options.caption_dropout_rate or options.caption_dropout_every_n_epochs else CONDITION_DROPOUT
+    return asked if takes_pictures else 0.0
 
 
 def whole(caption: str, options: CaptionOptions) -> str:

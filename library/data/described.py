@@ -73,7 +73,7 @@ def _buckets(dataset: Dataset) -> dict[str, Any] | None:
 def _dataset(dataset: Dataset) -> dict[str, Any]:
     options, found = dataset.options, dataset.pictures
     return {
-        "is_dreambooth": all(subset.metadata_file is None for subset in options.subsets),
+        "is_dreambooth": all(subset.metadata_file is None and subset.train_jsonl is None for subset in options.subsets),
         "batch_size_per_device": options.batch_size,
         "num_train_images": sum(picture.repeats for picture in found if not picture.subset.is_reg),
         "num_reg_images": sum(picture.repeats for picture in found if picture.subset.is_reg),
@@ -83,14 +83,14 @@ def _dataset(dataset: Dataset) -> dict[str, Any]:
         "max_bucket_reso": options.buckets.max_bucket_reso,
         "tag_frequency": _tag_frequency(found),
         "bucket_info": _buckets(dataset),
-        "subsets": [_subset(subset, len(group)) for subset, group in by_subset(found)],
+        "subsets": [_subset(subset, group) for subset, group in by_subset(found)],
     }
 
 
-def _subset(subset: SubsetOptions, pictures: int) -> dict[str, Any]:
+def _subset(subset: SubsetOptions, group: Sequence[Picture]) -> dict[str, Any]:
     augment, captions = subset.augment, subset.captions
     found = {
-        "img_count": pictures,
+        "img_count": len(group),
         "num_repeats": subset.num_repeats,
         "color_aug": augment.color_aug,
         "flip_aug": augment.flip_aug,
@@ -106,6 +106,9 @@ def _subset(subset: SubsetOptions, pictures: int) -> dict[str, Any]:
     }
     if subset.image_dir:
         found["image_dir"] = Path(subset.image_dir).name
+    if subset.train_jsonl:  # which sd-scripts does not have
+        inputs = sum(len(picture.inputs) for picture in group)
+        return found | {"train_jsonl": Path(subset.train_jsonl).name, "input_img_count": inputs}
     if subset.metadata_file:
         return found | {"metadata_file": Path(subset.metadata_file).name}
     return found | {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}

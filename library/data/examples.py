@@ -18,7 +18,8 @@ from library.data.batches import Example, Gone, Turn
 from library.data.cache import Entries
 from library.data.index import alike
 from library.data.pixels import Colour, read_picture
-from library.data.plan import Picture, Plan, pictures
+from library.data.pixels import Picture as PixelsOfFile
+from library.data.plan import InputPicture, Picture, Plan, pictures
 from library.data.resizing import Crop, crop_of, face_of, in_tensor
 from library.data.streams import Purpose, stream
 from networks.deft_config import reason_of
@@ -29,6 +30,11 @@ class View(NamedTuple):
 
     picture: Picture
     mirrored: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return self.picture.path
 
     @property
     def crop(self) -> Crop:
@@ -45,14 +51,17 @@ class Decoded(NamedTuple):
     mask: np.ndarray | None
 
 
+def decoded_input(picture: InputPicture, background: Colour) -> Decoded:
+    """:raises Exception: as `decoded`"""
+    return Decoded(in_tensor(picture.crop.of(np.asarray(_read(picture.path, picture.crop, background).image))), None)
+
+
 def decoded(picture: Picture, crop: Crop, mirrored: bool, background: Colour, colours: Random | None = None) -> Decoded:
     """:param colours: that changes of colour are drawn from
     :raises Exception: of many kinds, Pillow's, when the file cannot be read
     :raises DeftError: when its mask does not fit
     """
-    read = read_picture(picture.path, background)
-    if read.image.size != crop.original:
-        raise OSError(f"its header promises {crop.original[0]}x{crop.original[1]} pixels, not {read.image.size}")
+    read = _read(picture.path, crop, background)
     interpolation = picture.subset.resize_interpolation
     pixels = np.asarray(read.image)
     if colours is not None:  # of what is cut out, as sd-scripts changes it
@@ -69,9 +78,16 @@ def decoded(picture: Picture, crop: Crop, mirrored: bool, background: Colour, co
     return Decoded(in_tensor(pixels), mask)
 
 
+def _read(path: Path, crop: Crop, background: Colour) -> PixelsOfFile:
+    found = read_picture(path, background)
+    if found.image.size != crop.original:
+        raise OSError(f"its header promises {crop.original[0]}x{crop.original[1]} pixels, not {found.image.size}")
+    return found
+
+
 @dataclass(frozen=True)
 class Latents:
-    """Of all pictures that are the same in every epoch.
+    """Of all pictures that are the same in every epoch, and of all input pictures.
 
     :param contents: `content_hash` of every picture and mask
     :param vae: its `cache.fingerprint`
@@ -83,40 +99,56 @@ class Latents:
     vae: str
     background: Colour
 
-    def key(self, view: View) -> str:
+    def key(self, view: View | InputPicture) -> str:
         """Of a picture's entry."""
-        picture, crop = view.picture, view.crop
+        if isinstance(view, InputPicture):
+            return self._key(view.path, view.crop)
+        picture, subset = view.picture, view.picture.subset
+        alpha_mask = subset.alpha_mask and picture.mask is None
+        mask = None if picture.mask is None else self.contents[picture.mask]
+        return self._key(picture.path, view.crop, subset.resize_interpolation, view.mirrored, alpha_mask, mask)
+
+    def _key(
+        self,
+        path: Path,
+        crop: Crop,
+        interpolation: str | None = None,
+        flipped: bool = False,
+        alpha_mask: bool = False,
+        mask: str | None = None,
+    ) -> str:
         return cache.latents_key(
-            self.contents[picture.path],
+            self.contents[path],
             self.vae,
             torch.float32,
             resized=crop.resized,
             crop=(*crop.place, *crop.size),
-            interpolation=picture.subset.resize_interpolation,
-            flipped=view.mirrored,
+            interpolation=interpolation,
+            flipped=flipped,
             background=self.background,
-            alpha_mask=picture.subset.alpha_mask and picture.mask is None,
-            mask=None if picture.mask is None else self.contents[picture.mask],
+            alpha_mask=alpha_mask,
+            mask=mask,
         )
 
     def duplicates(self, plan: Plan) -> list[list[Path]]:
         """Pictures with the same content, two or more each."""
         return alike({one.path: self.contents[one.path] for one in pictures(plan)}.items())
 
-    def read(self, view: View) -> tuple[Tensor, Tensor | None]:
+    def read(self, view: View | InputPicture) -> tuple[Tensor, Tensor | None]:
         """Latents (c, h, w) and their mask (1, h, w).
 
         :raises Gone: when the entry is gone, which the disk's is when somebody deletes it
         """
         entry = self.entries.read(self.key(view), check=False)
         if entry is None:
-            raise Gone(f"the latents of {view.picture.path} are gone from the cache")
+            raise Gone(f"the latents of {view.path} are gone from the cache")
         return entry["latents"], entry.get("mask")
 
 
 class Drawn(NamedTuple):
     """What is drawn for a picture's turn.
 
+    :param caption: "" where it is left out
     :param colours: that changes of colour are drawn from; None without them
     """
 
@@ -124,18 +156,25 @@ class Drawn(NamedTuple):
     mirrored: bool
     crop: Crop
     colours: Random | None
+    inputs: tuple[InputPicture, ...] = ()
 
 
-def drawn(picture: Picture, turn: Turn, seed: int) -> Drawn:
-    """The same for the same turn and seed, whoever asks."""
+def drawn(picture: Picture, turn: Turn, seed: int, takes_pictures: bool = False) -> Drawn:
+    """The same for the same turn and seed, whoever asks.
+
+    :param takes_pictures: whether the model's family does, where a caption that is left out takes its pictures with it
+    """
     subset, draw = picture.subset, {purpose: stream(purpose, seed, turn.epoch, turn.place) for purpose in Purpose}
     caption = captions.process(
         picture.caption, subset.captions, epoch=turn.epoch, step=turn.step, steps=turn.steps,
         random=draw[Purpose.CAPTION],
     )  # fmt: skip
+    if draw[Purpose.CONDITION].random() < captions.condition_dropout(subset.captions, takes_pictures):
+        caption = ""
+    inputs = picture.inputs if caption else ()
     mirrored = subset.augment.flip_aug and augment.flips(draw[Purpose.MIRROR])
     crop = crop_of(picture.size, picture.buckets, subset.augment, draw[Purpose.CROP], face_of(picture.path))
-    return Drawn(caption, mirrored, crop, draw[Purpose.COLOUR] if subset.augment.color_aug else None)
+    return Drawn(caption, mirrored, crop, draw[Purpose.COLOUR] if subset.augment.color_aug else None, inputs)
 
 
 def views(plan: Plan) -> list[View]:
@@ -156,11 +195,22 @@ class Examples(TorchDataset):
     :param weight: of regularisation pictures' losses
     :param pixels_per_latent: of a side
     :param seed: of all that is drawn
+    :param takes_pictures: see `drawn`
+    :param dropped: the caption where it is left out
     """
 
-    def __init__(self, plan: Plan, latents: Latents, weight: float, pixels_per_latent: int, seed: int):
+    def __init__(
+        self,
+        plan: Plan,
+        latents: Latents,
+        weight: float,
+        pixels_per_latent: int,
+        seed: int,
+        takes_pictures: bool = False,
+        dropped: str = "",
+    ):
         self.plan, self.latents, self.weight, self.pixels_per_latent = plan, latents, weight, pixels_per_latent
-        self.seed = seed
+        self.seed, self.takes_pictures, self.dropped = seed, takes_pictures, dropped
 
     def __len__(self) -> int:
         return sum(dataset.appearances for dataset in self.plan)
@@ -170,7 +220,7 @@ class Examples(TorchDataset):
         dataset = self.plan[turn.dataset]
         picture = dataset.pictures[turn.picture]
         subset = picture.subset
-        caption, mirrored, crop, colours = drawn(picture, turn, self.seed)
+        caption, mirrored, crop, colours, inputs = drawn(picture, turn, self.seed, self.takes_pictures)
         latents = pixels = mask = None
         if dataset.varies:
             try:
@@ -185,10 +235,11 @@ class Examples(TorchDataset):
         return Example(
             latents,
             pixels,
-            caption,
+            caption or self.dropped,
             torch.tensor(crop.conditioning(mirrored), dtype=torch.float32),
             mask,
             self.weight if subset.is_reg else 1.0,
             subset.preserved,
             dataset.options.network_multiplier,
+            tuple(self.latents.read(one)[0] for one in inputs),
         )

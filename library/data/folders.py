@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data import captions, metadata_file
+from library.data import captions, instructions, metadata_file
 from library.data.pixels import PLUGINS, readable_formats
 from library.data.remarks import Remarks
 from library.options.dataset_config import repeats_and_name
@@ -20,10 +20,12 @@ _SYSTEM = {"__macosx", "thumbs.db", "desktop.ini"}  # and all dot files: what sy
 
 @dataclass(frozen=True)
 class Found:
-    """A picture's file and caption, see `captions.read`."""
+    """A picture's file and caption, see `captions.read`, and the pictures that the caption speaks of, see
+    `instructions.read`."""
 
     path: Path
     caption: str
+    inputs: tuple[Path, ...] = ()
 
 
 def look_into(root: str, option: str, remarks: Remarks) -> None:
@@ -49,10 +51,13 @@ def look_into(root: str, option: str, remarks: Remarks) -> None:
 
 
 def pictures_of(subset: SubsetOptions, remarks: Remarks) -> list[Found]:
-    """The pictures of one folder or metadata file, in the order of their names.
+    """The pictures of one folder or metadata file in the order of their names, or of instructions in theirs.
 
     :raises DeftError: when it is not there, or a caption cannot be read or is missing
     """
+    if subset.train_jsonl is not None:
+        rows = instructions.read(Path(subset.train_jsonl), subset.image_path)
+        return [Found(row.output, row.instruction, row.inputs) for row in rows]
     if subset.metadata_file is not None:
         file = Path(subset.metadata_file)
         entries = metadata_file.read(file, subset.image_dir, subset.captions, remarks)

@@ -20,9 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 from library.data.advice import ENLARGED, Advice, enlargement
 from library.data.batches import Loader, Turn
 from library.data.building import WORKERS
-from library.data.examples import decoded, drawn
+from library.data.examples import Decoded, decoded, decoded_input, drawn
 from library.data.pixels import Colour
-from library.data.plan import Dataset, Picture, Plan, by_subset
+from library.data.plan import Dataset, InputPicture, Picture, Plan, by_subset
+from library.data.resizing import Crop
 from library.models.outline import Encoder
 from networks import deft_io
 from networks.deft_progress import Bar
@@ -54,11 +55,13 @@ class Card:
 
     :param image: as cropped, at most SIDE a side, with what its mask leaves out in grey; None where it cannot be read
     :param epochs: its different appearances in each
+    :param inputs: the pictures that its caption speaks of, at most SMALL a side, as `image`
     """
 
     picture: Picture
     image: Image.Image | None
     epochs: tuple[tuple[Appearance, ...], ...]
+    inputs: tuple[Image.Image | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Preview:
     :param remarks: a line of what is left out or odd -> the files
     :param duplicates: files of the same content
     :param background: behind transparent pictures
+    :param takes_pictures: whether the model reads input pictures
     """
 
     name: str
@@ -89,6 +93,7 @@ class Preview:
     remarks: dict[str, Sequence[Path]]
     duplicates: Sequence[Sequence[Path]]
     background: Colour
+    takes_pictures: bool = False
 
 
 def write(preview: Preview, folder: Path) -> list[Path]:
@@ -96,8 +101,9 @@ def write(preview: Preview, folder: Path) -> list[Path]:
 
     :raises DeftError: when they cannot be written
     """
-    trained = cards(preview.loaders, min(EPOCHS, preview.epochs), preview.background)
-    kept = [] if preview.kept is None else cards([preview.kept], 1, preview.background, SHOWN // 10)
+    asked = preview.background, preview.takes_pictures
+    trained = cards(preview.loaders, min(EPOCHS, preview.epochs), *asked)
+    kept = [] if preview.kept is None else cards([preview.kept], 1, *asked, SHOWN // 10)
     contents = {
         folder / f"{preview.name}-dataset.html": page(preview, trained, kept).encode("utf-8", "replace"),
         folder / f"{preview.name}-dataset.jpg": jpeg(sheet(trained), 85),
@@ -123,10 +129,13 @@ def chosen(plan: Plan, most: int) -> list[tuple[int, int]]:
     return [(bucket[0], place) for _, bucket, place in sorted(sorted(found)[:most], key=lambda one: one[1:])]
 
 
-def cards(loaders: Sequence[Loader], epochs: int, background: Colour, most: int = SHOWN) -> list[Card]:
+def cards(
+    loaders: Sequence[Loader], epochs: int, background: Colour, takes_pictures: bool = False, most: int = SHOWN
+) -> list[Card]:
     """Of the pictures that are shown, drawn as the training draws them.
 
     :param loaders: of every process
+    :param takes_pictures: whether the model reads input pictures
     """
     plan, seed = loaders[0].plan, loaders[0].seed
     shown = chosen(plan, most)
@@ -139,9 +148,10 @@ def cards(loaders: Sequence[Loader], epochs: int, background: Colour, most: int 
 
     def card(one: tuple[int, int]) -> Card:
         picture = plan[one[0]].pictures[one[1]]
-        found = tuple(tuple(_different(picture, of_epoch, seed)) for of_epoch in turns[one])
+        found = tuple(tuple(_different(picture, of_epoch, seed, takes_pictures)) for of_epoch in turns[one])
         first = min((turn for of_epoch in turns[one] for turn in of_epoch), key=lambda turn: (turn.epoch, turn.place))
-        return Card(picture, _thumbnail(picture, first, seed, background), found)
+        inputs = tuple(_of_input(one, background) for one in picture.inputs)
+        return Card(picture, _thumbnail(picture, first, seed, background), found, inputs)
 
     with ThreadPoolExecutor(WORKERS) as pool, Bar(len(shown), "drawing pictures", "pictures") as bar:
         made = []
@@ -151,8 +161,8 @@ def cards(loaders: Sequence[Loader], epochs: int, background: Colour, most: int 
     return made
 
 
-def _different(picture: Picture, turns: Iterable[Turn], seed: int) -> list[Appearance]:
-    found = (drawn(picture, turn, seed) for turn in sorted(turns, key=lambda turn: turn.place))
+def _different(picture: Picture, turns: Iterable[Turn], seed: int, takes_pictures: bool) -> list[Appearance]:
+    found = (drawn(picture, turn, seed, takes_pictures) for turn in sorted(turns, key=lambda turn: turn.place))
     return list(dict.fromkeys(Appearance(one.caption, one.mirrored) for one in found))
 
 
@@ -163,9 +173,21 @@ def _thumbnail(picture: Picture, turn: Turn, seed: int, background: Colour) -> I
         found = decoded(picture, one.crop, False, background, one.colours)
     except Exception:  # whatever Pillow raises; the remarks say it
         return None
-    image = Image.fromarray(found.pixels.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy())
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image = _small(found, SIDE)
     return image if found.mask is None else masked(image, Image.fromarray(found.mask).resize(image.size))
+
+
+def _of_input(picture: InputPicture, background: Colour) -> Image.Image | None:
+    try:
+        return _small(decoded_input(picture, background), SMALL)
+    except Exception:  # as `_thumbnail`
+        return None
+
+
+def _small(found: Decoded, side: int) -> Image.Image:
+    image = Image.fromarray(found.pixels.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy())
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
 
 
 def masked(image: Image.Image, mask: Image.Image) -> Image.Image:
@@ -294,10 +316,10 @@ def _summary(preview: Preview) -> Iterator[str]:
             own = sum(picture.repeats for picture in group)
             of_set = (number, f"{width} × {height}", dataset.options.batch_size) if i == 0 else ("", "", "")
             yield "<tr>" + "".join(f"<td>{value}</td>" for value in of_set)
-            yield f'<td><bdi class="file" title="{text(subset.image_dir or "")}">{text(subset.name)}</bdi></td>'
+            yield f'<td><bdi class="file" title="{text(subset.place)}">{text(subset.name)}</bdi></td>'
             yield f'<td class="n">{len(group):,}</td><td class="n">{_repeats(group)}</td>'
             yield f'<td class="n">{own:,} · {own / loader.pictures:.0%}</td>'
-            yield f"<td>{', '.join(_options(dataset, group[0]))}</td></tr>"
+            yield f"<td>{', '.join(_options(dataset, max(group, key=lambda one: len(one.inputs))))}</td></tr>"
     yield "</tbody></table></div></section>"
 
 
@@ -320,6 +342,7 @@ def _options(dataset: Dataset, picture: Picture) -> Iterator[str]:
         "tags shuffled": captions.shuffle_caption,
         f"first {captions.keep_tokens} tags stay": captions.keep_tokens > 0,
         "wildcards": captions.enable_wildcard,
+        "input pictures": bool(picture.inputs),
         f"{captions.caption_dropout_rate:.0%} of captions dropped": captions.caption_dropout_rate > 0,
         f"{captions.caption_tag_dropout_rate:.0%} of tags dropped": captions.caption_tag_dropout_rate > 0,
         f"{subset.validation_split:.0%} kept apart": subset.validation_split > 0 and not subset.is_reg,
@@ -354,7 +377,7 @@ def _buckets(preview: Preview) -> Iterator[str]:
     yield "<section><h2>Buckets</h2>"
     for number, dataset in enumerate(plan, 1):
         counts, files = dataset.buckets(), Counter(picture.fit.bucket for picture in dataset.pictures)
-        largest, batch = max(counts.values()), dataset.options.batch_size
+        largest, batches = max(counts.values()), dataset.batches()
         shown = dict(sorted(counts.items(), key=lambda one: -one[1])[:BARS])
         yield f"<h3>Data set {number}</h3>" * (len(plan) > 1)
         yield '<div class="wide"><table class="bars"><thead><tr><th>size</th><th class="n">pictures</th>'
@@ -362,7 +385,7 @@ def _buckets(preview: Preview) -> Iterator[str]:
         for size, count in counts.items():
             if size in shown:
                 yield f'<tr><th scope="row">{size[0]} × {size[1]}</th><td class="n">{files[size]:,}</td>'
-                yield f'<td class="n">{count:,}</td><td class="n">{math.ceil(count / batch):,}</td>'
+                yield f'<td class="n">{count:,}</td><td class="n">{batches[size]:,}</td>'
                 yield f'<td class="bar"><span style="width:{100 * count / largest:.1f}%"></span></td></tr>'
         yield "</tbody></table></div>"
         if more := len(counts) - len(shown):
@@ -429,13 +452,21 @@ def _has_mask(picture: Picture) -> bool:
 def _card(card: Card, encoders: Sequence[Encoder]) -> Iterator[str]:
     picture, factor = card.picture, enlargement(card.picture)
     (width, height), (wide, high), bucket = picture.size, picture.fit.resized, picture.fit.bucket
-    yield '<article><div class="pictures">'
+    yield "<article>"
+    if card.inputs:
+        yield '<div class="pictures inputs">'
+        for number, image in enumerate(card.inputs, 1):
+            yield '<p class="warn">cannot be read</p>' if image is None else _image(image, f"input picture {number}")
+        yield "</div>"
+    yield '<div class="pictures">'
     yield from _images(card)
     yield f"</div><h4>{_name(picture.path)}</h4>"
     steps = [f"{width} × {height}"]
     steps += [f"scaled to {wide} × {high}"] * (picture.size != picture.fit.resized)
     steps += [f"cut to {bucket[0]} × {bucket[1]}"] * (picture.fit.resized != bucket)
     yield f'<p class="size">{", ".join(steps)}</p>'
+    for number, one in enumerate(picture.inputs, 1):
+        yield f'<p class="size">input picture {number}: {_name(one.path)}, {_cut_to(one.crop)}</p>'
     marks = [
         (f"× {picture.repeats}", "", picture.repeats > 1),
         ("regularisation", "", picture.subset.is_reg),
@@ -450,6 +481,11 @@ def _card(card: Card, encoders: Sequence[Encoder]) -> Iterator[str]:
     yield from _captions(card)
     yield from _tokens(dict.fromkeys(one.caption for found in card.epochs for one in found), encoders)
     yield "</article>"
+
+
+def _cut_to(crop: Crop) -> str:
+    (wide, high), (width, height) = crop.original, crop.size
+    return f"{wide} × {high}" + f" as {width} × {height}" * (crop.original != crop.size)
 
 
 def _images(card: Card) -> Iterator[str]:

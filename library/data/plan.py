@@ -16,11 +16,19 @@ from library.data.folders import Found, look_into, pictures_of
 from library.data.index import Header, Index
 from library.data.masks import find_masks
 from library.data.remarks import Remarks, printable
-from library.data.resizing import face_of
+from library.data.resizing import Crop, face_of, input_crop
 from library.options.rooms import DataOptions, DatasetOptions, SubsetOptions
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InputPicture:
+    """A picture that a caption speaks of, and what of it the model reads."""
+
+    path: Path
+    crop: Crop
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Picture:
     :param fit: the size that it is scaled to, and the bucket that is cut out of that
     :param buckets: that it was fitted to
     :param mask: the file of its mask
+    :param inputs: that its caption speaks of
     """
 
     path: Path
@@ -39,6 +48,19 @@ class Picture:
     fit: Fit
     buckets: Buckets
     mask: Path | None = None
+    inputs: tuple[InputPicture, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that it is made of."""
+        mask = () if self.mask is None else (self.mask,)
+        return (self.path, *mask, *(one.path for one in self.inputs))
+
+    @property
+    def alike(self) -> tuple[int, int, int]:
+        """What pictures of a batch have in common: the size and, for the model reads both in one row, how many pixels
+        the input pictures have together."""
+        return (*self.fit.bucket, sum(math.prod(one.crop.size) for one in self.inputs))
 
     @property
     def varies(self) -> bool:
@@ -63,6 +85,20 @@ class Dataset:
     def appearances(self) -> int:
         """Of pictures in an epoch."""
         return sum(picture.repeats for picture in self.pictures)
+
+    def alike(self) -> Counter[tuple[int, int, int]]:
+        """What pictures of a batch have in common -> how many pictures of an epoch have that."""
+        counts: Counter[tuple[int, int, int]] = Counter()
+        for picture in self.pictures:
+            counts[picture.alike] += picture.repeats
+        return counts
+
+    def batches(self) -> Counter[tuple[int, int]]:
+        """(width, height) -> batches of an epoch."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for (width, height, _), number in self.alike().items():
+            counts[width, height] += math.ceil(number / self.options.batch_size)
+        return counts
 
     def buckets(self) -> dict[tuple[int, int], int]:
         """(width, height) -> how many pictures of an epoch are of that size, smallest sizes first."""
@@ -91,12 +127,13 @@ def by_subset(found: Iterable[Picture]) -> Iterator[tuple[SubsetOptions, list[Pi
 def fingerprint(plan: Plan, contents: Mapping[Path, str]) -> str:
     """Of what is trained on: names, captions, repeats, sizes and contents, wherever the folders are.
 
-    :param contents: `cache.content_hash` of every picture and mask
+    :param contents: `cache.content_hash` of all their files
     """
-    facts = [
-        (p.path.name, p.caption, p.repeats, p.fit, contents[p.path], None if p.mask is None else contents[p.mask])
-        for p in pictures(plan)
-    ]
+    facts = []
+    for p in pictures(plan):
+        mask = None if p.mask is None else contents[p.mask]
+        inputs = ((contents[one.path], one.crop) for one in p.inputs)
+        facts.append((p.path.name, p.caption, p.repeats, p.fit, contents[p.path], mask, *inputs))
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -111,19 +148,20 @@ def plan_of(options: DataOptions, index: Index, remarks: Remarks) -> Plan:
             look_into(root, f"--{option}", remarks)
     listed = [[(subset, pictures_of(subset, remarks)) for subset in one.subsets] for one in options.datasets]
     paths = [found.path for subsets in listed for _, group in subsets for found in group]
-    headers = index.contents(paths)
+    inputs = [path for subsets in listed for _, group in subsets for found in group for path in found.inputs]
+    headers = index.contents([*paths, *inputs])
     plan = []
     for one, subsets in zip(options.datasets, listed, strict=True):
         buckets = Buckets(one.buckets)
         found: list[Picture] = []
         for subset, group in subsets:
-            found += _fitted(group, subset, headers, _masks(options, subset, group), buckets, remarks)
+            masks, most = _masks(options, subset, group), options.max_input_image_size
+            found += _fitted(group, subset, headers, masks, buckets, most, remarks)
         if any(not picture.subset.is_reg for picture in found):
             plan.append(Dataset(one, tuple(_balanced(found, remarks))))
     told = remarks.lines()
-    if paths and all(header.error for header in headers.values()):
-        path, header = next(iter(headers.items()))
-        raise DeftError(f"none of the {len(paths)} images can be read, {path} for one ({header.error})")
+    if paths and all(headers[path].error for path in paths):
+        raise DeftError(f"none of the {len(paths)} images can be read, {paths[0]} for one ({headers[paths[0]].error})")
     if not plan:
         raise DeftError("; ".join([_nothing(options), *told]))
     return tuple(plan)
@@ -134,12 +172,26 @@ def cannot_be_read(path: Path, reason: str) -> str:
     return printable(f"{path}: left out, it cannot be read ({reason})")
 
 
+def unreadable_lines(plan: Plan, unreadable: Mapping[Path, str]) -> Iterator[str]:
+    """The same of some files of a plan, each with how many rows it takes along as an input picture.
+
+    :param unreadable: with the reason of each
+    """
+    rows = Counter(path for picture in pictures(plan) for path in {one.path for one in picture.inputs})
+    for path, reason in unreadable.items():
+        more = f"; an input picture of {rows[path]} row{'s' * (rows[path] > 1)}, left out with it" * (path in rows)
+        yield f"{cannot_be_read(path, reason)}{more}"
+
+
 def _nothing(options: DataOptions) -> str:
-    if options.train_data_dir is not None:
+    subsets = [subset for one in options.datasets for subset in one.subsets]
+    rows = any(subset.train_jsonl for subset in subsets)
+    if options.train_data_dir is not None and not rows:
         root = Path(options.train_data_dir)
         return f"--train_data_dir {root}: no images; they belong into folders named as in {root / '10_sks cat'}"
-    names = [str(subset.metadata_file or subset.image_dir) for one in options.datasets for subset in one.subsets]
-    option = f"--dataset_config {options.dataset_config}" if options.dataset_config else "--in_json"
+    names = [str(subset.place) for subset in subsets]
+    of_files = "--train_jsonl" if rows else "--in_json"
+    option = f"--dataset_config {options.dataset_config}" if options.dataset_config else of_files
     return f"{option}: no images to train on in {', '.join(names) or 'it'}"
 
 
@@ -156,14 +208,19 @@ def _fitted(
     headers: dict[Path, Header],
     masks: Sequence[Path | None],
     buckets: Buckets,
+    most: int,
     remarks: Remarks,
 ) -> Iterator[Picture]:
-    """Those that can be read and are large enough."""
+    """Those that can be read, with their input pictures, and are large enough.
+
+    :param most: pixels of an input picture's longest side
+    """
     for one, mask in zip(group, masks, strict=True):
         header = headers[one.path]
         size = header.width, header.height
-        if header.error:
-            remarks.add(cannot_be_read(one.path, header.error), one.path)
+        if unread := [path for path in (one.path, *one.inputs) if headers[path].error]:
+            more = "; an input picture of {n} row{s}, left out with it" * (unread[0] != one.path)
+            remarks.add(cannot_be_read(unread[0], headers[unread[0]].error) + more, unread[0])
         elif buckets.skips(*size):
             remarks.add("{n} picture{s} ({one}) left out: --skip_image_resolution", one.path)
         else:
@@ -179,7 +236,13 @@ def _fitted(
                 )
             if header.frames > 1:
                 remarks.add("{n} picture{s} of several frames ({one}): only the first is used", one.path)
-            yield Picture(one.path, one.caption, subset, subset.num_repeats, size, fit, buckets, mask)
+            inputs = tuple(input_picture(path, headers[path], most) for path in one.inputs)
+            yield Picture(one.path, one.caption, subset, subset.num_repeats, size, fit, buckets, mask, inputs)
+
+
+def input_picture(path: Path, header: Header, most: int) -> InputPicture:
+    """:param most: pixels of its longest side"""
+    return InputPicture(path, input_crop((header.width, header.height), most))
 
 
 def _balanced(found: list[Picture], remarks: Remarks) -> Iterator[Picture]:
@@ -234,11 +297,15 @@ def _split(group: list[Picture], seed: int) -> tuple[list[Picture], list[Picture
 
 
 def without(plan: Plan, left_out: Iterable[Path]) -> Plan:
-    """The plan but for some pictures."""
+    """The plan but for some pictures, and for those whose input pictures they are."""
     gone = set(left_out)
-    return _filled(
-        [replace(one, pictures=tuple(p for p in one.pictures if p.path not in gone)) for one in plan] if gone else plan
-    )
+    if not gone:
+        return _filled(plan)
+
+    def stays(picture: Picture) -> bool:
+        return gone.isdisjoint((picture.path, *(one.path for one in picture.inputs)))
+
+    return _filled([replace(one, pictures=tuple(filter(stays, one.pictures))) for one in plan])
 
 
 def _filled(plan: Iterable[Dataset]) -> Plan:

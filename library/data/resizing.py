@@ -29,6 +29,7 @@ OPENCV = {
     "cubic": cv2.INTER_CUBIC,
 }
 NEAREST = "nearest"
+INPUT_STEPS = 16  # pixels: a side of what OmniGen reads as one position
 
 
 def resize(image: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
@@ -161,6 +162,27 @@ def center_crop(original: Size, resized: Size, bucket: Size) -> Crop:
     """The middle of what is scaled to cover the bucket."""
     place = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
     return Crop(original, resized, place, bucket)
+
+
+def input_crop(size: Size, most: int) -> Crop:
+    """Of an input picture, in the sizes of OmniGen's own training (`crop_arr` of its utils.py): as large as it is, but
+    at most so long, and cut in the middle to whole steps.
+
+    :param most: --max_input_image_size
+    """
+    width, height = size
+    while min(width, height) >= 2 * most:
+        width, height = width // 2, height // 2
+    if max(width, height) > most:
+        width, height = _scaled((width, height), most / max(width, height))
+    if min(width, height) < INPUT_STEPS:
+        width, height = _scaled((width, height), INPUT_STEPS / min(width, height))
+    left, top = width % INPUT_STEPS, height % INPUT_STEPS
+    return Crop(size, (width, height), (left // 2, top // 2), (width - left, height - top))
+
+
+def _scaled(size: Size, scale: float) -> Size:
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def random_crop(original: Size, resized: Size, bucket: Size, randoms: random.Random) -> Crop:

@@ -10,6 +10,7 @@ class Purpose(Enum):
     """What is drawn. Each has a stream of its own: one option's draws move no other's."""
 
     CAPTION = "caption"
+    CONDITION = "condition"
     MIRROR = "mirror"
     CROP = "crop"
     COLOUR = "colour"

@@ -33,6 +33,11 @@ class Family(ABC):
     """
 
     objective: ClassVar[Literal["diffusion", "flow"]]  # see `library.training.objective`
+    takes_pictures: ClassVar[bool] = False  # beside a caption, which says where they belong
+    dropped: ClassVar[str] = ""  # the caption of a condition that is dropped; it has no pictures
+    # options of flow matching where they are not given; these are sd-scripts'
+    timestep_sampling: ClassVar[str] = "sigma"
+    model_prediction_type: ClassVar[str] = "sigma_scaled"
 
     def __init__(self, path: Path, pipeline: DiffusionPipeline, options: ModelOptions):
         self.path, self.pipeline, self.options = path, pipeline, options
@@ -98,8 +103,12 @@ class Family(ABC):
             setattr(self.pipeline, name, None)
 
     @abstractmethod
-    def encode_text(self, captions: list[str]) -> Text:
-        """What `predict` takes, with gradients where the text encoders are adapted."""
+    def encode_text(self, captions: list[str], inputs: Sequence[Sequence[Tensor]] = ()) -> Text:
+        """What `predict` takes, with gradients where the text encoders are adapted.
+
+        :param inputs: each caption's pictures, as latents (c, h, w), in the order in which it names them; empty where
+            no caption has any, as always where `takes_pictures` is not so
+        """
 
     @abstractmethod
     def reading(self) -> Mapping[str, Any]:
@@ -119,9 +128,9 @@ class Family(ABC):
     def beyond(self, caption: str) -> tuple[str, int]:
         """What of a caption is cut, and the number of tokens that are read."""
 
-    @abstractmethod
     def drawing_inputs(self, prompt: Text, negative: Text | None) -> dict[str, Tensor]:
-        """What the pipeline's call takes instead of `prompt` and `negative_prompt`."""
+        """What the pipeline's call takes instead of `prompt` and `negative_prompt`; of families without own `draw`."""
+        raise NotImplementedError
 
     def guidance(self, prompt: Prompt) -> dict[str, float]:
         """The pipeline's arguments for it."""
@@ -165,14 +174,21 @@ class Family(ABC):
 
     @torch.no_grad()
     def draw(
-        self, prompt: Prompt, text: Text, negative: Text | None, sampler: str | None = None, bar: Bar | None = None
+        self,
+        prompt: Prompt,
+        text: Text,
+        negative: Text | None,
+        sampler: str | None = None,
+        bar: Bar | None = None,
+        inputs: Sequence[Tensor] = (),
     ) -> Image.Image:
         """One picture, by the family's own pipeline. All parts have to be on one device.
 
-        :param text: of the prompt
+        :param text: of the prompt, and of its pictures
         :param negative: of the negative prompt, which a guidance above 1 needs
         :param sampler: see `sampler`
         :param bar: that counts the prompt's steps
+        :param inputs: the prompt's pictures, as `encode_text` takes them; only where `takes_pictures` is so
         """
         trained_with = self.pipeline.scheduler
         self.pipeline.scheduler = self.sampler(sampler)

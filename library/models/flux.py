@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from transformers import (  # type: ignore[attr-defined]  # 5 knows T5TokenizerF
     T5TokenizerFast,
 )
 
+from library.models import samplers
 from library.models.clip import WINDOW, Reader, cleaned
 from library.models.family import Family, Text
 from library.models.outline import Encoder, Outline, config_of, pixels_per_latent
@@ -33,9 +34,10 @@ from library.models.reading import (
     CONFIGS,
     find_tokenizer,
     other_than,
+    part_of_folder,
     shapes_of,
     tokenizer_from,
-    variant_of,
+    whole,
 )
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
@@ -79,7 +81,7 @@ class Flux(Family):
         """Whether it is told its guidance."""
         return self.pipeline.transformer.config.guidance_embeds
 
-    def encode_text(self, captions: list[str]) -> Text:
+    def encode_text(self, captions: list[str], inputs: Sequence[Sequence[Tensor]] = ()) -> Text:
         """`pooled` (b, 768) of CLIP; `hidden` (b, tokens, 4096) of T5, 0 for what --apply_t5_attn_mask leaves out."""
         clip, t5 = self.pipeline.text_encoder, self.pipeline.text_encoder_2
         read = clip.config.max_position_embeddings
@@ -140,9 +142,8 @@ class Flux(Family):
         return {"guidance_scale": told, "true_cfg_scale": 1.0 if prompt.guidance is None else prompt.guidance}
 
     def sampler(self, name: str | None) -> Any:
-        """See `Family`: Euler's, with the model's own shift, as sd-scripts draws whatever sampler is asked for."""
-        if name not in (None, "euler", "k_euler"):
-            logger.warning(f"--sample_sampler={name}: FLUX.1 is drawn by euler alone")
+        """See `Family`: Euler's, with the model's own shift."""
+        samplers.tell_euler_alone(name, "FLUX.1")
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
     def names(self) -> dict[str, str]:
@@ -371,23 +372,7 @@ def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _of_folder(name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
-    model, found = _KINDS[name].from_pretrained(
-        str(folder),
-        dtype=torch.float32 if name == "vae" else dtype,
-        variant=variant_of(folder),
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    return _whole(model, folder, found["missing_keys"])
-
-
-def _whole(model: nn.Module, source: Path, missing: Iterable[str]) -> nn.Module:
-    """:raises DeftError: for weights that are missing, which the libraries leave without a value, or draw at random"""
-    names = sorted(missing)
-    if names:
-        raise DeftError(f"{source}: {len(names)} weights of a {type(model).__name__} are missing, {names[0]} for one")
-    return model
+    return part_of_folder(_KINDS[name], folder, torch.float32 if name == "vae" else dtype)
 
 
 class _Tensors:
@@ -444,7 +429,7 @@ def _text_encoder(name: str, config: Any, roots: tuple[str, ...]) -> Callable[[P
             dtype=dtype,
             output_loading_info=True,
         )
-        return _whole(model, file, found["missing_keys"])
+        return whole(model, file, found["missing_keys"])
 
     return read
 
@@ -455,7 +440,7 @@ def _vae(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
     model = AutoencoderKL.from_single_file(
         state, config=str(CONFIG / "vae"), dtype=torch.float32, local_files_only=True
     )
-    return _whole(model, file, [name for name, weight in model.named_parameters() if weight.is_meta])
+    return whole(model, file, [name for name, weight in model.named_parameters() if weight.is_meta])
 
 
 _KINDS: dict[str, Any] = {"transformer": Transformer, "text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel,
@@ -502,4 +487,4 @@ def _transformer(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
             if name in state:
                 state[name] = torch.cat(state[name].chunk(2)[::-1])
         found = transformer.load_state_dict(state, strict=False, assign=True)
-    return _whole(transformer, file, found.missing_keys)
+    return whole(transformer, file, found.missing_keys)

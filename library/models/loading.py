@@ -11,7 +11,7 @@ import torch
 import transformers
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-from library.models import flux, sd, sdxl
+from library.models import flux, omnigen, sd, sdxl
 from library.models.family import Family
 from library.models.outline import Outline
 from library.models.reading import index_of, other_than, shapes_of
@@ -26,6 +26,7 @@ FAMILIES: dict[str, ModuleType] = {
     "xl_base": sdxl,
     "StableDiffusionXLPipeline": sdxl,
     **dict.fromkeys(("flux-dev", "flux-schnell", "FluxPipeline"), flux),
+    "OmniGenPipeline": omnigen,
 }
 
 # diffusers' names of models that are not trained here, in words
@@ -74,12 +75,14 @@ def _recognised(options: ModelOptions) -> tuple[ModuleType, Path]:
     location = Path(path)
     if not os.path.exists(path):
         raise DeftError(f"--pretrained_model_name_or_path: no such model: {path} (a Diffusers folder or .safetensors)")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+    if omnigen.is_original(location):
+        return omnigen, location
     if location.is_dir() and not (location / "model_index.json").is_file():
         raise DeftError(f"{path}: no Diffusers model folder, since it has no model_index.json")
     if location.is_file() and location.suffix not in (".safetensors", ".sft"):
         raise DeftError(f"{path}: only .safetensors checkpoints are read, since others can run code; convert it first")
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.logging.disable_progress_bar()
     kind = str(index_of(location).get("_class_name")) if location.is_dir() else _kind_of_file(location)
     if kind not in FAMILIES:
         raise DeftError(

@@ -34,10 +34,12 @@ class Encoder:
 class Outline:
     """:param multiple_of: pixels that a picture's sides have to be a multiple of
     :param encoders: in the order of `Family.text_encoders`
+    :param takes_pictures: as `Family.takes_pictures`
     """
 
     multiple_of: int
     encoders: tuple[Encoder, ...]
+    takes_pictures: bool = False
 
 
 def config_of(location: Path, part: str) -> dict[str, Any]:

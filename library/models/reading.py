@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from networks.deft_config import DeftError, read_text, reason_of
@@ -75,6 +77,32 @@ def variant_of(part: Path) -> str | None:
     if names and all("." in name for name in names):  # diffusion_pytorch_model.fp16-00001-of-00002
         return names[0].split(".")[1].split("-0")[0]
     return None
+
+
+def part_of_folder(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A part of a Diffusers folder, whole.
+
+    :param kind: diffusers' or transformers' class
+    :raises DeftError: for weights that are missing
+    """
+    model, found = kind.from_pretrained(
+        str(folder),
+        dtype=dtype,
+        variant=variant_of(folder),
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    without_value = {name for name, weight in model.named_parameters() if weight.is_meta}  # a shard that lacks it
+    return whole(model, folder, without_value | set(found["missing_keys"]))
+
+
+def whole(model: nn.Module, source: Path, missing: Iterable[str]) -> nn.Module:
+    """:raises DeftError: for weights that are missing, which the libraries leave without a value, or draw at random"""
+    names = sorted(missing)
+    if names:
+        raise DeftError(f"{source}: {len(names)} weights of a {type(model).__name__} are missing, {names[0]} for one")
+    return model
 
 
 def index_of(folder: Path) -> dict[str, Any]:

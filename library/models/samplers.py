@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from networks.deft_config import DeftError, nearest, reason_of
+
+logger = logging.getLogger(__name__)
 
 DEFAULT = "ddim"
 
@@ -35,6 +38,15 @@ _SMALLEST_ALPHA = 2.0**-24  # for SNR 0 in samplers that divide by it; diffusers
 def check(name: str | None, option: str) -> None:
     """Before a model is loaded. Raises as `sampler`."""
     sampler(name, DDPMScheduler().config, option)
+
+
+def tell_euler_alone(name: str | None, model: str) -> None:
+    """Of a model that is drawn by Euler's steps whatever is asked for, as sd-scripts draws those of flow matching.
+
+    :param model: in words
+    """
+    if name not in (None, "euler", "k_euler"):
+        logger.warning(f"--sample_sampler={name}: {model} is drawn by euler alone")
 
 
 def sampler(name: str | None, config: Mapping[str, Any], option: str = "--sample_sampler") -> Any:

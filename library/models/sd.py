@@ -77,7 +77,7 @@ class StableDiffusion(Family):
             rescale_betas_zero_snr=self.zero_snr,
         )
 
-    def encode_text(self, captions: list[str]) -> Text:
+    def encode_text(self, captions: list[str], inputs: Sequence[Sequence[Tensor]] = ()) -> Text:
         """See `Family`: `hidden`."""
         (encoder,), (reader,) = self.text_encoders, self.readers
         found = clip.states(encoder, reader.tokens(captions))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 class StableDiffusionXL(StableDiffusion):
     """See `Family`; of its texts, `hidden` is (captions, tokens + 2, 2048), `pooled` (captions, 1280)."""
 
-    def encode_text(self, captions: list[str]) -> Text:
+    def encode_text(self, captions: list[str], inputs: Sequence[Sequence[Tensor]] = ()) -> Text:
         """See `Family`: the last layer but one of both encoders, side by side, and the second's view of the whole."""
         hidden = []
         for encoder, reader in zip(self.text_encoders, self.readers, strict=True):

@@ -14,7 +14,12 @@ logger = logging.getLogger(__name__)
 
 BUCKET_STEPS = 32  # the least that any model of sd-scripts takes
 _EACH_TIME = ("color_aug", "random_crop")  # give another picture each time
-_IGNORED_WITH_FILE = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+_IGNORED_WITH_FILE = ("train_data_dir", "reg_data_dir", "in_json", "train_jsonl", "image_path", "conditioning_data_dir")
+# change tags, or the picture that is wanted and not those that it is made of
+_OF_TAGS = ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate", "token_warmup_step",
+            "secondary_separator")  # fmt: skip
+_DROPPED = ("caption_dropout_rate", "caption_dropout_every_n_epochs")
+_OF_ONE_PICTURE = ("flip_aug", "color_aug", "random_crop", "face_crop_aug_range")
 
 
 @dataclass
@@ -102,8 +107,8 @@ def _subsets(
     found: dict[Any, SubsetOptions] = {}
     for i, subset in enumerate(dataset.subsets, 1):
         where = f"{place}, subset {i}" if place else ""
-        what = subset.metadata_file or subset.image_dir
-        alike = (subset.metadata_file, None if subset.metadata_file else subset.image_dir)
+        what = subset.metadata_file or subset.train_jsonl or subset.image_dir
+        alike = (subset.metadata_file, subset.train_jsonl, None if subset.metadata_file else subset.image_dir)
         if subset.num_repeats < 1:
             findings.tell(where, f"{what} is left out: num_repeats is {subset.num_repeats}")
         elif alike in found:
@@ -117,6 +122,11 @@ def _subset(
     subset: SubsetOptions, enable_bucket: bool, values: Mapping[str, Any], place: str, findings: _Findings
 ) -> SubsetOptions:
     captions, augment = subset.captions, subset.augment
+    if subset.train_jsonl is not None:
+        _instructions(subset, place, findings)
+    if captions.condition_dropout_prob and (dropped := _changed(captions, *_DROPPED)):
+        asked = f"{findings.named(['condition_dropout_prob', *dropped])} do not go together"
+        findings.refuse(place, f"{asked}: each leaves out captions with their input pictures; give one of them")
     cached = [name for name in ("cache_latents", "cache_latents_to_disk") if values[name]]
     random = _changed(augment, *_EACH_TIME)
     if cached and random:
@@ -139,6 +149,16 @@ def _subset(
     return _masked(subset, values, place, findings)
 
 
+def _instructions(subset: SubsetOptions, place: str, findings: _Findings) -> None:
+    """What is not done with --train_jsonl."""
+    if names := _changed(subset.captions, *_OF_TAGS):
+        asked = f"{findings.named(names)} and {findings.dash}train_jsonl do not go together"
+        findings.refuse(place, f"{asked}: instructions are sentences, not tags")
+    if names := _changed(subset.augment, *_OF_ONE_PICTURE):
+        asked = f"{findings.named(names)} and {findings.dash}train_jsonl do not go together"
+        findings.refuse(place, f"{asked}: the input pictures would stay as they are")
+
+
 def _masked(subset: SubsetOptions, values: Mapping[str, Any], place: str, findings: _Findings) -> SubsetOptions:
     """With the one mask that is used, as in sd-scripts: the picture's own transparency, unless there is a folder."""
     if not values["masked_loss"] or subset.conditioning_data_dir is None:
@@ -159,9 +179,11 @@ def _of_the_whole(datasets: Sequence[DatasetOptions], values: Mapping[str, Any])
         ignored = [f"--{name}" for name in ("reg_data_dir", "conditioning_data_dir") if values[name]]
         if ignored:
             yield f"{', '.join(ignored)}: no effect with --in_json"
+    elif values["image_path"] and not values["train_jsonl"]:
+        yield "--image_path: no effect without --train_jsonl"
     elif values["conditioning_data_dir"] and not values["masked_loss"]:
         yield "--conditioning_data_dir: no effect without --masked_loss"
-    elif values["dataset_repeats"] != 1:
+    elif values["dataset_repeats"] != 1 and not values["train_jsonl"]:
         yield "--dataset_repeats: no effect on folders, whose names say how often"
     if not subsets:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from library.options.option import (
     AT_LEAST_0,
     AT_LEAST_1,
+    MULTIPLE_OF_16,
     NOT_EMPTY,
     SHARE,
     Option,
@@ -23,6 +24,21 @@ DATA: list[Option] = [
         Option("dataset_config", str, metavar="FILE", help="TOML or JSON with data sets, in place of --train_data_dir"),
         Option("train_data_dir", str, metavar="DIR", help="folder of folders named REPEATS_NAME, e.g. 10_sks cat"),
         Option("in_json", str, metavar="FILE", help="kohya's metadata of the pictures in --train_data_dir"),
+        Option(
+            "train_jsonl",
+            str,
+            metavar="FILE",
+            help="instructions with input pictures and the picture that is wanted, a line each (inputs: OmniGen)",
+        ),
+        Option("image_path", str, metavar="DIR", help="what paths in --train_jsonl are relative to (its folder)"),
+        Option(
+            "max_input_image_size",
+            int,
+            1024,
+            "the longest side of an input picture",
+            check=MULTIPLE_OF_16,
+            metadata="ss_max_input_image_size",
+        ),
         Option("dataset_repeats", int, 1, "repeats where neither folder nor data set says", check=AT_LEAST_1),
         Option("resolution", str, "512", "WIDTH,HEIGHT or one number for both"),
         Option(
@@ -91,6 +107,14 @@ DATA: list[Option] = [
             "all captions empty in every so manieth epoch",
             check=AT_LEAST_0,
             metadata="ss_caption_dropout_every_n_epochs",
+        ),
+        Option(
+            "condition_dropout_prob",
+            float,
+            None,
+            "OmniGen: share of captions left out with their input pictures (0.01, or 0 with --caption_dropout_rate)",
+            check=SHARE,
+            metadata="ss_condition_dropout_prob",
         ),
         Option(
             "caption_tag_dropout_rate",

@@ -46,7 +46,8 @@ def datasets_of(values: Mapping[str, Any]) -> tuple[DatasetOptions, ...]:
     """
     general, datasets = _levels(values)
     command_line = {**values, **{key: values[option] for key, option in OPTION_OF_KEY.items()}}
-    del command_line["conditioning_data_dir"]  # where masks are is said of each subset
+    for name in ("conditioning_data_dir", "train_jsonl", "image_path"):  # said of each subset
+        del command_line[name]
     return settled([_dataset(dataset, general, command_line) for dataset in datasets], values)
 
 
@@ -56,6 +57,7 @@ def _levels(values: Mapping[str, Any]) -> tuple[Level, Sequence[Level]]:
         return read_dataset_config(values["dataset_config"], values["masked_loss"])
     if values["in_json"]:
         return {}, [{"subsets": [{"image_dir": values["train_data_dir"], "metadata_file": values["in_json"]}]}]
+    rows = {name: values[name] for name in ("train_jsonl", "image_path")}
     kinds = (
         (values["train_data_dir"], {"conditioning_data_dir": values["conditioning_data_dir"]}),
         (values["reg_data_dir"], {"is_reg": True}),
@@ -65,7 +67,7 @@ def _levels(values: Mapping[str, Any]) -> tuple[Level, Sequence[Level]]:
         for parent, kind in kinds
         for folder, repeats, name in named_folders(parent or "")
     ]
-    return {}, [{"subsets": subsets}]
+    return {}, [{"subsets": [*subsets, *([rows] if rows["train_jsonl"] else [])]}]
 
 
 def _dataset(dataset: Level, *above: Level) -> DatasetOptions:

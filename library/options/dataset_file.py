@@ -31,7 +31,7 @@ class Key:
 
     :param read: makes its value of what stands in the file, or raises ValueError, which says what it must be
     :param places: where it may stand
-    :param folders_only: whether it means nothing where captions come from a metadata file
+    :param folders_only: whether it means nothing where captions come from a metadata file or instructions
     """
 
     read: Callable[[Any], Any]
@@ -106,7 +106,7 @@ KEYS = {
         ANYWHERE, "color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens", "keep_tokens_separator",
         "secondary_separator", "caption_separator", "enable_wildcard", "token_warmup_min", "token_warmup_step",
         "caption_prefix", "caption_suffix", "resize_interpolation", "caption_dropout_every_n_epochs",
-        "caption_dropout_rate", "caption_tag_dropout_rate",
+        "caption_dropout_rate", "caption_tag_dropout_rate", "condition_dropout_prob",
     ),
     "face_crop_aug_range": Key(pair, ANYWHERE),
     "num_repeats": Key(_whole, ANYWHERE),  # below 1, the subset is left out
@@ -124,6 +124,8 @@ KEYS = {
     "train_inpainting": Key(_switch, ABOVE, (lambda value: not value, "false: inpainting models are not trained here")),
     "image_dir": Key(_path, BELOW),
     "metadata_file": Key(_path, BELOW),
+    "train_jsonl": Key(_path, BELOW),
+    "image_path": Key(_path, BELOW),
     "alpha_mask": Key(_switch, BELOW),
     "is_reg": Key(_switch, BELOW, None, True),
     "conditioning_data_dir": Key(_path, BELOW, None, True),
@@ -186,13 +188,26 @@ def _dataset(dataset: Any, where: str, masked_loss: bool, problems: list[str]) -
         if any(of_metadata):
             for name in sorted(key for key in subset if key in KEYS and KEYS[key].folders_only):
                 problems.append(f"{place}: {name} means nothing with a metadata_file; leave it out")
-        elif i and "image_dir" not in subset and isinstance(subsets[i - 1], dict) and "image_dir" not in subsets[i - 1]:
-            problems.append(f"{place}: needs an image_dir, a folder of pictures, or a metadata_file")
+        elif i and isinstance(subsets[i - 1], dict):
+            problems += (f"{place}: {problem}" for problem in _of_its_kind(subsets[i - 1]))
         if "conditioning_data_dir" in subset and not masked_loss:
             problems.append(
                 f"{place}: conditioning_data_dir holds masks with --masked_loss; ControlNets are not trained here"
             )
     return values
+
+
+def _of_its_kind(subset: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with where a subset's pictures are, which no metadata file says."""
+    if "train_jsonl" in subset:
+        if "image_dir" in subset:
+            yield "train_jsonl names its pictures itself; leave image_dir out, or give it as image_path"
+        for name in sorted(key for key in subset if key in KEYS and KEYS[key].folders_only):
+            yield f"{name} means nothing with a train_jsonl; leave it out"
+    elif "image_path" in subset:
+        yield "image_path is what paths in a train_jsonl are relative to; folders of pictures are an image_dir"
+    elif "image_dir" not in subset:
+        yield "needs an image_dir, a folder of pictures, or a metadata_file or train_jsonl"
 
 
 def _values(section: Any, kind: str, where: str, problems: list[str]) -> dict[str, Any]:

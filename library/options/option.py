@@ -19,6 +19,7 @@ PAST_TIMESTEP: Check = (lambda value: 1 <= value <= 1000, "from 1 to 1000")
 MODE_SCALE: Check = (lambda value: -1 <= value <= 1.75, "from -1 to 1.75")  # arXiv 2403.03206, section 3.1
 SHARE: Check = (lambda value: 0 <= value <= 1, "from 0 to 1")
 NOT_EMPTY: Check = (lambda value: value != "", "a text that is not empty")
+MULTIPLE_OF_16: Check = (lambda value: value >= 16 and value % 16 == 0, "a multiple of 16")
 SEED: Check = (lambda value: 0 <= value < 2**32, f"from 0 to {2**32 - 1}")
 
 

@@ -118,8 +118,10 @@ def _run(values: dict[str, Any]) -> Run:
     for name in _NEEDED:
         if not values[name]:
             raise DeftError(f"--{name} is needed, on the command line or in --config_file")
-    if not values["train_data_dir"] and not values["dataset_config"]:
+    if not (values["train_data_dir"] or values["dataset_config"] or values["train_jsonl"]):
         raise DeftError("--train_data_dir is needed, on the command line or in --config_file")
+    if values["in_json"] and values["train_jsonl"] and not values["dataset_config"]:
+        raise DeftError("--in_json and --train_jsonl do not go together; name both in --dataset_config")
     values |= {name: values[name] or None for name in _OFF_AT_0}
     for name, read in _NUMBERS.items():
         values[name] = _number(name, values[name] or _BY_NAME[name].default, read)

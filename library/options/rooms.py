@@ -52,6 +52,7 @@ class CaptionOptions:
     caption_suffix: str | None = None
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
+    condition_dropout_prob: float | None = None  # see `library.data.captions.condition_dropout`
     caption_tag_dropout_rate: float = 0.0
     token_warmup_min: int = 1
     token_warmup_step: float = 0  # below 1: a share of all steps
@@ -81,10 +82,12 @@ class AugmentOptions:
 
 @dataclass(frozen=True)
 class SubsetOptions:
-    """A folder of pictures with captions beside them, or a metadata file, and what is done with them."""
+    """A folder of pictures with captions beside them, a metadata file or instructions, and what is done with them."""
 
     image_dir: str | None
     metadata_file: str | None = None  # kohya's JSON with captions, tags and paths; --in_json
+    train_jsonl: str | None = None  # instructions, their input pictures, and the pictures that are wanted
+    image_path: str | None = None  # what its paths are relative to; None: its own folder
     num_repeats: int = 1
     class_tokens: str | None = None  # the caption of those that have none
     is_reg: bool = False
@@ -100,8 +103,13 @@ class SubsetOptions:
 
     @property
     def name(self) -> str:
-        """Of its folder or metadata file, as sd-scripts names it."""
-        return Path(self.metadata_file or self.image_dir or "").name
+        """Of its folder or file, as sd-scripts names it."""
+        return self.place.name
+
+    @property
+    def place(self) -> Path:
+        """Its folder or file."""
+        return Path(self.metadata_file or self.train_jsonl or self.image_dir or "")
 
     @property
     def preserved(self) -> bool:
@@ -159,6 +167,7 @@ class DataOptions:
     train_data_dir: str | None = None  # whose folders are subsets, where it is so
     reg_data_dir: str | None = None  # likewise
     transparent_background: tuple[int, int, int] = (255, 255, 255)
+    max_input_image_size: int = 1024  # pixels of the longest side of an input picture
     masked_loss: bool = False
     debug_dataset: bool = False
     caches: CacheOptions = CacheOptions()
@@ -253,10 +262,10 @@ class ObjectiveOptions:
     huber_schedule: str = "snr"
     huber_c: float = 0.1
     huber_scale: float = 1.0
-    timestep_sampling: str = "sigma"
+    timestep_sampling: str | None = None  # None: the family's
     sigmoid_scale: float = 1.0
     discrete_flow_shift: float = 3.0
-    model_prediction_type: str = "sigma_scaled"
+    model_prediction_type: str | None = None  # None: the family's
     weighting_scheme: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0

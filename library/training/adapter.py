@@ -113,6 +113,8 @@ class DeftAdapter:
             logger.warning(
                 f"--text_encoder_lr: {len(rates.text_encoder_lr)} rates for {encoders}; the last have no effect"
             )
+        if not self.model.text_encoders and any(rates.text_encoder_lr):
+            logger.warning("--text_encoder_lr: without effect, this model has no text encoder")
         return self.module.prepare_optimizer_params_with_multiple_te_lrs(
             rates.text_encoder_lr or None, rates.unet_lr, rates.learning_rate
         )

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from library import keep
 from library.data import captions, plan
 from library.data.index import Index
-from library.data.plan import Plan
+from library.data.plan import InputPicture, Plan
 from library.data.remarks import Remarks
 from library.models import samplers
 from library.options.rooms import NetworkOptions, OptimizerOptions, PreservationOptions, Run
 from library.prompts import Prompt, read_prompts
-from library.training import optimizers, schedules, start, state
+from library.training import inputs, optimizers, schedules, start, state
 from library.training.state import Position, Setting
 from networks import deft_io, deft_keep
 from networks.deft_config import DeftError, parse_options, user_options
@@ -34,6 +35,7 @@ class Given:
     :param start: the adapter that the training goes on from
     :param base: adapters that are merged first, with their strengths
     :param resumed: where a state was saved, and the setting then
+    :param inputs: the input pictures of `samples`, by their paths
     """
 
     plan: Plan
@@ -43,6 +45,7 @@ class Given:
     start: AdapterFile | None
     base: list[tuple[AdapterFile, float]]
     resumed: tuple[Position, Setting] | None
+    inputs: Mapping[str, InputPicture]
 
     def texts(self) -> list[tuple[str, str]]:
         """Captions and prompts, each behind what a user knows it by."""
@@ -100,7 +103,8 @@ def _read(run: Run) -> Given:
     pictures = plan.plan_of(run.data, Index(run.data.caches.folder), remarks)
     _check_captions(run, pictures, remarks)
     remarks.tell()
-    return Given(pictures, remarks, samples, to_keep, adapter, base, resumed)
+    samples, of_samples = inputs.checked(run, pictures, samples)
+    return Given(pictures, remarks, samples, to_keep, adapter, base, resumed, of_samples)
 
 
 def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:
@@ -108,7 +112,7 @@ def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:
     for subset, group in plan.by_subset(plan.pictures(pictures)):
         texts = [picture.caption for picture in group]
         for line in captions.problems(subset.captions, texts, run.model.weighted_captions):
-            remarks.add(f"{subset.name}: {line}", Path(subset.metadata_file or subset.image_dir or ""))
+            remarks.add(f"{subset.name}: {line}", subset.place)
     asked = run.preservation
     if asked.diff_output_preservation_class is not None and not any(
         asked.of_class(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,13 @@ from library.training.adapter import Adapter
 from library.training.objective import Noised, Objective
 from library.training.randoms import Purpose, Randoms
 from library.training.texts import Texts
+
+
+class Asked(NamedTuple):
+    """What the model is asked for: captions, and each one's pictures; see `Batch`."""
+
+    captions: Sequence[str]
+    inputs: Sequence[Sequence[Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -39,19 +47,19 @@ class Losses:
         device, strength = self.accelerator.device, batch.multiplier * multiplier
         latents, sizes = self._latents(batch, randoms), batch.sizes.to(device)
         timesteps = None if timestep is None else torch.full((len(latents),), timestep)
-        noised = self.objective.draw(randoms, latents, timesteps)
+        noised, asked = self.objective.draw(randoms, latents, timesteps), Asked(batch.captions, batch.inputs)
         if batch.preserved:
-            own, target = self._own_answer(noised, batch.captions, sizes), noised.target.clone()
+            own, target = self._own_answer(noised, asked, sizes), noised.target.clone()
             target[list(batch.preserved)] = own[list(batch.preserved)]
             noised = replace(noised, target=target)
         self.adapter.set_multiplier(strength)
         randoms.seed_torch()  # for dropout
         masks = None if batch.masks is None else batch.masks.to(device)
-        losses = self.objective.loss(noised, self._predicted(noised, batch.captions, sizes), masks)
+        losses = self.objective.loss(noised, self._predicted(noised, asked, sizes), masks)
         if batch.weights is not None:
             losses = losses * batch.weights.to(device)
         if timestep is None and self.preservation.diff_output_preservation_class is not None:
-            losses = losses + self._of_the_class(noised, batch.captions, sizes, strength)
+            losses = losses + self._of_the_class(noised, asked, sizes, strength)
         return losses
 
     def _latents(self, batch: Batch, randoms: Randoms) -> Tensor:
@@ -61,23 +69,25 @@ class Losses:
         assert batch.pixels is not None
         return self.model.encode_image(batch.pixels.to(device), randoms.generators(Purpose.LATENTS)).float()
 
-    def _predicted(self, noised: Noised, captions: Sequence[str], sizes: Tensor) -> Tensor:
+    def _predicted(self, noised: Noised, asked: Asked, sizes: Tensor) -> Tensor:
         with self.accelerator.autocast():
-            return self.model.predict(noised.noisy, noised.timesteps, self.texts(captions), sizes)
+            return self.model.predict(noised.noisy, noised.timesteps, self.texts(*asked), sizes)
 
     @torch.no_grad()
-    def _own_answer(self, noised: Noised, captions: Sequence[str], sizes: Tensor) -> Tensor:
+    def _own_answer(self, noised: Noised, asked: Asked, sizes: Tensor) -> Tensor:
         """(b, c, h, w), what the model answers without its adapter, text encoders included."""
         self.adapter.set_multiplier(0.0)
-        return self.objective.answer(noised, self._predicted(noised, captions, sizes).float())
+        return self.objective.answer(noised, self._predicted(noised, asked, sizes).float())
 
-    def _of_the_class(self, noised: Noised, captions: Sequence[str], sizes: Tensor, strength: float) -> Tensor:
+    def _of_the_class(self, noised: Noised, asked: Asked, sizes: Tensor, strength: float) -> Tensor:
         """(b,), what it costs that captions with the class's words in place of the trigger's are answered otherwise
         than without the adapter: ai-toolkit's differential output preservation."""
+        captions = asked.captions
         found = {i: words for i, caption in enumerate(captions) if (words := self.preservation.of_class(caption))}
         losses, which = torch.zeros(len(captions), device=sizes.device), list(found)
         if which:
-            some, of_class = noised.of(which), list(found.values())
+            some, inputs = noised.of(which), [asked.inputs[i] for i in which] if asked.inputs else ()
+            of_class = Asked(list(found.values()), inputs)
             own = self._own_answer(some, of_class, sizes[which])
             self.adapter.set_multiplier(strength)
             answered = self._predicted(some, of_class, sizes[which])

@@ -8,8 +8,8 @@ import mimetypes
 import time
 from pathlib import Path
 
-from library.data import described
-from library.data.plan import Plan
+from library.data import captions, described
+from library.data.plan import Plan, pictures
 from library.models.family import Family
 from library.options.rooms import Run
 from library.training import optimizers, schedules
@@ -32,14 +32,17 @@ _ALWAYS = (
 def of_training(run: Run, model: Family, adapter: Adapter, plan: Plan, length: Length, seed: int) -> dict[str, str]:
     """The fields that are known before the first step; with --no_metadata, those alone that clients need.
 
+    :param run: its objective with what the model's family decides
     :raises DeftError: when the thumbnail cannot be read
     """
     width, height = run.data.datasets[0].buckets.resolution
-    unused = () if model.objective == "flow" else tuple(f"ss_{name}" for name in FLOW_ONLY)
+    of_flow = {f"ss_{name}": getattr(run.objective, name) for name in FLOW_ONLY}
+    decided = {*of_flow, *(() if model.takes_pictures else ("ss_max_input_image_size", "ss_condition_dropout_prob"))}
     fields: dict[str, object] = {
         "modelspec.title": run.saves.output_name,
         "modelspec.implementation": "diffusers",
-        **{name: value for name, value in run.recorded.items() if name not in unused},
+        **{name: value for name, value in run.recorded.items() if name not in decided},
+        **(of_flow if model.objective == "flow" else {}),
         **model.names(),
         "ss_training_started_at": time.time(),
         **described.fields(plan, run.data.dataset_config is None),
@@ -49,6 +52,7 @@ def of_training(run: Run, model: Family, adapter: Adapter, plan: Plan, length: L
         "ss_lr_scheduler": schedules.named(run.optimizer),
         "ss_seed": seed,
         **adapter.fields(),
+        **_dropped(model, plan),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -60,6 +64,12 @@ def of_training(run: Run, model: Family, adapter: Adapter, plan: Plan, length: L
     elif model.path.is_file():
         fields["ss_new_sd_model_hash"] = sha256_of(model.path)
     return {key: str(value) for key, value in fields.items()}
+
+
+def _dropped(model: Family, plan: Plan) -> dict[str, str]:
+    """The share of conditions that is left out, where nothing was asked for, too; several where subsets differ."""
+    shares = {captions.condition_dropout(one.subset.captions, model.takes_pictures) for one in pictures(plan)}
+    return {"ss_condition_dropout_prob": ", ".join(map(str, sorted(shares)))} if model.takes_pictures else {}
 
 
 def _data_url(picture: str) -> str:

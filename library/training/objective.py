@@ -7,7 +7,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ class Noised:
 class Objective(ABC):
     """The training's question and its marks; `draw` before the model is called, `loss` behind it.
 
+    :param options: with all that a family decides, see `objective_of`
     :param steps: how many timesteps there are
     """
 
@@ -318,25 +319,30 @@ class Flow(Objective):
         return prediction
 
 
-def objective_of(options: ObjectiveOptions, model: Family) -> Objective:
+def objective_of(given: ObjectiveOptions, model: Family) -> Objective:
     """The objective of a model's family; options without effect are told, a line for each reason.
 
     :raises DeftError: for options that this model cannot be trained with
     """
     flow = model.objective == "flow"
+    own = {name: getattr(model, name) for name in ("timestep_sampling", "model_prediction_type")}
+    options = replace(given, **{name: value for name, value in own.items() if getattr(given, name) is None})
     objective = Flow(options) if flow else Diffusion(options, model.noise_scheduler())  # type: ignore[attr-defined]
-    for line in without_effect(options, flow):
+    for line in without_effect(given, options, flow):
         logger.warning(line)
     if flow and options.model_prediction_type == "sigma_scaled":
         logger.warning(
-            "--model_prediction_type=sigma_scaled, sd-scripts' default, trains FLUX towards another answer than it was "
-            "made for; give raw unless that is meant"
+            "--model_prediction_type=sigma_scaled, sd-scripts' default, trains towards another answer than the model "
+            "was made for; give raw unless that is meant"
         )
     return objective
 
 
-def without_effect(options: ObjectiveOptions, flow: bool) -> Iterator[str]:
-    """A line for each reason why options that are given change nothing."""
+def without_effect(asked: ObjectiveOptions, options: ObjectiveOptions, flow: bool) -> Iterator[str]:
+    """A line for each reason why options that are asked for change nothing.
+
+    :param options: the same, with what the family decides
+    """
     sampling, scheme = options.timestep_sampling, options.weighting_scheme
     reasons = (
         (not flow, FLOW_ONLY, "this model is none of flow matching"),
@@ -357,7 +363,7 @@ def without_effect(options: ObjectiveOptions, flow: bool) -> Iterator[str]:
         (scheme != "logit_normal", ("logit_mean", "logit_std"), f"--weighting_scheme is {scheme}"),
         (scheme != "mode", ("mode_scale",), f"--weighting_scheme is {scheme}"),
     )  # fmt: skip
-    given = {field.name for field in fields(options) if getattr(options, field.name) != field.default}
+    given = {field.name for field in fields(asked) if getattr(asked, field.name) != field.default}
     for applies, names, why in reasons:
         unused = [f"--{name}" for name in names if name in given]
         if applies and unused:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,43 +16,53 @@ from library.data import building, cache, masks
 from library.data.batches import Loader
 from library.data.buckets import Buckets
 from library.data.cache import Entries, Memory, Store
-from library.data.examples import Decoded, Examples, Latents, View, decoded, views
+from library.data.examples import Decoded, Examples, Latents, View, decoded, decoded_input, views
 from library.data.index import Index, hash_of
-from library.data.plan import Picture, Plan, cannot_be_read, pictures, without
+from library.data.plan import InputPicture, Plan, pictures, unreadable_lines, without
 from library.models.family import Family
-from library.options.rooms import DataOptions
+from library.options.rooms import CacheOptions, DataOptions, NetworkOptions
 from library.prompts import Prompt
 from networks.deft_config import DeftError, reason_of
 from networks.deft_progress import Bar
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item", View, InputPicture, View | InputPicture)
+
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: Accelerator) -> tuple[Plan, Latents]:
-    """Encodes all pictures that are the same in every epoch; the VAE is put aside where that is all. Pictures that
-    cannot be read are named and left out.
+def read_pictures(
+    options: DataOptions, plan: Plan, model: Family, accelerator: Accelerator, samples: Sequence[InputPicture] = ()
+) -> tuple[Plan, Latents]:
+    """Encodes all pictures that are the same in every epoch, and all input pictures; the VAE is put aside where that is
+    all. Pictures that cannot be read are named and left out.
 
-    :raises DeftError: when none is left, or for sizes that the model cannot have
+    :param samples: input pictures of the prompts that are drawn
+    :raises DeftError: when none is left, or one of the prompts' cannot be read, or for sizes that the model cannot have
     """
     check_sizes(plan, model.multiple_of)
     caches = options.caches
     on_disk = caches.cache_latents_to_disk
     entries: Entries = Store(caches.folder) if on_disk else Memory()
-    files = [file for picture in pictures(plan) for file in (picture.path, picture.mask) if file is not None]
-    contents = Index(caches.folder).hashes(files)
+    files = [file for picture in pictures(plan) for file in picture.files]
+    contents = Index(caches.folder).hashes([*files, *(one.path for one in samples)])
     latents = Latents(entries, contents, cache.fingerprint(model.vae), options.transparent_background)
-    lost = [picture for picture in pictures(plan) if {picture.path, picture.mask or picture.path} - contents.keys()]
-    unreadable = {picture.path: "it cannot be read, or its mask" for picture in lost}
+    given, unreadable = plan, dict(_lost(plan, contents))
     plan = without(plan, unreadable)
-    keys = [(latents.key(view), view) for view in views(plan)]  # pictures of the same content share one
+    inputs = [one for picture in pictures(plan) for one in picture.inputs]
+    asked: list[View | InputPicture] = [*views(plan), *inputs, *(one for one in samples if one.path in contents)]
+    keys = [(latents.key(one), one) for one in asked]  # pictures of the same content share one
     wanted = dict(keys)
 
-    def load(view: View) -> Decoded:
-        found = decoded(view.picture, view.crop, view.mirrored, options.transparent_background)
-        for file in (view.picture.path, view.picture.mask):  # its entry would be kept as that of what it was before
-            if file is not None and hash_of(file) != contents[file]:
+    def load(one: View | InputPicture) -> Decoded:
+        if isinstance(one, InputPicture):
+            found, files = decoded_input(one, options.transparent_background), [one.path]
+        else:
+            found = decoded(one.picture, one.crop, one.mirrored, options.transparent_background)
+            files = [file for file in (one.path, one.picture.mask) if file is not None]
+        for file in files:  # its entry would be kept as that of what it was before
+            if hash_of(file) != contents[file]:
                 raise OSError(f"{file.name} has changed in the meantime; start again")
         return found
 
@@ -71,14 +82,17 @@ def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: 
 
     failed = building.build(
         entries, wanted, load, make, caches.vae_batch_size, what="caching latents", unit="pictures",
-        alike=lambda view: view.crop.size, check=not caches.skip_cache_check,
+        alike=lambda one: one.crop.size, check=not caches.skip_cache_check,
         process_index=accelerator.process_index if on_disk else 0,
         num_processes=accelerator.num_processes if on_disk else 1,
     )  # fmt: skip
-    unreadable |= {view.picture.path: reason_of(failed[key]) for key, view in keys if key in failed}
-    unreadable |= unreadable_of([picture for one in plan if one.varies for picture in one.pictures], load)
-    for path, reason in unreadable.items():
-        logger.warning(cannot_be_read(path, reason))
+    unreadable |= {one.path: reason_of(failed[key]) for key, one in keys if key in failed}
+    unreadable |= unreadable_of([View(picture) for one in plan if one.varies for picture in one.pictures], load)
+    for path in (one.path for one in samples):
+        if path not in contents or path in unreadable:
+            raise DeftError(f"--sample_prompts: {path} cannot be read ({unreadable.get(path, 'it is gone')})")
+    for line in unreadable_lines(given, unreadable):
+        logger.warning(line)
     left = without(plan, unreadable)
     in_every_step = any(dataset.varies for dataset in left)
     model.vae.to(accelerator.device if in_every_step else "cpu")
@@ -93,26 +107,34 @@ def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: 
     return left, latents
 
 
+def _lost(plan: Plan, contents: Mapping[Path, str]) -> Iterator[tuple[Path, str]]:
+    """Files of a plan that could not be hashed, each with the reason; a mask costs its picture."""
+    for picture in pictures(plan):
+        if not {picture.path, picture.mask or picture.path} <= contents.keys():
+            yield picture.path, "it cannot be read, or its mask"
+        yield from ((one.path, "it cannot be read") for one in picture.inputs if one.path not in contents)
+
+
 def check_sizes(plan: Plan, multiple: int) -> None:
     """:raises DeftError: for sizes that the model cannot have"""
     for dataset in plan:
         Buckets(dataset.options.buckets, multiple)
 
 
-def unreadable_of(found: Sequence[Picture], load: Callable[[View], object]) -> dict[Path, str]:
+def unreadable_of(found: Sequence[Item], load: Callable[[Item], object]) -> dict[Path, str]:
     """Pictures that cannot be read, with the reason."""
     failed: dict[Path, str] = {}
     with ThreadPoolExecutor(building.WORKERS) as pool, Bar(len(found), "reading pictures", "pictures") as bar:
-        for picture, error in zip(found, pool.map(lambda one: _error_of(load, View(one)), found), strict=True):
+        for one, error in zip(found, pool.map(lambda one: _error_of(load, one), found), strict=True):
             if error is not None:
-                failed[picture.path] = reason_of(error)
+                failed[one.path] = reason_of(error)
             bar.add(1)
     return failed
 
 
-def _error_of(load: Callable[[View], object], view: View) -> Exception | None:
+def _error_of(load: Callable[[Item], object], one: Item) -> Exception | None:
     try:
-        load(view)
+        load(one)
     except Exception as error:  # whatever Pillow raises for a file costs that file at most
         return error
     return None
@@ -132,9 +154,24 @@ def loader_of(
     """:param accumulated: batches of a step
     :param weight: of regularisation pictures
     """
-    examples = Examples(plan, latents, weight, model.pixels_per_latent, seed)
+    examples = Examples(
+        plan, latents, weight, model.pixels_per_latent, seed, model.takes_pictures, model.dropped
+    )  # fmt: skip
     places = accelerator.process_index, accelerator.num_processes
     return Loader(plan, examples, seed, *places, accumulated, shuffle)
+
+
+def check_text_encoders(model: Family, network: NetworkOptions, caches: CacheOptions) -> None:
+    """:raises DeftError: for options that are about text encoders alone, where the model has none"""
+    asked = {
+        "network_train_text_encoder_only": network.network_train_text_encoder_only,
+        "cache_text_encoder_outputs": caches.cache_text_encoder_outputs,
+    }
+    for name, value in asked.items():
+        if value and not model.text_encoders:
+            raise DeftError(
+                f"--{name}: {type(model).__name__} has no text encoder, words go through what is trained; leave it out"
+            )
 
 
 def tell_what_is_cut(model: Family, texts: Sequence[tuple[str, str]]) -> None:

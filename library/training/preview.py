@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -13,12 +14,12 @@ from torch.utils.data import Dataset
 from library.data import advice, page
 from library.data.advice import Facts
 from library.data.batches import Loader
-from library.data.examples import View, decoded
+from library.data.examples import View, decoded, decoded_input
 from library.data.index import Index
 from library.data.masks import read_mask
 from library.data.page import Preview
 from library.data.pixels import Colour, readable_formats
-from library.data.plan import Plan, cannot_be_read, divided, pictures, without
+from library.data.plan import Plan, divided, pictures, unreadable_lines, without
 from library.models.loading import outline_of
 from library.models.outline import Encoder
 from library.options.rooms import Run
@@ -44,10 +45,13 @@ def write(run: Run, files: Given) -> list[Path]:
     outline, remarks = outline_of(run.model), files.remarks
     prepare.check_sizes(files.plan, outline.multiple_of)
     plan, background = files.plan, run.data.transparent_background
-    unreadable = prepare.unreadable_of(list(pictures(plan)), lambda view: _check(view, background))
-    for path, reason in unreadable.items():
-        remarks.add(cannot_be_read(path, reason), path)
-        logger.warning(cannot_be_read(path, reason))
+    targets = [View(one) for one in pictures(plan)]
+    inputs = {one.path: one for picture in pictures(plan) for one in picture.inputs}
+    unreadable = prepare.unreadable_of(targets, lambda view: _check(view, background))
+    unreadable |= prepare.unreadable_of(list(inputs.values()), lambda one: decoded_input(one, background))
+    for path, line in zip(unreadable, unreadable_lines(plan, unreadable), strict=True):
+        remarks.add(line, path)
+        logger.warning(line)
     plan = without(plan, unreadable)
     if not plan:
         path, reason = next(iter(unreadable.items()))
@@ -63,7 +67,7 @@ def write(run: Run, files: Given) -> list[Path]:
     length = Length.of(run.loop, len(loaders[0]))
     for loader in loaders:
         loader.steps = length.steps
-    facts = Facts(loaders[0], kept, run.preservation.trigger_word, duplicates, _cut(plan, outline.encoders[-1]))
+    facts = Facts(loaders[0], kept, run.preservation.trigger_word, duplicates, _cut(plan, outline.encoders))
     of_validation = seed if run.validation.validation_seed is None else run.validation.validation_seed
     preview = Preview(
         run.saves.output_name,
@@ -77,6 +81,7 @@ def write(run: Run, files: Given) -> list[Path]:
         dict(zip(remarks.lines(), remarks.files.values(), strict=True)),
         duplicates,
         background,
+        outline.takes_pictures,
     )
     return page.write(preview, Path(run.saves.output_dir))
 
@@ -94,7 +99,10 @@ def _check(view: View, background: Colour) -> None:
     decoded(picture, view.crop, False, background)
 
 
-def _cut(plan: Plan, encoder: Encoder) -> list[Path]:
-    """Pictures whose captions are longer than it reads: the first words of FLUX.1's are enough for CLIP."""
+def _cut(plan: Plan, encoders: Sequence[Encoder]) -> list[Path]:
+    """Pictures whose captions are longer than the last reads: the first words of FLUX.1's are enough for CLIP."""
+    if not encoders:
+        return []
+    encoder = encoders[-1]
     texts = {one.path: advice.text_of(one) for one in pictures(plan)}
     return [path for path, caption in texts.items() if len(encoder.ids(caption)) > encoder.length]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from library.models.family import Family
 from library.prompts import Prompt
@@ -47,6 +48,7 @@ class Samples:
     :param folder: where `sample/` is made
     :param name: the adapter's
     :param sampler: of `--sample_sampler`
+    :param inputs: latents (c, h, w) of the prompts' pictures, by their paths
     """
 
     prompts: Sequence[Prompt]
@@ -57,6 +59,7 @@ class Samples:
     folder: Path
     name: str
     sampler: str | None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """:raises DeftError: for a sampler that the model does not have"""
@@ -83,10 +86,11 @@ class Samples:
 
     def _draw(self, number: int, prompt: Prompt, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        inputs = [self.inputs[name].to(self.accelerator.device) for name in prompt.inputs]
         with torch.no_grad():
-            text, negative = self.texts([prompt.text]), self.texts([prompt.negative])
+            text, negative = self.texts([prompt.text], [inputs]), self.texts([prompt.negative])
         with Bar(prompt.steps, "drawing", "steps") as bar:
-            image = self.model.draw(prompt, text, negative, prompt.sampler or self.sampler, bar)
+            image = self.model.draw(prompt, text, negative, prompt.sampler or self.sampler, bar, inputs)
         image.save(path)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):

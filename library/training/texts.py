@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from library.data import building, cache
 from library.data.batches import Gone
@@ -23,10 +24,15 @@ class Texts:
         self._keys: dict[str, str] = {}  # of captions that are kept
         self._entries: Entries = Memory()
 
-    def __call__(self, captions: Sequence[str]) -> Text:
-        """Of texts, in their order, on the training's device."""
+    def __call__(self, captions: Sequence[str], inputs: Sequence[Sequence[Tensor]] = ()) -> Text:
+        """Of texts, in their order, on the training's device.
+
+        :param inputs: each text's pictures, as `Family.encode_text` takes them
+        """
         if not self._keys:
-            return self.model.encode_text(list(captions))
+            device = self.accelerator.device
+            placed = [[one.to(device) for one in row] for row in inputs]
+            return self.model.encode_text(list(captions), *([placed] if any(placed) else []))
         found = [self._kept(caption) for caption in captions]
         return {name: torch.cat([text[name] for text in found]).to(self.accelerator.device) for name in found[0]}
 
