@@ -144,7 +144,7 @@ class Room:
 
     def check(self) -> None:
         """:raises DeftError: for what shows before anything is computed"""
-        training.check(self.settings)
+        training.check(self.settings, self.subjects)
         if not self.counted:
             raise DeftError(f"--data {self.settings.data}: no subject is left to train on")
         if len(self.settings.rates) > 1:
