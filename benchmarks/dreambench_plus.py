@@ -16,17 +16,17 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.paper import command  # noqa: E402
-from benchmarks.paper.dreambench_plus_data import CATEGORIES, DATA, GROUPS, subjects  # noqa: E402
-from benchmarks.paper.metrics import METRICS as TABLE  # noqa: E402
-from benchmarks.paper.plan import Benchmark, Published  # noqa: E402
-from networks.deft_config import DeftError  # noqa: E402
+from benchmarks.paper import command
+from benchmarks.paper.dreambench_plus_data import CATEGORIES, DATA, GROUPS, subjects
+from benchmarks.paper.metrics import METRICS as TABLE
+from benchmarks.paper.plan import Benchmark, Published
+from networks.deft_config import DeftError
 
 if TYPE_CHECKING:
     from benchmarks.paper.settings import Settings
@@ -65,8 +65,9 @@ def benchmark_of(args: Namespace) -> Benchmark:
 
 def add_options(parser: ArgumentParser) -> None:
     """The protocol, and the ratings."""
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="sd15", help="steps and size, as upstream's for this "
-                        "model (default: sd15)")  # fmt: skip
+    own = parser.add_argument_group("DreamBench++")
+    own.add_argument("--protocol", choices=PROTOCOLS, default="sd15", help="steps and size, as upstream's for this "
+                     "model (default: sd15)")  # fmt: skip
     parser.set_defaults(rates=list(RATES))
     rating = parser.add_argument_group("ratings by a language model, at the report")
     rating.add_argument("--upstream", type=Path, metavar="DIR", help="a checkout of yuangpeng/dreambench_plus, for its "
@@ -85,11 +86,12 @@ def finish(args: Namespace, settings: Settings) -> None:
     from benchmarks.paper.dreambench_plus_samples import Drawing, write_samples
     from benchmarks.paper.report import shown
     from benchmarks.paper.scored import read
+    from benchmarks.paper.training import run_of
     from networks.deft_io import write_whole
 
     scored = read(settings.output / "results.json")
     guidance = benchmark_of(args).guidance if settings.guidance is None else settings.guidance
-    drawing = Drawing(guidance, settings.drawing_steps, settings.precision)
+    drawing = Drawing(guidance, settings.drawing_steps, run_of(settings).process.mixed_precision)
     trees = write_samples(scored, shown(scored), subjects(settings.data), drawing, settings.output / "samples")
     print("samples for upstream's scripts:", *(f"  {tree}" for tree in trees.values()), sep="\n")
     if args.requests:
@@ -103,5 +105,10 @@ def finish(args: Namespace, settings: Settings) -> None:
         write_whole(settings.output / "ratings.json", json.dumps(ratings.as_json(rated), indent=1).encode())
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see `command.main`."""
+    return command.main(__doc__ or "", METRICS, benchmark_of, add_options, finish, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(command.main(__doc__, METRICS, benchmark_of, add_options, finish))
+    sys.exit(main())

@@ -79,7 +79,7 @@ def parser_of(
                       f"(default: lora deft)")  # fmt: skip
     what.add_argument("--rank", type=int, default=4, help="of all of them (default: 4)")
     what.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates; with several, each "
-                      "adapter's best is chosen on tuning subjects (default: 1e-4 3e-4 1e-3)")  # fmt: skip
+                      "adapter's best is chosen on tuning subjects (default: %(default)s)")  # fmt: skip
     what.add_argument("--steps", type=int, help="of a training (default: the benchmark's)")
     what.add_argument("--seeds", type=int, default=1, help="trainings of each subject (default: 1)")
     what.add_argument("--size", type=int, help="pixels a side, of training and drawing (default: the benchmark's)")

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from benchmarks.paper.adapters import attached
 from benchmarks.paper.plan import Asked
 from benchmarks.paper.settings import Settings
 from benchmarks.paper.training import run_of
+from library.data import cache
+from library.data.examples import decoded_input
+from library.data.index import header_of
+from library.data.plan import input_picture
 from library.models.loading import load
 from library.prompts import Prompt
 from library.training import prepare, start
@@ -39,6 +44,7 @@ class Painter:
         self.texts = Texts(self.model, self.accelerator)
         own = guidance if self.model.objective == "diffusion" else None
         self.guidance = own if settings.guidance is None else settings.guidance
+        self.data = run.data
         self.size, self.steps = settings.size, settings.drawing_steps
 
     def using(self, file: Path | None) -> AbstractContextManager[None]:
@@ -51,13 +57,22 @@ class Painter:
 
         :param seed: of its noise
         """
-        if asked.inputs and not getattr(self.model, "takes_pictures", False):
-            raise DeftError(f"'{asked.prompt}' refers to pictures, which this model does not read")
         prompt = Prompt(
             asked.prompt, width=self.size, height=self.size, seed=seed, guidance=self.guidance, steps=self.steps
         )
+        inputs = [self._encoded(path) for path in asked.inputs]
         with self.accelerator.autocast():
-            return self.model.draw(prompt, self.texts([prompt.text]), self.texts([prompt.negative]))
+            text, negative = self.texts([prompt.text], [inputs]), self.texts([prompt.negative])
+            return self.model.draw(prompt, text, negative, inputs=inputs)
+
+    def _encoded(self, path: Path) -> Tensor:
+        """A picture that a prompt refers to, as the trainer has it: latents (c, h, w), the same every time."""
+        if not self.model.takes_pictures:
+            raise DeftError(f"{path}: a prompt refers to it, and {self.model.path.name} reads no pictures")
+        data = self.data
+        picture = input_picture(path, header_of(path), data.max_input_image_size)
+        pixels = decoded_input(picture, data.transparent_background).pixels[None]
+        return self.model.encode_image(pixels, [cache.generator_of(cache.content_hash(path.read_bytes()))])[0]
 
 
 def write(image: Image.Image, file: Path) -> None:

@@ -246,7 +246,7 @@ class Room:
         self.drawn.add({
             "method": drawing.key, "subject": name, "group": drawing.subject.group, "category": asked.category,
             "index": asked.index, "k": k, "seed": seed, "picture": path, "prompt": asked.prompt,
-            "seconds": round(time.perf_counter() - begin, 3),
+            "guidance": painter.guidance, "seconds": round(time.perf_counter() - begin, 3),
         })  # fmt: skip
 
     def score(self, tuning: bool) -> None:

@@ -73,7 +73,8 @@ def run_of(settings: Settings, options: Sequence[str] = ()) -> Run:
 
     :raises DeftError: for a --config that the trainer does not take
     """
-    argv = ["--pretrained_model_name_or_path", str(settings.model), "--train_data_dir", str(settings.data),
+    options = options or ["--train_data_dir", str(settings.data)]
+    argv = ["--pretrained_model_name_or_path", str(settings.model),
             "--output_dir", str(settings.output / "adapters"), "--resolution", str(settings.size),
             "--cache_dir", str(settings.output / "cache"), "--save_precision", "float",
             "--console_log_level", "WARNING", *options]  # fmt: skip
@@ -82,6 +83,7 @@ def run_of(settings: Settings, options: Sequence[str] = ()) -> Run:
     if settings.precision is not None:
         argv += ["--mixed_precision", settings.precision]
     run = parse(argv)
+    run = replace(run, data=replace(run.data, train_data_dir=run.data.train_data_dir or None))  # in place of --config's
     return replace(run, saves=replace(run.saves, **_SAVES), loop=replace(run.loop, **_LOOP))
 
 
@@ -96,9 +98,11 @@ def _options(settings: Settings, training: Training) -> list[str]:
              "--network_train_unet_only",
              "--network_args", *(f"{key}={value}" for key, value in args.items())]  # fmt: skip
     if file.suffix == ".jsonl":
-        found += ["--train_jsonl", str(file), "--image_path", str(settings.data)]
+        found += ["--train_data_dir", "", "--train_jsonl", str(file), "--image_path", str(settings.data)]
     else:
-        found += ["--in_json", str(file), "--cache_text_encoder_outputs"]
+        found += ["--train_data_dir", str(settings.data), "--in_json", str(file)]
+    if not loading.outline_of(run_of(settings).model).takes_pictures:  # whose texts go through what is trained
+        found.append("--cache_text_encoder_outputs")
     if states := _states(settings, training):
         found += ["--resume", str(states[-1])]
     return found
