@@ -4,8 +4,10 @@
         --clip CLIP --dino_vits8 DINO --dinov2 DINOV2 --adapters lora deft --dry_run
 
 Trained on "a photo of SUBJECT" and the one picture, drawn at guidance 7.5 in 100 steps, compared with the one picture.
-`--protocol sd15` trains 100 steps at 512 pixels, `sdxl` 500 at 1024, as upstream does its LoRA (rates: 1e-4 and 5e-5).
-Beside the shared tables, what was drawn is written to OUTPUT/samples as upstream's own scripts read it.
+`--protocol sd15` trains 100 steps at 512 pixels, `sdxl` 500 at 1024, as upstream does its LoRA. With one rate
+(upstream's are 1e-4 and 5e-5) all subjects count; with several, four serve to choose each adapter's best and do not.
+What was drawn is also written to OUTPUT/samples as upstream's own scripts read it: as JPEG, which upstream compares
+and rates, while the tables here are of the pictures as they were drawn.
 
 Ratings by a language model: `--stage report --requests FILE --upstream CHECKOUT` writes what is to be asked, for the
 batch interface of whoever is to rate; `--stage report --ratings ANSWERS --rater NAME` reads the answers.
@@ -16,17 +18,18 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.paper import command  # noqa: E402
-from benchmarks.paper.dreambench_plus_data import CATEGORIES, DATA, GROUPS, subjects  # noqa: E402
-from benchmarks.paper.metrics import METRICS as TABLE  # noqa: E402
-from benchmarks.paper.plan import Benchmark, Published  # noqa: E402
-from networks.deft_config import DeftError  # noqa: E402
+from benchmarks.paper import command
+from benchmarks.paper.dreambench_plus_data import CATEGORIES, DATA, GROUPS, subjects
+from benchmarks.paper.metrics import METRICS as TABLE
+from benchmarks.paper.plan import Benchmark, Published
+from networks.deft_config import DeftError
 
 if TYPE_CHECKING:
     from benchmarks.paper.settings import Settings
@@ -59,14 +62,16 @@ def benchmark_of(args: Namespace) -> Benchmark:
     )
     parts = [(metric, part) for metric in METRICS for part in (CATEGORIES if metric == "clip_t" else GROUPS)]
     columns = {f"{TABLE[metric].title} {part}": (metric, part) for metric, part in parts}
-    return Benchmark("DreamBench++", subjects, DATA, METRICS, steps, size, guidance=7.5, drawing_steps=100,
+    read = partial(subjects, tuning=len(set(args.rates)) > 1)
+    return Benchmark("DreamBench++", read, DATA, METRICS, steps, size, guidance=7.5, drawing_steps=100,
                      published=published, columns=columns, hundredfold=METRICS)  # fmt: skip
 
 
 def add_options(parser: ArgumentParser) -> None:
     """The protocol, and the ratings."""
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="sd15", help="steps and size, as upstream's for this "
-                        "model (default: sd15)")  # fmt: skip
+    own = parser.add_argument_group("DreamBench++")
+    own.add_argument("--protocol", choices=PROTOCOLS, default="sd15", help="steps and size, as upstream's for this "
+                     "model (default: sd15)")  # fmt: skip
     parser.set_defaults(rates=list(RATES))
     rating = parser.add_argument_group("ratings by a language model, at the report")
     rating.add_argument("--upstream", type=Path, metavar="DIR", help="a checkout of yuangpeng/dreambench_plus, for its "
@@ -85,11 +90,11 @@ def finish(args: Namespace, settings: Settings) -> None:
     from benchmarks.paper.dreambench_plus_samples import Drawing, write_samples
     from benchmarks.paper.report import shown
     from benchmarks.paper.scored import read
+    from benchmarks.paper.training import run_of
     from networks.deft_io import write_whole
 
     scored = read(settings.output / "results.json")
-    guidance = benchmark_of(args).guidance if settings.guidance is None else settings.guidance
-    drawing = Drawing(guidance, settings.drawing_steps, settings.precision)
+    drawing = Drawing(settings.drawing_steps, run_of(settings).process.mixed_precision)
     trees = write_samples(scored, shown(scored), subjects(settings.data), drawing, settings.output / "samples")
     print("samples for upstream's scripts:", *(f"  {tree}" for tree in trees.values()), sep="\n")
     if args.requests:
@@ -103,5 +108,10 @@ def finish(args: Namespace, settings: Settings) -> None:
         write_whole(settings.output / "ratings.json", json.dumps(ratings.as_json(rated), indent=1).encode())
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see `command.main`."""
+    return command.main(__doc__ or "", METRICS, benchmark_of, add_options, finish, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(command.main(__doc__, METRICS, benchmark_of, add_options, finish))
+    sys.exit(main())

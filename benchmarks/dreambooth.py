@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.paper import command
 from benchmarks.paper.metrics import METRICS as TABLE
 from benchmarks.paper.metrics import PRIOR
-from benchmarks.paper.plan import Asked, Benchmark, Published, Row, Source, Subject
+from benchmarks.paper.plan import REAL, Asked, Benchmark, Published, Row, Source, Subject
 from networks.deft_config import DeftError, read_text
 
 LIST = "prompts_and_classes.txt"
@@ -35,10 +35,10 @@ METRICS = ("dino", "clip_i", "clip_t", "dinov2", "pres", "div")
 SCENE, OUTFIT, PROPERTY = "scene", "outfit", "property"  # kinds of prompts
 _PAPER = "Ruiz 2023 (arXiv 2208.12242), Table 1; 30 subjects, with prior preservation"
 PUBLISHED = (
-    Published("real pictures", {"DINO": 0.774, "CLIP-I": 0.885}, _PAPER),
-    Published("DreamBooth, Imagen", {"DINO": 0.696, "CLIP-I": 0.812, "CLIP-T": 0.306}, _PAPER),
-    Published("DreamBooth, Stable Diffusion", {"DINO": 0.668, "CLIP-I": 0.803, "CLIP-T": 0.305}, _PAPER),
-    Published("Textual Inversion, Stable Diffusion", {"DINO": 0.569, "CLIP-I": 0.780, "CLIP-T": 0.255}, _PAPER),
+    Published("real pictures", {"dino": 0.774, "clip_i": 0.885}, _PAPER, REAL),
+    Published("DreamBooth, Imagen", {"dino": 0.696, "clip_i": 0.812, "clip_t": 0.306}, _PAPER),
+    Published("DreamBooth, Stable Diffusion", {"dino": 0.668, "clip_i": 0.803, "clip_t": 0.305}, _PAPER),
+    Published("Textual Inversion, Stable Diffusion", {"dino": 0.569, "clip_i": 0.780, "clip_t": 0.255}, _PAPER),
 )
 DATA = Source(
     "DreamBooth's 30 subjects with their pictures and prompts (dataset/)",

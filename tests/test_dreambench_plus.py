@@ -21,6 +21,7 @@ from benchmarks import dreambench_plus
 from benchmarks.paper import dreambench_plus_data as data
 from benchmarks.paper import dreambench_plus_samples as samples
 from benchmarks.paper import ratings, scored
+from benchmarks.paper.plan import BASE
 from networks.deft_config import DeftError
 
 UPSTREAM = os.environ.get("DREAMBENCH_PLUS_DIR")
@@ -60,14 +61,15 @@ def run(folder, tmp_path):
     subjects = data.subjects(folder)
     rng, records = np.random.default_rng(1), []
     method = samples.Method("deft removal=1|4|1e-05|100", "deft removal=1", 4, 1e-5, 100, 10)
-    for key in (method.key, scored.BASE):
+    for key in (method.key, BASE):
         for subject in subjects:
             for asked in subject.asked:
                 place = f"out/{'base' if key == 'base' else 'deft'}/{subject.name}/{asked.index}.png"
                 (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(tmp_path / place)
                 records.append({"method": key, "subject": subject.name, "index": asked.index, "k": 0, "seed": 0,
-                                "picture": place, "prompt": asked.prompt, "category": asked.category})  # fmt: skip
+                                "picture": place, "prompt": asked.prompt, "category": asked.category,
+                                "guidance": 7.5})  # fmt: skip
     told = {
         "methods": {method.key: {"adapter": method.adapter, "rank": 4, "rate": 1e-5, "steps": 100}},
         "subjects": {s.name: {"group": s.group, "tuning": False, "pictures": {}} for s in subjects},
@@ -79,7 +81,7 @@ def run(folder, tmp_path):
 
 def trees_of(run, precision: str = "fp16") -> dict[str, Path]:
     root, method, subjects = run
-    drawing = samples.Drawing(7.5, 100, precision)
+    drawing = samples.Drawing(100, precision)
     return samples.write_samples(scored.read(root / "results.json"), [method], subjects, drawing, root / "samples")
 
 
@@ -100,6 +102,7 @@ def test_the_layout_is_read(folder):
         ["photorealistic"] * 4 + ["style transfer"] * 3 + ["imaginative"] * 2
     )
     assert [s.name for s in subjects if s.tuning] == [NAMES[0], NAMES[2], NAMES[3], NAMES[5]], "one of each group"
+    assert not any(s.tuning for s in data.subjects(folder, tuning=False))
     assert data.subjects(folder.parent) == subjects, "the folder above will do"
 
 
@@ -337,6 +340,12 @@ def test_answers_to_something_else_are_refused(run, tmp_path):
         ratings.read_answers([tree])
 
 
+def cells(markdown: str, name: str) -> list[list[str]]:
+    """The rows of a method in all tables."""
+    lines = [line for line in markdown.split("\n") if line.startswith(f"| {name} |")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
 # --- upstream itself -------------------------------------------------------------------------------------------------
 
 
@@ -403,3 +412,59 @@ def test_both_protocols_are_upstreams():
     for options, said in ((["--requests", "x"], "give --upstream"), (["--ratings", "x"], "give --rater")):
         with pytest.raises(DeftError, match=said):
             dreambench_plus.benchmark_of(parser.parse_args(options))
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    small_judges = pytest.importorskip("tests.small_judges")
+    return small_judges.build(tmp_path_factory.mktemp("judges"))
+
+
+def test_a_run_from_beginning_to_end(folder, judges, model_folder, checkout, tmp_path, monkeypatch, capsys):
+    """The shared stages; samples, requests and ratings behind them; a rerun adds nothing."""
+    monkeypatch.setattr(ratings, "SIDE", 32)
+    out = tmp_path / "run"
+    command = ["--data", folder, "--model", model_folder, "--output", out, "--size", 64, "--steps", 1,
+               "--drawing_steps", 1, "--limit_prompts", 1, "--limit_subjects", 2, "--device", "cpu",
+               "--adapters", "lora", "deft-none", "--rates", "1e-3", "--protocol", "sdxl"]  # fmt: skip
+    for name in ("clip", "dino_vits8", "dinov2"):
+        command += [f"--{name}", judges[name]]
+
+    def run(*more: object) -> str:
+        assert dreambench_plus.main([str(part) for part in (*command, *more)]) == 0
+        return capsys.readouterr().out
+
+    printed = run("--requests", tmp_path / "requests.jsonl", "--upstream", checkout)
+    trees = sorted(path.name for path in (out / "samples").iterdir())
+    assert len(trees) == 3
+    assert [name.split("_r4_")[0] for name in trees] == [
+        "base_gs7_5_step1_seed0_torch_float32", "deft_none", "lora"]  # fmt: skip
+    counted = NAMES[:2]  # with one rate, none is taken to choose one
+    for name in trees:
+        assert sorted(p.name for p in (out / "samples" / name / "tgt_image").iterdir()) == counted
+        assert len(list((out / "samples" / name).glob("text/*/*.txt"))) == 3 * len(counted), "a prompt of each"
+    main, hundredfold, animal = cells(printed, "lora")[:3]
+    assert len(main) == 9
+    assert all("[" in cell for cell in main[5:])
+    assert float(hundredfold[1].split()[0]) == pytest.approx(100 * float(main[5].split()[0]), abs=0.06)
+    assert animal[1] == main[5]
+    assert animal[2:] == ["–", "–", "–"]
+    assert "| real pictures |" not in printed, "there is but one picture of a subject"
+    own = next(line for line in printed.splitlines() if line.startswith("| DreamBooth LoRA SDXL | CLIP-T | 0.341 |"))
+    assert main[8] in own
+    assert {path.name for path in out.glob("report.*")} == {"report.md", "report.json"}
+    assert (out / "sheet.png").is_file()
+
+    asked = [json.loads(line)["custom_id"] for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert len(asked) == 3 * len(counted) * 3 * 2 * 3
+    answers = batch(tmp_path / "answers.jsonl", dict.fromkeys(asked, "Score: 3"))
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.jpg")}
+    printed = run("--stage", "report", "--ratings", answers, "--rater", "a local model")
+    assert "## Ratings by a local model" in printed
+    assert json.loads((out / "ratings.json").read_text())["figures"][trees[0]]["CP x PF"] == pytest.approx(0.75**2)
+    assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*.jpg")}
+    assert dreambench_plus.main([*map(str, command), "--ratings", str(answers)]) == 2
+    assert "give --rater" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from benchmarks import insdet
 from benchmarks.paper import insdet_data
 from benchmarks.paper.cuts import Cut, Cuts, around, square_of, within
 from benchmarks.paper.insdet_data import Protocol
+from library.data.resizing import resize
 from networks.deft_config import DeftError
 from tests import small_insdet, small_judges
 
@@ -91,6 +92,21 @@ def test_all_pictures_are_made_once(data: Path, cuts: Cuts):
     cuts.make()
     assert made == {path: path.stat().st_mtime_ns for path in wanted}
     assert {p for p in cuts.folder.rglob("*") if p.is_file()} == set(wanted)
+
+
+def test_what_is_trained_on_has_a_margin_and_what_is_compared_with_none(data: Path, cuts: Cuts):
+    whole = (4, 0, 44, 40)  # the middle
+    first, second = insdet_data.objects(data, cuts, Protocol())
+    cuts.make()
+    images = data / "Objects"
+    for made, view, box in [
+        (second.rows[0].picture, "001_binder_clips_median/images/001.jpg", (8, 4, 32, 28)),
+        (second.references[0], "001_binder_clips_median/images/003.jpg", (10, 6, 30, 26)),
+        (first.references[0], "000_aveda_shampoo/images/003.jpg", whole),  # its mask is missing
+    ]:
+        with Image.open(images / view) as image, Image.open(made) as found:
+            wanted = resize(np.asarray(image.crop(box)), (SIZE, SIZE))
+            assert np.array_equal(np.asarray(found), wanted)
 
 
 def test_a_changed_picture_is_cut_anew(data: Path, cuts: Cuts):

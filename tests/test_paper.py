@@ -30,8 +30,9 @@ from benchmarks.paper.records import Records
 from benchmarks.paper.settings import Method, Settings, Training, name_of_file, seed_of
 from benchmarks.paper.stages import Room
 from library.training.loop import TrainingLoop
+from library.training.saves import TrainingStopped
 from networks.deft_config import DeftError
-from tests import small_dreambooth
+from tests import small_dreambooth, small_flux, small_omnigen
 from tests.conftest import loaded
 
 RANK = 4
@@ -137,6 +138,36 @@ def test_equal_ranks_on_the_same_layers_are_as_many_parameters(trained, model_fo
     assert number["dora"] == lora + sum(layers[name].out_features for name in names)
     assert number["para"] == sum(RANK * layers[name].out_features for name in names)
     assert number["oft"] == pytest.approx(lora, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["flux", "omnigen"])
+def test_other_families(data, tmp_path, family):
+    """FLUX.1's layers of q, k, v and output are those of its double blocks; OmniGen reads pictures beside the text."""
+    model = small_omnigen.build(tmp_path) if family == "omnigen" else small_flux.build(tmp_path).folder
+    settings = settings_of(data, model, tmp_path / "out")
+    pictures = tuple(sorted((data / "dog").glob("*.jpg")))
+    inputs, words = (pictures[:1], " like <img><|image_1|></img>") if family == "omnigen" else ((), "")
+    rows = tuple(Row(one, f"a photo of sks dog{words}", inputs) for one in pictures)
+    subject = Subject("dog", rows, (Asked(0, f"a sks dog{words}", "a sks dog", inputs=inputs),), pictures)
+    training.check(settings, [subject])
+    training.write_data(settings, subject)
+    numbers, drawn = set(), []
+    for label in ("lora", "deft"):
+        one = Training(Method(label, 2, 1e-1, 1), subject, 0)
+        numbers.add(training.train(settings, one)["parameters"])
+        painter = Painter(settings, 7.5)
+        with painter.using(training.file_of(settings, one)):
+            drawn.append(painter.draw(subject.asked[0], 1).tobytes())
+    drawn.append(painter.draw(subject.asked[0], 1).tobytes())
+    assert len(numbers) == 1
+    assert len(set(drawn)) == 3
+    if inputs:
+        others = replace(subject.asked[0], inputs=pictures[1:2])
+        assert painter.draw(others, 1).tobytes() != drawn[-1], "it looks at the picture"
+    names = {name.rsplit("attn.", 1)[1] for name in adapters.targets_of(painter.model.denoiser)}
+    of_flux = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"} if family == "flux" else set()
+    assert names == {"to_q", "to_k", "to_v", "to_out.0"} | of_flux
+    assert not any(name.startswith("single") for name in adapters.targets_of(painter.model.denoiser))
 
 
 def test_an_adapter_in_a_model_of_less_precision_stays_float32(model_folder):
@@ -283,6 +314,7 @@ def test_two_processes_share_a_run_out(settings, monkeypatch):
 
     monkeypatch.setattr(training, "train", train)
     monkeypatch.setattr(Painter, "__init__", lambda *_: None)
+    monkeypatch.setattr(Painter, "guidance", 7.5, raising=False)
     monkeypatch.setattr(Painter, "using", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(Painter, "draw", lambda *_: Image.new("RGB", (8, 8)))
     benchmark = dreambooth.benchmark_of(argparse.Namespace(token="sks"))
@@ -312,6 +344,28 @@ def test_two_processes_share_a_run_out(settings, monkeypatch):
     # (two of each, but one for the class)
     assert len(pictures) == 2 * 3 * ((2 * 2 + 1) + (3 * 2 + 1))
     assert not rooms[0].missing(False)
+
+
+def test_a_training_that_fails_by_its_rate_is_recorded_and_no_other(settings, monkeypatch):
+    subject = Subject("dog", (Row(settings.data / "dog" / "00.jpg", "sks"),), (), ())
+    training.write_data(settings, subject)
+    one = Training(Method("lora", RANK, 1e-3, 1), subject, 0)
+
+    def stopped(reason):
+        def train(run, adapter_of):
+            model = loaded(settings.model)
+            adapter_of(run.network, None, model, None, settings.output)
+            raise TrainingStopped(reason)
+
+        return train
+
+    monkeypatch.setattr(training.train_network_deft, "train", stopped("stopped at step 9: non-finite loss nan"))
+    record = training.train(settings, one)
+    assert record["failed"].startswith("stopped at step 9")
+    assert "file" not in record
+    monkeypatch.setattr(training.train_network_deft, "train", stopped("x.safetensors: not written (No space left)"))
+    with pytest.raises(TrainingStopped, match="No space left"):
+        training.train(settings, one)
 
 
 # --- the choice of rates ---
@@ -376,14 +430,15 @@ def test_mistakes_are_one_line_and_exit_code_2(data, model_folder, tmp_path, cap
     assert not (tmp_path / "out" / "adapters").exists()
 
 
-def test_a_trainers_file_may_add_options_but_not_decide(data, model_folder, tmp_path):
+@pytest.mark.parametrize("inputs", [(), (Path("a.jpg"),)])
+def test_a_trainers_file_may_add_options_but_not_decide(data, model_folder, tmp_path, inputs):
     file = tmp_path / "more.toml"
     file.write_text(
         'output_dir = "elsewhere"\nmax_train_epochs = 3\nunet_lr = 1.0\nlr_scheduler = "cosine"\nnetwork_dim = 99\n'
         'save_every_n_steps = 1\nsave_state = true\nmin_snr_gamma = 5.0\nmixed_precision = "bf16"\n'
-        'sample_every_n_steps = 1\nnetwork_args = ["removal=1"]\n'
+        'sample_every_n_steps = 1\nnetwork_args = ["removal=1"]\ntrain_data_dir = "elsewhere"\n'
     )
-    subject = Subject("dog", (Row(data / "dog" / "00.jpg", "sks"),), (), ())
+    subject = Subject("dog", (Row(data / "dog" / "00.jpg", "sks", inputs),), (), ())
     settings = replace(settings_of(data, model_folder, tmp_path / "out"), config=file, precision=None)
     run = training.run_of(settings, training._options(settings, Training(Method("deft", 4, 1e-3, 7), subject, 5)))
     assert run.objective.min_snr_gamma == 5
@@ -395,6 +450,8 @@ def test_a_trainers_file_may_add_options_but_not_decide(data, model_folder, tmp_
     assert set(run.network.network_args) == set(adapters.LAYERS)
     assert (run.saves.save_every_n_steps, run.saves.save_state) == (None, False)
     assert run.saves.output_dir == str(tmp_path / "out" / "adapters")
+    [subset] = run.data.datasets[0].subsets
+    assert (subset.train_jsonl or subset.metadata_file) == str(training.data_of(settings, subject))
 
 
 def test_help_needs_nothing_heavy():

@@ -2,16 +2,18 @@
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from benchmarks import visualcloze
 from benchmarks.paper import visualcloze_data
 from benchmarks.paper.cuts import Cuts
 from benchmarks.paper.visualcloze_data import Protocol, instruction_of, rerooted, rows_of, task_of
 from networks.deft_config import DeftError
-from tests import small_visualcloze
+from tests import small_judges, small_omnigen, small_visualcloze
 
 
 @pytest.fixture
@@ -175,3 +177,47 @@ def test_missing_and_damaged_data_is_one_line(data: Path, cuts: Cuts, tmp_path: 
     refused("no list of rows")
     (data / "test" / "data.json").write_bytes(b"[\xff")
     refused("test.data.json: cannot be read")
+
+
+def test_published_figures_stand_in_columns_of_their_tasks(tmp_path: Path):
+    def benchmark(*tasks: str):
+        options = {"tasks": tasks, "context": 0, "train_rows": 1, "rows": 1, "instruction": None}
+        return visualcloze.benchmark_of(Namespace(**options, output=tmp_path, dry_run=True))
+
+    both, depth, other = benchmark("canny", "depth"), benchmark("depth"), benchmark("hed")
+    assert len(both.published) == 2 * len(depth.published) == 16
+    assert not other.published
+    for one in (both, depth):
+        assert all(published.figures.keys() <= one.columns.keys() for published in one.published)
+    assert ("f1" in both.metrics, "f1" in depth.metrics, "depth_rmse" in depth.metrics) == (True, False, True)
+    assert {"f1", "depth_rmse"}.isdisjoint(other.metrics)
+
+
+def options_of(data: Path, model: Path, out: Path, *more: object) -> list[str]:
+    given = ["--data", data, "--model", model, "--output", out, "--device", "cpu", "--adapters", "lora", "--rank", "2",
+             "--rates", "1e-3", "--steps", "1", "--size", "64", "--drawing_steps", "1", "--rows", "1", "--tasks",
+             "canny", *more]  # fmt: skip
+    return list(map(str, given))
+
+
+def test_from_data_to_report_with_an_example_in_context(data: Path, tmp_path: Path):
+    model, out = small_omnigen.build(tmp_path / "omnigen"), tmp_path / "out"
+    clip = small_judges.clip(tmp_path / "clip")
+    assert visualcloze.main(options_of(data, model, out, "--context", 1, "--clip", clip)) == 0
+    records, scores = (
+        [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("records.jsonl", "scores.jsonl")
+    )
+    assert {record["method"] for record in records} == {"base", "lora|2|0.001|1"}
+    assert {images_in(record["prompt"])[-1] for record in records} == {3}
+    drawn = {score["picture"]: score for score in scores if score.get("picture", "").startswith("pictures/")}
+    assert drawn.keys() == {record["picture"] for record in records}
+    assert all({"clip_i", "clip_t", "ssim", "f1"} <= score.keys() for score in drawn.values())
+    assert "F1, canny" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_other_models_are_refused_in_one_line(data: Path, model_folder: Path, tmp_path: Path, capsys):
+    assert visualcloze.main(options_of(data, model_folder, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: --model .*: canny refers to pictures, .* OmniGen does\n", error)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -79,7 +79,7 @@ def parser_of(
                       f"(default: lora deft)")  # fmt: skip
     what.add_argument("--rank", type=int, default=4, help="of all of them (default: 4)")
     what.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates; with several, each "
-                      "adapter's best is chosen on tuning subjects (default: 1e-4 3e-4 1e-3)")  # fmt: skip
+                      "adapter's best is chosen on tuning subjects (default: %(default)s)")  # fmt: skip
     what.add_argument("--steps", type=int, help="of a training (default: the benchmark's)")
     what.add_argument("--seeds", type=int, default=1, help="trainings of each subject (default: 1)")
     what.add_argument("--size", type=int, help="pixels a side, of training and drawing (default: the benchmark's)")
@@ -144,12 +144,16 @@ def _run(
     together = processes.join()
     from benchmarks.paper.stages import Room  # behind join: it says which GPU torch is to see
     from library.training.interrupts import EndedAtOnce, Interrupted
+    from library.training.saves import TrainingStopped
 
     try:
-        room = Room(benchmark, settings, together)
-        room.run(STAGES if args.stage == "all" else (args.stage,))
+        with processes.on(settings.device):
+            Room(benchmark, settings, together).run(STAGES if args.stage == "all" else (args.stage,))
         if finish is not None and args.stage in ("all", "report") and together.first:
             finish(args, settings)
+    except TrainingStopped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (Interrupted, EndedAtOnce) as ended:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return ended.exit_code

@@ -17,8 +17,8 @@ from benchmarks.paper.training import run_of
 from library.models.loading import load
 from library.prompts import Prompt
 from library.training import prepare, start
+from library.training.inputs import encoded
 from library.training.texts import Texts
-from networks.deft_config import DeftError
 from networks.deft_io import write_whole
 
 
@@ -39,6 +39,7 @@ class Painter:
         self.texts = Texts(self.model, self.accelerator)
         own = guidance if self.model.objective == "diffusion" else None
         self.guidance = own if settings.guidance is None else settings.guidance
+        self.data = run.data
         self.size, self.steps = settings.size, settings.drawing_steps
 
     def using(self, file: Path | None) -> AbstractContextManager[None]:
@@ -50,14 +51,17 @@ class Painter:
         """One picture.
 
         :param seed: of its noise
+        :raises DeftError: for a picture of the prompt's that cannot be read
         """
-        if asked.inputs and not getattr(self.model, "takes_pictures", False):
-            raise DeftError(f"'{asked.prompt}' refers to pictures, which this model does not read")
         prompt = Prompt(
-            asked.prompt, width=self.size, height=self.size, seed=seed, guidance=self.guidance, steps=self.steps
-        )
+            asked.prompt, width=self.size, height=self.size, seed=seed, guidance=self.guidance, steps=self.steps,
+            inputs=tuple(map(str, asked.inputs)),
+        )  # fmt: skip
+        [latents] = encoded([prompt], self.model, self.data, self.accelerator.device)
+        inputs = [one.to(self.accelerator.device) for one in latents]
         with self.accelerator.autocast():
-            return self.model.draw(prompt, self.texts([prompt.text]), self.texts([prompt.negative]))
+            text, negative = self.texts([prompt.text], [inputs]), self.texts([prompt.negative])
+            return self.model.draw(prompt, text, negative, inputs=inputs)
 
 
 def write(image: Image.Image, file: Path) -> None:

@@ -108,8 +108,8 @@ def _object(folder: Path, cuts: Cuts, reference: bool, tuning: bool) -> Subject:
     if not held:
         raise DeftError(f"{folder}: {len(views)} views; at least {EVERY // 2 + 1} are needed")
     masks = _masks(folder)
-    rows = [cuts.add(folder.name, view, masks.get(view.stem.lower()), MARGIN) for view in trained]
-    real = [cuts.add(folder.name, view, masks.get(view.stem.lower())) for view in held]
+    rows = [cuts.add(folder.name, view, masks.get(view.stem), MARGIN) for view in trained]
+    real = [cuts.add(folder.name, view, masks.get(view.stem)) for view in held]
     words = words_of(folder.name)
     inputs = (rows[0],) if reference else ()
     asked = [_asked(i, prompt, words, inputs) for i, prompt in enumerate(OBJECT_PROMPTS)]
@@ -144,7 +144,7 @@ def _asked(
 def _masks(folder: Path) -> dict[str, Path]:
     """By the stem of their pictures; there may be none."""
     beside = [path for path in listed(folder) if path.name.lower() == "masks" and path.is_dir()]
-    return {mask.stem.lower(): mask for mask in picture_files(beside[0])} if beside else {}
+    return {mask.stem: mask for mask in picture_files(beside[0])} if beside else {}
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -6,19 +6,23 @@ They are started by accelerate or torchrun, whose names in the environment say w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
+from networks.deft_config import DeftError
+
 T = TypeVar("T")
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
+_CPU = "ACCELERATE_USE_CPU"
 _LONGEST = timedelta(days=7)  # that shares may differ by
 
 
@@ -89,6 +93,27 @@ def join() -> Together:
     if index:
         os.environ["TQDM_DISABLE"] = "1"
     return Several(store, index, number)
+
+
+@contextlib.contextmanager
+def on(device: str | None) -> Iterator[None]:
+    """Within it, accelerate takes this device; None: a GPU where there is one.
+
+    :raises DeftError: for a GPU where there is none
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeftError("--device cuda: torch finds no GPU")
+    before = os.environ.get(_CPU)
+    try:
+        if device == "cpu":
+            os.environ[_CPU] = "true"
+        yield
+    finally:
+        if device == "cpu":
+            os.environ.pop(_CPU)
+            os.environ |= {} if before is None else {_CPU: before}
 
 
 def share(things: Sequence[T], together: Together) -> list[T]:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from benchmarks.paper import plots, sheet
 from benchmarks.paper.bootstrap import COVERED, Interval, interval, paired
 from benchmarks.paper.metrics import METRICS
-from benchmarks.paper.plan import Benchmark, Published
-from benchmarks.paper.scored import BASE, REAL, Method, Scored, read
+from benchmarks.paper.plan import BASE, REAL, Benchmark, Published
+from benchmarks.paper.scored import Method, Scored, read
 from networks.deft_io import write_whole
 
 REFERENCE = "lora"  # that the other adapters are compared with, where it was trained

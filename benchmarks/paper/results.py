@@ -51,7 +51,7 @@ def _settings(room: Room) -> dict[str, Any]:
     return {
         "model": settings.model.name, "size": settings.size, "steps": settings.steps, "rank": settings.rank,
         "rates": list(settings.rates), "seeds": settings.seeds, "drawing_steps": settings.drawing_steps,
-        "guidance": room.benchmark.guidance if settings.guidance is None else settings.guidance,
+        "guidance": settings.guidance or f"{room.benchmark.guidance:g}; of FLUX.1 and OmniGen the model's own",
         "precision": settings.precision or "as in --config",
         "layers": "queries, keys, values and output of the denoiser's attention",
         "chosen_by": "" if room.criterion is None or not room.tuning else room.criterion.described(),

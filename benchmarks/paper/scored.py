@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.paper.metrics import METRICS, PRIOR
+from benchmarks.paper.plan import REAL
 from benchmarks.paper.records import lines_of, read_json
 from networks.deft_config import DeftError
 
-REAL, BASE = "real", "base"  # the anchors' keys: real pictures beside real ones; the model without an adapter
 RECORDS, SCORES = "records.jsonl", "scores.jsonl"
 
 

@@ -144,7 +144,7 @@ class Room:
 
     def check(self) -> None:
         """:raises DeftError: for what shows before anything is computed"""
-        training.check(self.settings)
+        training.check(self.settings, self.subjects)
         if not self.counted:
             raise DeftError(f"--data {self.settings.data}: no subject is left to train on")
         if len(self.settings.rates) > 1:
@@ -246,7 +246,7 @@ class Room:
         self.drawn.add({
             "method": drawing.key, "subject": name, "group": drawing.subject.group, "category": asked.category,
             "index": asked.index, "k": k, "seed": seed, "picture": path, "prompt": asked.prompt,
-            "seconds": round(time.perf_counter() - begin, 3),
+            "guidance": painter.guidance, "seconds": round(time.perf_counter() - begin, 3),
         })  # fmt: skip
 
     def score(self, tuning: bool) -> None:

@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ def run_of(settings: Settings, options: Sequence[str] = ()) -> Run:
 
     :raises DeftError: for a --config that the trainer does not take
     """
-    argv = ["--pretrained_model_name_or_path", str(settings.model), "--train_data_dir", str(settings.data),
+    options = options or ["--train_data_dir", str(settings.data)]
+    argv = ["--pretrained_model_name_or_path", str(settings.model),
             "--output_dir", str(settings.output / "adapters"), "--resolution", str(settings.size),
             "--cache_dir", str(settings.output / "cache"), "--save_precision", "float",
             "--console_log_level", "WARNING", *options]  # fmt: skip
@@ -82,6 +83,7 @@ def run_of(settings: Settings, options: Sequence[str] = ()) -> Run:
     if settings.precision is not None:
         argv += ["--mixed_precision", settings.precision]
     run = parse(argv)
+    run = replace(run, data=replace(run.data, train_data_dir=run.data.train_data_dir or None))  # in place of --config's
     return replace(run, saves=replace(run.saves, **_SAVES), loop=replace(run.loop, **_LOOP))
 
 
@@ -96,9 +98,11 @@ def _options(settings: Settings, training: Training) -> list[str]:
              "--network_train_unet_only",
              "--network_args", *(f"{key}={value}" for key, value in args.items())]  # fmt: skip
     if file.suffix == ".jsonl":
-        found += ["--train_jsonl", str(file), "--image_path", str(settings.data)]
+        found += ["--train_data_dir", "", "--train_jsonl", str(file), "--image_path", str(settings.data)]
     else:
-        found += ["--in_json", str(file), "--cache_text_encoder_outputs"]
+        found += ["--train_data_dir", str(settings.data), "--in_json", str(file)]
+    if not loading.outline_of(run_of(settings).model).takes_pictures:  # whose texts go through what is trained
+        found.append("--cache_text_encoder_outputs")
     if states := _states(settings, training):
         found += ["--resume", str(states[-1])]
     return found
@@ -114,6 +118,7 @@ def train(settings: Settings, training: Training) -> Record:
     says why it is not.
 
     :raises DeftError: for options, files, a model or a machine that it cannot be done with
+    :raises TrainingStopped: when it could not go on for another reason than numbers that are not finite
     :raises Interrupted: when a signal has ended it, after saving
     """
     run = run_of(settings, _options(settings, training))
@@ -122,7 +127,9 @@ def train(settings: Settings, training: Training) -> Record:
     try:
         train_network_deft.train(run, _kept_in(made, adapters.adapter_of(training.method.adapter)))
         failed = ""
-    except TrainingStopped as error:  # a rate too high, for one
+    except TrainingStopped as error:
+        if "finite" not in str(error):  # a full disk, pictures that are gone: not the adapter's failure
+            raise
         failed = str(error)
     except torch.OutOfMemoryError:
         raise DeftError(
@@ -158,12 +165,17 @@ def _kept_in(made: list[Adapter], build: AdapterOf) -> AdapterOf:
     return built
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, subjects: Iterable[Subject]) -> None:
     """Finds out whether the trainer takes the model, the options and the adapters, without reading weights.
 
-    :raises DeftError: where it does not
+    :raises DeftError: where it does not, or the model reads no pictures, and subjects refer to them
     """
-    loading.outline_of(run_of(settings).model)
+    outline = loading.outline_of(run_of(settings).model)
+    referring = (s for s in subjects if any(row.inputs for row in s.rows) or any(asked.inputs for asked in s.asked))
+    if not outline.takes_pictures and (one := next(referring, None)):
+        raise DeftError(
+            f"--model {settings.model}: {one.name} refers to pictures, which it does not read; OmniGen does"
+        )
     for label in settings.adapters:
         if network_args(label) is None:
             adapters.config_of(label)
