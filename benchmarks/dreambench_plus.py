@@ -4,8 +4,10 @@
         --clip CLIP --dino_vits8 DINO --dinov2 DINOV2 --adapters lora deft --dry_run
 
 Trained on "a photo of SUBJECT" and the one picture, drawn at guidance 7.5 in 100 steps, compared with the one picture.
-`--protocol sd15` trains 100 steps at 512 pixels, `sdxl` 500 at 1024, as upstream does its LoRA (rates: 1e-4 and 5e-5).
-Beside the shared tables, what was drawn is written to OUTPUT/samples as upstream's own scripts read it.
+`--protocol sd15` trains 100 steps at 512 pixels, `sdxl` 500 at 1024, as upstream does its LoRA. With one rate
+(upstream's are 1e-4 and 5e-5) all subjects count; with several, four serve to choose each adapter's best and do not.
+What was drawn is also written to OUTPUT/samples as upstream's own scripts read it: as JPEG, which upstream compares
+and rates, while the tables here are of the pictures as they were drawn.
 
 Ratings by a language model: `--stage report --requests FILE --upstream CHECKOUT` writes what is to be asked, for the
 batch interface of whoever is to rate; `--stage report --ratings ANSWERS --rater NAME` reads the answers.
@@ -17,6 +19,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +62,8 @@ def benchmark_of(args: Namespace) -> Benchmark:
     )
     parts = [(metric, part) for metric in METRICS for part in (CATEGORIES if metric == "clip_t" else GROUPS)]
     columns = {f"{TABLE[metric].title} {part}": (metric, part) for metric, part in parts}
-    return Benchmark("DreamBench++", subjects, DATA, METRICS, steps, size, guidance=7.5, drawing_steps=100,
+    read = partial(subjects, tuning=len(set(args.rates)) > 1)
+    return Benchmark("DreamBench++", read, DATA, METRICS, steps, size, guidance=7.5, drawing_steps=100,
                      published=published, columns=columns, hundredfold=METRICS)  # fmt: skip
 
 
@@ -90,8 +94,7 @@ def finish(args: Namespace, settings: Settings) -> None:
     from networks.deft_io import write_whole
 
     scored = read(settings.output / "results.json")
-    guidance = benchmark_of(args).guidance if settings.guidance is None else settings.guidance
-    drawing = Drawing(guidance, settings.drawing_steps, run_of(settings).process.mixed_precision)
+    drawing = Drawing(settings.drawing_steps, run_of(settings).process.mixed_precision)
     trees = write_samples(scored, shown(scored), subjects(settings.data), drawing, settings.output / "samples")
     print("samples for upstream's scripts:", *(f"  {tree}" for tree in trees.values()), sep="\n")
     if args.requests:

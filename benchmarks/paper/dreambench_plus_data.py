@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.paper.plan import Asked, Row, Source, Subject
@@ -18,10 +19,11 @@ PHOTOREALISTIC, STYLE_TRANSFER, IMAGINATIVE = "photorealistic", "style transfer"
 CATEGORIES = (*[PHOTOREALISTIC] * 4, *[STYLE_TRANSFER] * 3, *[IMAGINATIVE] * 2)  # by a prompt's index
 
 
-def subjects(folder: Path) -> list[Subject]:
-    """The data's subjects in the order of their collection ids; the first of each group serves to choose rates.
+def subjects(folder: Path, tuning: bool = True) -> list[Subject]:
+    """The data's subjects in the order of their collection ids.
 
     :param folder: with `images/**/NN.jpg` and `captions/**/NN.txt`, or with `data/` that holds them
+    :param tuning: whether the first of each group serves to choose rates, and does not count
     :raises DeftError: for a folder or file that is missing, or is not as DreamBench++ has it
     """
     root = folder / "data" if (folder / "data" / "images").is_dir() else folder
@@ -40,8 +42,8 @@ def subjects(folder: Path) -> list[Subject]:
             raise DeftError(f"{captions[stem]}: {subject.name} is there twice")
         found[subject.name] = subject
     ordered = [found[name] for name in sorted(found)]
-    first = {subject.group: subject.name for subject in reversed(ordered)}
-    return [subject if first[subject.group] != subject.name else _tuning(subject) for subject in ordered]
+    first = {subject.group: subject.name for subject in reversed(ordered)} if tuning else {}
+    return [replace(subject, tuning=first.get(subject.group) == subject.name) for subject in ordered]
 
 
 def _files(folder: Path, ending: str) -> dict[str, Path]:
@@ -69,7 +71,3 @@ def _subject(picture: Path, caption: Path) -> Subject:
     )
     name = f"{GROUPS[group]}_{picture.stem}_{subject.lower().replace(' ', '_')}"
     return Subject(name, (Row(picture, f"a photo of {subject}"),), asked, (picture,), group)
-
-
-def _tuning(subject: Subject) -> Subject:
-    return Subject(subject.name, subject.rows, subject.asked, subject.references, subject.group, tuning=True)

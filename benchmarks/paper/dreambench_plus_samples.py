@@ -26,7 +26,6 @@ class Drawing(NamedTuple):
     :param precision: as --mixed_precision
     """
 
-    guidance: float
     steps: int
     precision: str
 
@@ -55,7 +54,8 @@ def write_samples(
     trees: dict[str, Path] = {}
     with Bar(len(records), "samples for upstream's scripts") as bar:
         for record in records:
-            told = f"gs{float(drawing.guidance)}_step{drawing.steps}_seed{record['seed']}_torch_{dtype}"
+            guidance = "own" if record["guidance"] is None else float(record["guidance"])  # "own": the model's
+            told = f"gs{guidance}_step{drawing.steps}_seed{record['seed']}_torch_{dtype}"
             name = f"{shown[record['method']]}_{told.replace('.', '_')}"
             if name not in trees:
                 trees[name] = folder / name

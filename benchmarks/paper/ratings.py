@@ -308,7 +308,7 @@ def rated(rater: str, trees: Sequence[Path], answers: Mapping[Item, int]) -> Rat
 
 def short_name(tree: str) -> str:
     """A tree's name without how its pictures were drawn."""
-    return re.sub(r"_gs\d+_.*$", "", tree)
+    return re.sub(r"_gs(\d+_\d+|own)_step.*$", "", tree)
 
 
 def parts_of(item: Item) -> tuple[str, str]:
