@@ -39,6 +39,7 @@ FLOW_ONLY = (
     "logit_mean", "logit_std", "mode_scale",
 )  # fmt: skip
 
+_OF_THE_FAMILY = ("timestep_sampling", "model_prediction_type")  # where they are not given
 _LARGEST_SNR = 1000.0  # in weights that divide by it; sd-scripts' bound
 _VALIDATION_TIMESTEPS = 4
 
@@ -325,10 +326,10 @@ def objective_of(given: ObjectiveOptions, model: Family) -> Objective:
     :raises DeftError: for options that this model cannot be trained with
     """
     flow = model.objective == "flow"
-    own = {name: getattr(model, name) for name in ("timestep_sampling", "model_prediction_type")}
+    own = {name: getattr(model, name) for name in _OF_THE_FAMILY}
     options = replace(given, **{name: value for name, value in own.items() if getattr(given, name) is None})
     objective = Flow(options) if flow else Diffusion(options, model.noise_scheduler())  # type: ignore[attr-defined]
-    for line in without_effect(given, options, flow):
+    for line in without_effect(options, flow):
         logger.warning(line)
     if flow and options.model_prediction_type == "sigma_scaled":
         logger.warning(
@@ -338,11 +339,9 @@ def objective_of(given: ObjectiveOptions, model: Family) -> Objective:
     return objective
 
 
-def without_effect(asked: ObjectiveOptions, options: ObjectiveOptions, flow: bool) -> Iterator[str]:
-    """A line for each reason why options that are asked for change nothing.
-
-    :param options: the same, with what the family decides
-    """
+def without_effect(options: ObjectiveOptions, flow: bool) -> Iterator[str]:
+    """A line for each reason why options that are given change nothing; sd-scripts' defaults, which the GUI writes for
+    every model, are not called given."""
     sampling, scheme = options.timestep_sampling, options.weighting_scheme
     reasons = (
         (not flow, FLOW_ONLY, "this model is none of flow matching"),
@@ -363,7 +362,9 @@ def without_effect(asked: ObjectiveOptions, options: ObjectiveOptions, flow: boo
         (scheme != "logit_normal", ("logit_mean", "logit_std"), f"--weighting_scheme is {scheme}"),
         (scheme != "mode", ("mode_scale",), f"--weighting_scheme is {scheme}"),
     )  # fmt: skip
-    given = {field.name for field in fields(asked) if getattr(asked, field.name) != field.default}
+    usual = {field.name: field.default for field in fields(options)}
+    usual |= {name: getattr(Family, name) for name in _OF_THE_FAMILY}
+    given = {name for name, value in usual.items() if getattr(options, name) != value}
     for applies, names, why in reasons:
         unused = [f"--{name}" for name in names if name in given]
         if applies and unused:
