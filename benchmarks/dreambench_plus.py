@@ -88,8 +88,8 @@ def finish(args: Namespace, settings: Settings) -> None:
     """Behind the report: upstream's tree of samples, requests, ratings."""
     from benchmarks.paper import ratings
     from benchmarks.paper.dreambench_plus_samples import Drawing, write_samples
-    from benchmarks.paper.report import shown
     from benchmarks.paper.scored import read
+    from benchmarks.paper.tables import shown
     from benchmarks.paper.training import run_of
     from networks.deft_io import write_whole
 
