@@ -22,7 +22,7 @@ from library.data.plan import divided
 from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
-from library.training import given, interrupts, metadata, prepare, preview, start, state
+from library.training import given, inputs, interrupts, metadata, prepare, preview, start, state
 from library.training.adapter import AdapterOf, DeftAdapter
 from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
 from library.training.loop import TrainingLoop
@@ -77,7 +77,8 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     prepare.tell_what_is_cut(model, files.texts())
     prepare.tell_what_is_rounded(model, files.samples)
 
-    plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator, list(files.inputs.values()))
+    shown = inputs.encoded(files.samples, model, run.data, accelerator.device)
+    plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
     adapter = adapter_of(run.network, files, model, accelerator, folder)
     caches = run.data.caches
     if caches.cache_text_encoder_outputs:
@@ -114,10 +115,9 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
         )
     fields = metadata.of_training(run, model, adapter, trained, length, seed)
     saves = Saves(run.saves, adapter, fields, setting, length, averaged, accelerator)
-    inputs = {name: latents.read(one)[0] for name, one in files.inputs.items()}
     samples = Samples(
         files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler,
-        inputs,
+        shown,
     )  # fmt: skip
     start.start_trackers(accelerator, run.logs, run.recorded)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from transformers import (
     BitImageProcessorPil,
     CLIPConfig,
@@ -80,3 +82,16 @@ def build(folder: Path, seed: int = 0) -> dict[str, Path]:
             "dinov2": dinov2(folder / "dinov2"),
             "depth_model": depth(folder / "depth_model"),
         }
+
+
+def pictures(folder: Path) -> list[Path]:
+    """Four to be judged, of several sizes, modes and formats; the first two of one size."""
+
+    random = np.random.default_rng(0)
+    files = []
+    for i, (mode, size) in enumerate([("RGB", (80, 64)), ("RGB", (80, 64)), ("L", (300, 256)), ("RGBA", (70, 90))]):
+        channels = {"RGB": (3,), "L": (), "RGBA": (4,)}[mode]
+        small = random.integers(0, 256, (8, 8, *channels), np.uint8)
+        files.append(folder / f"{i}.png")
+        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(files[-1])
+    return files

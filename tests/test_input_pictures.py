@@ -33,7 +33,7 @@ from library.models.omnigen import OmniGen
 from library.options.parse import parse
 from library.options.rooms import CaptionOptions, DataOptions
 from library.prompts import Prompt, read_prompts
-from library.training import prepare
+from library.training import inputs, prepare
 from library.training.randoms import Randoms
 from networks.deft_config import DeftError
 from tests.conftest import ROOT, arguments, in_two_processes, loaded
@@ -44,6 +44,7 @@ from tests.test_resume import run as run_apart
 
 PLACES = "<img><|image_1|></img>"
 TWO_PLACES = f"{PLACES} with the hat of <img><|image_2|></img>"
+CPU = torch.device("cpu")
 NEEDED = ["--pretrained_model_name_or_path", "m", "--output_dir", "o", "--resolution", "64"]
 
 
@@ -56,9 +57,9 @@ def picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0) -> Path
 
 def rows_of(folder: Path) -> list[dict]:
     """Of 0, 1 and 2 input pictures, of which one is used twice."""
-    for i, size in enumerate([(64, 64), (96, 48), (64, 64)]):
+    for i, (size, of_input) in enumerate([((64, 64), (64, 64)), ((80, 64), (96, 48)), ((64, 64), (64, 64))]):
         picture(folder / "out" / f"{i}.png", size, i)
-        picture(folder / "in" / f"{i}.png", size, 10 + i)
+        picture(folder / "in" / f"{i}.png", of_input, 10 + i)
     return [
         {"task_type": "text_to_image", "instruction": "a cat", "input_images": [], "output_image": "out/0.png"},
         {"instruction": f"{PLACES} in snow", "input_images": ["in/1.png"], "output_image": "out/1.png"},
@@ -265,6 +266,22 @@ def test_input_pictures_are_cut_in_the_middle_to_whole_steps(size, most):
     assert max(found.size) <= most or min(found.size) == INPUT_STEPS
 
 
+def test_an_input_picture_of_the_wanted_ones_size_shows_the_same(tmp_path):
+    """And one of the drawn picture's proportions, as the samples have it."""
+    for name, size in (("edges", (300, 200)), ("wanted", (300, 200)), ("other", (300, 208))):
+        picture(tmp_path / f"{name}.png", size)
+    row = {"instruction": TWO_PLACES, "input_images": ["edges.png", "other.png"], "output_image": "wanted.png"}
+    options = options_of(written(tmp_path / "rows.jsonl", [row]), "--max_input_image_size", "32")
+    (found,) = pictures(planned(options))
+    edges, other = found.inputs
+    assert (edges.crop.resized, edges.crop.size) == (found.fit.resized, found.fit.bucket) == ((96, 64), (64, 64))
+    assert edges.crop.place == (16, 0)
+    assert other.crop.size == (32, 16)
+    files = tuple(str(tmp_path / name) for name in ("edges.png", "other.png"))
+    (drawn_with,) = inputs.encoded([Prompt("", width=96, height=64, inputs=files)], Model(), options, CPU)
+    assert [tuple(one.shape) for one in drawn_with] == [(3, 64, 96), (3, 16, 32)]
+
+
 def test_a_batchs_rows_are_equally_long(tmp_path):
     rng, rows = random.Random(1), []
     sizes = [(64, 64), (96, 48), (48, 96), (64, 128)]
@@ -330,6 +347,10 @@ def test_a_picture_is_encoded_once_and_anew_only_when_it_changes(rows, tmp_path,
         for one in row.inputs:
             pixels = np.asarray(Image.open(one.path)).astype(np.float32) / 127.5 - 1
             assert torch.allclose(latents.read(one)[0], torch.from_numpy(pixels).permute(2, 0, 1), atol=1e-6)
+    row = plan[0].pictures[2]
+    prompt = Prompt(row.caption, width=64, height=64, inputs=tuple(str(one.path) for one in row.inputs))
+    (found,) = inputs.encoded([prompt], Model(), options, CPU)
+    assert all(torch.equal(one, latents.read(other)[0]) for one, other in zip(found, row.inputs, strict=True))
     in_memory = Model()
     prepare.read_pictures(options_of(rows), planned(options), in_memory, accelerator)
     assert in_memory.encoded == 5

@@ -34,9 +34,10 @@ def told(benchmark: Benchmark, settings: Settings) -> str:
         lacking = "not given: its metrics are left out" if path is None else _lacking(partial(model.check, path))
         usable[model.option] = None if lacking else path
         lines.append(_line(f"--{model.option}", model.source, lacking, path))
-    lacking = _lacking(lambda: benchmark.subjects(settings.data))
+    subjects: list[Subject] = []
+    lacking = _lacking(lambda: subjects.extend(benchmark.subjects(settings.data)))
     lines.insert(0, _line("--data", benchmark.data, lacking, settings.data))
-    lines.insert(1, _base(settings))
+    lines.insert(1, _base(settings, subjects))
     try:
         to_do = list(_to_do(Room(benchmark, replace(settings, models=usable), Alone())))
     except DeftError:  # which the lines before have told
@@ -58,8 +59,8 @@ def _line(option: str, source: Source, lacking: str, path: Path | None) -> str:
     return f"  {option}: {source.what}; {source.published}; {source.licence}\n    {state}"
 
 
-def _base(settings: Settings) -> str:
-    lacking = _lacking(lambda: training.check(settings))
+def _base(settings: Settings, subjects: Sequence[Subject]) -> str:
+    lacking = _lacking(lambda: training.check(settings, subjects))
     if not lacking:
         return f"  --model: the base model\n    there, {settings.model}"
     known = [f"\n    {one.what}; {one.published}; {one.licence}" for one in BASES]

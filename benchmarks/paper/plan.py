@@ -107,6 +107,8 @@ class Benchmark:
     :param columns: of further tables: name -> (metric, category or group of which it is the mean)
     :param notes: what a reader of the tables has to know
     :param hundredfold: metrics that the benchmark's own tables give times 100
+    :param sets_of: category of prompts whose pictures alone count where sets are compared, as by FID; "": all
+    :param sets_each: whether each subject's pictures are a set, and not those of all together
     """
 
     name: str
@@ -121,3 +123,5 @@ class Benchmark:
     columns: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     hundredfold: tuple[str, ...] = ()
+    sets_of: str = ""
+    sets_each: bool = False

@@ -39,6 +39,7 @@ def write(room: Room) -> None:
         "best": best,
         "methods": _methods(room, then.get("methods", {}), chosen.values()),
         "subjects": then.get("subjects", {}) | {one.name: _subject(room, one) for one in (*room.tuning, *room.counted)},
+        "sets_of": room.benchmark.sets_of,
         "scoring": room.measured if room.measured.get("models") else then.get("scoring", {}),
         "notes": _notes(room),
         "machines": machines,

@@ -54,6 +54,7 @@ class Scored:
     :param records: a drawn picture's path, relative to the results' folder -> its record
     :param scores: lines of scores, one a picture; of real pictures several a subject
     :param sets: lines of scores of a subject's pictures together, or of all where the subject is ""
+    :param sets_of: category of prompts that those are of; "" for all
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Scored:
     records: Mapping[str, Mapping[str, Any]]
     scores: tuple[Mapping[str, Any], ...]
     sets: tuple[Mapping[str, Any], ...]
+    sets_of: str = ""
 
     @functools.cached_property
     def _by_method(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
@@ -99,6 +101,8 @@ class Scored:
         Of real pictures, and of a score that a subject's pictures have together, it is the subject, as 1; of a score of
         all pictures it is "all".
         """
+        if METRICS[metric].of_sets and self.sets_of:
+            of = self.sets_of
         expected = {name: _expected(self.subjects[name], metric, of) for name in self.counted(tuning)}
         if (whole := self.of_all(method, metric)) is not None:
             lacking = sum(expected.values()) - whole[1].get("drawn", 0) if method != REAL else 0
@@ -160,7 +164,7 @@ def read(results: Path) -> Scored:
             key = row["method"], row["subject"]
             sets[key] = sets.get(key, {}) | row
     return Scored(folder, told.get("settings", {}), methods, subjects, tuple(told.get("notes", ())), records,
-                  tuple(pictures.values()), tuple(sets.values()))  # fmt: skip
+                  tuple(pictures.values()), tuple(sets.values()), told.get("sets_of", ""))  # fmt: skip
 
 
 def _method(key: str, said: Mapping[str, Any]) -> Method:

@@ -20,7 +20,7 @@ class Scores:
 
     :param records: of drawn pictures
     :param lines: one a picture, `{"picture": path, metric: value, "of": names of metrics that were asked for}`; of
-        sets `{"method": key, "subject": "", metric: value, "of": ...}`
+        sets `{"method": key, "subject": its name or "" for all, metric: value, "of": ...}`
     :param folder: which the records' paths are relative to
     """
 
@@ -72,16 +72,20 @@ class Scores:
             )
         return found
 
-    def score_sets(self, method: str, drawn: Sequence[Drawn], scorer: Scorer) -> None:
-        """Scores that all of a method's pictures have together, unless the same pictures have them already."""
+    def score_sets(self, method: str, subject: str, drawn: Sequence[Drawn], scorer: Scorer) -> None:
+        """Scores that a method's pictures have together, unless the same pictures have them already.
+
+        :param subject: of which the pictures are; "" for all
+        """
         names = [name for name in scorer.choice.names if METRICS[name].of_sets]
         number = sum(not one.prior for one in drawn)
-        last = [line for line in self.lines.read() if "picture" not in line and line["method"] == method]
+        key = method, subject
+        last = [one for one in self.lines.read() if "picture" not in one and (one["method"], one["subject"]) == key]
         if not names or (last and last[-1].get("drawn") == number and {*names} <= {*last[-1]["of"]}):
             return
         found = scorer.set_scores(drawn)
         if found:
-            self.lines.add({"method": method, "subject": "", **found, "of": names})
+            self.lines.add({"method": method, "subject": subject, **found, "of": names})
 
 
 def real(subject: Subject) -> dict[str, Drawn]:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.paper import choosing, generating, report, results, scoring, subjects, training
 from benchmarks.paper.choosing import Criterion
-from benchmarks.paper.metrics import PRIOR, Choice, choose
+from benchmarks.paper.metrics import PRIOR, Choice, Drawn, choose
 from benchmarks.paper.metrics.scorer import Scorer
 from benchmarks.paper.plan import BASE, REAL, Asked, Benchmark, Subject
 from benchmarks.paper.processes import Together, share
@@ -144,7 +144,7 @@ class Room:
 
     def check(self) -> None:
         """:raises DeftError: for what shows before anything is computed"""
-        training.check(self.settings)
+        training.check(self.settings, self.subjects)
         if not self.counted:
             raise DeftError(f"--data {self.settings.data}: no subject is left to train on")
         if len(self.settings.rates) > 1:
@@ -268,9 +268,18 @@ class Room:
             scores.score(left, dict.fromkeys(left, fields), scorer)
         if self.together.first and not tuning:
             for method in methods:
-                sets = [d for s in some for d in scores.drawn(s, by[method, s.name]).values()]
-                scores.score_sets(method, sets, scorer)
+                self._score_sets(method, by, scorer)
         self.measured = scorer.described()
+
+    def _score_sets(self, method: str, by: Mapping[tuple[str, str], list[Record]], scorer: Scorer) -> None:
+        """Of the pictures of all subjects together, or of each one's."""
+        found: dict[str, list[Drawn]] = defaultdict(list)
+        for subject in self.counted:
+            records = [r for r in by[method, subject.name] if self.benchmark.sets_of in ("", r["category"])]
+            drawn = self.scores.drawn(subject, records).values()
+            found[subject.name if self.benchmark.sets_each else ""].extend(drawn)
+        for name, pictures in found.items():
+            self.scores.score_sets(method, name, pictures, scorer)
 
     def _records(self) -> dict[tuple[str, str], list[Record]]:
         """Of the pictures that are there, by method and subject."""

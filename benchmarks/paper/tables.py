@@ -226,9 +226,11 @@ def missing_lines(scored: Scored, benchmark: Benchmark) -> list[str]:
 def set_lines(scored: Scored, benchmark: Benchmark) -> list[str]:
     """Of how many pictures the scores of sets are: those of few are biased."""
     names = [name for name in benchmark.metrics if METRICS[name].of_sets]
-    found = [(m, METRICS[name].title, scored.of_all(m.key, name)) for m in shown(scored) for name in names]
     return [
-        f"{title} of {label(scored, m)}: {whole[1].get('drawn')} drawn pictures beside {whole[1].get('real')} real ones"
-        for m, title, whole in found
-        if whole
+        f"{METRICS[name].title} of {label(scored, m)}{' on ' + row['subject'] if row['subject'] else ''}: "
+        f"{row.get('drawn')} drawn pictures beside {row.get('real')} real ones"
+        for m in shown(scored)
+        for row in scored.sets
+        for name in names
+        if row["method"] == m.key and name in row
     ]

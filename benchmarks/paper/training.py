@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,12 +165,17 @@ def _kept_in(made: list[Adapter], build: AdapterOf) -> AdapterOf:
     return built
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, subjects: Iterable[Subject]) -> None:
     """Finds out whether the trainer takes the model, the options and the adapters, without reading weights.
 
-    :raises DeftError: where it does not
+    :raises DeftError: where it does not, or the model reads no pictures, and subjects refer to them
     """
-    loading.outline_of(run_of(settings).model)
+    outline = loading.outline_of(run_of(settings).model)
+    referring = (s for s in subjects if any(row.inputs for row in s.rows) or any(asked.inputs for asked in s.asked))
+    if not outline.takes_pictures and (one := next(referring, None)):
+        raise DeftError(
+            f"--model {settings.model}: {one.name} refers to pictures, which it does not read; OmniGen does"
+        )
     for label in settings.adapters:
         if network_args(label) is None:
             adapters.config_of(label)

@@ -16,7 +16,7 @@ from library.data.folders import Found, look_into, pictures_of
 from library.data.index import Header, Index
 from library.data.masks import find_masks
 from library.data.remarks import Remarks, printable
-from library.data.resizing import Crop, face_of, input_crop
+from library.data.resizing import Crop, center_crop, face_of, input_crop
 from library.options.rooms import DataOptions, DatasetOptions, SubsetOptions
 from networks.deft_config import DeftError
 
@@ -236,13 +236,19 @@ def _fitted(
                 )
             if header.frames > 1:
                 remarks.add("{n} picture{s} of several frames ({one}): only the first is used", one.path)
-            inputs = tuple(input_picture(path, headers[path], most) for path in one.inputs)
+            wanted = center_crop(size, fit.resized, fit.bucket)
+            inputs = tuple(input_picture(path, headers[path], most, wanted) for path in one.inputs)
             yield Picture(one.path, one.caption, subset, subset.num_repeats, size, fit, buckets, mask, inputs)
 
 
-def input_picture(path: Path, header: Header, most: int) -> InputPicture:
-    """:param most: pixels of its longest side"""
-    return InputPicture(path, input_crop((header.width, header.height), most))
+def input_picture(path: Path, header: Header, most: int, wanted: Crop | None) -> InputPicture:
+    """What is read of it: one of the wanted picture's size is scaled and cut as that is, so that both show the same.
+
+    :param most: pixels of the longest side of others
+    :param wanted: what is done with the wanted picture
+    """
+    size = header.width, header.height
+    return InputPicture(path, wanted if wanted is not None and wanted.original == size else input_crop(size, most))
 
 
 def _balanced(found: list[Picture], remarks: Remarks) -> Iterator[Picture]:

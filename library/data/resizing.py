@@ -165,8 +165,8 @@ def center_crop(original: Size, resized: Size, bucket: Size) -> Crop:
 
 
 def input_crop(size: Size, most: int) -> Crop:
-    """Of an input picture, in the sizes of OmniGen's own training (`crop_arr` of its utils.py): as large as it is, but
-    at most so long, and cut in the middle to whole steps.
+    """Of an input picture alone, in the sizes of OmniGen's own training (`crop_arr` of its utils.py): as large as it
+    is, but at most so long, and cut in the middle to whole steps.
 
     :param most: --max_input_image_size
     """

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from library import keep
 from library.data import captions, plan
 from library.data.index import Index
-from library.data.plan import InputPicture, Plan
+from library.data.plan import Plan
 from library.data.remarks import Remarks
 from library.models import samplers
 from library.options.rooms import NetworkOptions, OptimizerOptions, PreservationOptions, Run
@@ -35,7 +34,6 @@ class Given:
     :param start: the adapter that the training goes on from
     :param base: adapters that are merged first, with their strengths
     :param resumed: where a state was saved, and the setting then
-    :param inputs: the input pictures of `samples`, by their paths
     """
 
     plan: Plan
@@ -45,7 +43,6 @@ class Given:
     start: AdapterFile | None
     base: list[tuple[AdapterFile, float]]
     resumed: tuple[Position, Setting] | None
-    inputs: Mapping[str, InputPicture]
 
     def texts(self) -> list[tuple[str, str]]:
         """Captions and prompts, each behind what a user knows it by."""
@@ -103,8 +100,8 @@ def _read(run: Run) -> Given:
     pictures = plan.plan_of(run.data, Index(run.data.caches.folder), remarks)
     _check_captions(run, pictures, remarks)
     remarks.tell()
-    samples, of_samples = inputs.checked(run, pictures, samples)
-    return Given(pictures, remarks, samples, to_keep, adapter, base, resumed, of_samples)
+    samples = inputs.checked(run, pictures, samples)
+    return Given(pictures, remarks, samples, to_keep, adapter, base, resumed)
 
 
 def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:

@@ -7,20 +7,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from library.data import captions, plan
-from library.data.index import header_of
-from library.data.plan import InputPicture, Plan, input_picture
+import torch
+from torch import Tensor
+
+from library.data import cache, captions, plan
+from library.data.cache import Memory
+from library.data.examples import Latents, decoded_input
+from library.data.index import Header, hash_of, header_of
+from library.data.plan import Plan, input_picture
+from library.data.resizing import INPUT_STEPS, Crop, center_crop
+from library.models.family import Family
 from library.models.loading import outline_of
 from library.options.rooms import DataOptions, Run
 from library.placeholders import PICTURE, misplaced
 from library.prompts import Prompt, told_unused
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, reason_of
 
 logger = logging.getLogger(__name__)
 
 
-def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, InputPicture]]:
-    """The prompts with the paths of their pictures, or without these where the model reads none; and each picture.
+def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with the paths of their pictures, or without these where the model reads none.
 
     :raises DeftError: for input pictures that the model cannot read, or that captions and prompts do not fit
     """
@@ -31,7 +38,7 @@ def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> tuple[list[P
     asked = any(one.subset.captions.condition_dropout_prob for one in plan.pictures(pictures))
     texts = [*(one.caption for one in plan.pictures(pictures)), *(prompt.text for prompt in prompts)]
     if not (with_inputs or given or asked or any(map(PICTURE.search, texts))):
-        return list(prompts), {}
+        return list(prompts)
     file = run.samples.sample_prompts or ""
     if not outline_of(run.model).takes_pictures:
         if with_inputs:
@@ -40,36 +47,68 @@ def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> tuple[list[P
         if asked:
             what = f"--condition_dropout_prob: {_model(run)} reads no input pictures"
             raise DeftError(f"{what}; --caption_dropout_rate leaves captions out")
-        return told_unused(prompts, f"--sample_prompts {file}:"), {}
+        return told_unused(prompts, f"--sample_prompts {file}:")
     for one in plan.pictures(pictures):
         if problem := misplaced(captions.whole(one.caption, one.subset.captions), len(one.inputs)):
             raise DeftError(f"the caption of {one.path}: {problem}")
-    return _of_prompts(prompts, Path(file), most)
+    return [_found(prompt, Path(file)) for prompt in prompts]
 
 
 def _model(run: Run) -> str:
     return Path(run.model.pretrained_model_name_or_path).name
 
 
-def _of_prompts(prompts: Sequence[Prompt], file: Path, most: int) -> tuple[list[Prompt], dict[str, InputPicture]]:
-    """:param file: of the prompts
-    :param most: pixels of a picture's longest side
+def encoded(
+    prompts: Sequence[Prompt], model: Family, options: DataOptions, device: torch.device
+) -> list[tuple[Tensor, ...]]:
+    """Latents (c, h, w) of each prompt's pictures, float32, on the CPU, as rows of --train_jsonl have them: a picture
+    of the proportions of what is drawn is scaled to its size. The VAE stays on the device.
+
+    :raises DeftError: for a picture that cannot be read
     """
-    option = f"--sample_prompts {file}:"
-    found: list[Prompt] = []
-    pictures: dict[str, InputPicture] = {}
-    for prompt in prompts:
-        if problem := misplaced(prompt.text, len(prompt.inputs)):
-            raise DeftError(f"{option} {problem}, in '{prompt.text}'")
-        paths = [_path(name, file.parent) for name in prompt.inputs]
-        for name, path in zip(prompt.inputs, paths, strict=True):
+    if not any(prompt.inputs for prompt in prompts):
+        return [()] * len(prompts)
+    model.vae.to(device)
+    vae, background = cache.fingerprint(model.vae), options.transparent_background
+
+    def latents(file: str, prompt: Prompt) -> Tensor:
+        path = Path(file)
+        try:
             header = header_of(path)
             if header.error:
-                reason = f"cannot be read ({header.error})" if path.is_file() else "no such file"
-                raise DeftError(f"{option} --i {name}: {reason}, in '{prompt.text}'")
-            pictures[str(path)] = input_picture(path, header, most)
-        found.append(replace(prompt, inputs=tuple(map(str, paths))))
-    return found, pictures
+                raise OSError(header.error)
+            one = input_picture(path, header, options.max_input_image_size, _like_drawn(header, prompt))
+            pixels, content = decoded_input(one, background).pixels, hash_of(path) or ""
+        except Exception as error:  # whatever Pillow raises
+            raise DeftError(f"{path}: cannot be read ({reason_of(error)})") from None
+        generator = cache.generator_of(Latents(Memory(), {path: content}, vae, background).key(one))
+        return model.encode_image(pixels[None], [generator])[0].float().cpu()
+
+    return [tuple(latents(file, prompt) for file in prompt.inputs) for prompt in prompts]
+
+
+def _like_drawn(header: Header, prompt: Prompt) -> Crop | None:
+    """For a picture of the proportions of what is drawn."""
+    size, (width, height) = (header.width, header.height), (prompt.width, prompt.height)
+    drawn = width - width % INPUT_STEPS, height - height % INPUT_STEPS
+    return center_crop(size, drawn, drawn) if size[0] * drawn[1] == size[1] * drawn[0] else None
+
+
+def _found(prompt: Prompt, file: Path) -> Prompt:
+    """With the paths of its pictures.
+
+    :param file: of the prompts
+    """
+    option, where = f"--sample_prompts {file}:", f", in '{prompt.text}'"
+    if problem := misplaced(prompt.text, len(prompt.inputs)):
+        raise DeftError(f"{option} {problem}{where}")
+    paths = [_path(name, file.parent) for name in prompt.inputs]
+    for name, path in zip(prompt.inputs, paths, strict=True):
+        if not path.is_file():
+            raise DeftError(f"{option} --i {name}: no such file{where}")
+        if error := header_of(path).error:
+            raise DeftError(f"{option} --i {name}: cannot be read ({error}){where}")
+    return replace(prompt, inputs=tuple(map(str, paths)))
 
 
 def _path(name: str, folder: Path) -> Path:

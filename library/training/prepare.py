@@ -32,26 +32,23 @@ Item = TypeVar("Item", View, InputPicture, View | InputPicture)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def read_pictures(
-    options: DataOptions, plan: Plan, model: Family, accelerator: Accelerator, samples: Sequence[InputPicture] = ()
-) -> tuple[Plan, Latents]:
+def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: Accelerator) -> tuple[Plan, Latents]:
     """Encodes all pictures that are the same in every epoch, and all input pictures; the VAE is put aside where that is
     all. Pictures that cannot be read are named and left out.
 
-    :param samples: input pictures of the prompts that are drawn
-    :raises DeftError: when none is left, or one of the prompts' cannot be read, or for sizes that the model cannot have
+    :raises DeftError: when none is left, or for sizes that the model cannot have
     """
     check_sizes(plan, model.multiple_of)
     caches = options.caches
     on_disk = caches.cache_latents_to_disk
     entries: Entries = Store(caches.folder) if on_disk else Memory()
     files = [file for picture in pictures(plan) for file in picture.files]
-    contents = Index(caches.folder).hashes([*files, *(one.path for one in samples)])
+    contents = Index(caches.folder).hashes(files)
     latents = Latents(entries, contents, cache.fingerprint(model.vae), options.transparent_background)
     given, unreadable = plan, dict(_lost(plan, contents))
     plan = without(plan, unreadable)
     inputs = [one for picture in pictures(plan) for one in picture.inputs]
-    asked: list[View | InputPicture] = [*views(plan), *inputs, *(one for one in samples if one.path in contents)]
+    asked: list[View | InputPicture] = [*views(plan), *inputs]
     keys = [(latents.key(one), one) for one in asked]  # pictures of the same content share one
     wanted = dict(keys)
 
@@ -88,9 +85,6 @@ def read_pictures(
     )  # fmt: skip
     unreadable |= {one.path: reason_of(failed[key]) for key, one in keys if key in failed}
     unreadable |= unreadable_of([View(picture) for one in plan if one.varies for picture in one.pictures], load)
-    for path in (one.path for one in samples):
-        if path not in contents or path in unreadable:
-            raise DeftError(f"--sample_prompts: {path} cannot be read ({unreadable.get(path, 'it is gone')})")
     for line in unreadable_lines(given, unreadable):
         logger.warning(line)
     left = without(plan, unreadable)

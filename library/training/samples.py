@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class Samples:
     :param folder: where `sample/` is made
     :param name: the adapter's
     :param sampler: of `--sample_sampler`
-    :param inputs: latents (c, h, w) of the prompts' pictures, by their paths
+    :param inputs: of each prompt, see `inputs.encoded`
     """
 
     prompts: Sequence[Prompt]
@@ -59,7 +59,7 @@ class Samples:
     folder: Path
     name: str
     sampler: str | None
-    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Sequence[Sequence[Tensor]]
 
     def __post_init__(self) -> None:
         """:raises DeftError: for a sampler that the model does not have"""
@@ -86,7 +86,7 @@ class Samples:
 
     def _draw(self, number: int, prompt: Prompt, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        inputs = [self.inputs[name].to(self.accelerator.device) for name in prompt.inputs]
+        inputs = [one.to(self.accelerator.device) for one in self.inputs[number]]
         with torch.no_grad():
             text, negative = self.texts([prompt.text], [inputs]), self.texts([prompt.negative])
         with Bar(prompt.steps, "drawing", "steps") as bar:

@@ -2,7 +2,7 @@
 
 DREAMBENCH_PLUS_DIR=... DINO_DIR=... pytest tests/integration/test_dreambench_plus_scores.py -s
 
-Checkouts of yuangpeng/dreambench_plus and facebookresearch/dino; `pip install torchvision fire megfile loguru pendulum`.
+Checkouts of yuangpeng/dreambench_plus and facebookresearch/dino; pip install torchvision fire megfile loguru pendulum
 """
 
 from __future__ import annotations

@@ -193,11 +193,6 @@ class Scorer:
         return quality
 
 
-def real_pictures(references: Sequence[Path]) -> list[Drawn]:
-    """Each real picture compared with the others: what a method could reach at most."""
-    return [Drawn(file, tuple(other for other in references if other != file)) for file in references]
-
-
 def _able(metric: Metric, picture: Drawn) -> bool:
     """Whether the picture has what the metric compares it with."""
     needed: Mapping[Compares, Any] = {
