@@ -139,6 +139,8 @@ def write_requests(trees: Iterable[Path], upstream: Path, model: str, file: Path
     """
     prompts = read_prompts(upstream)
     asked = [(item, tree) for tree in trees for item in items_of(tree, runs)]
+    if not asked:
+        raise DeftError("--requests: no pictures are drawn yet")
     messages: list[dict[str, Any]] = []
     files: list[Path] = []
     lines: list[bytes] = []
