@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.paper.metrics import METRICS, PRIOR, Choice, Drawn, Metric
+from benchmarks.paper.metrics import METRICS, PRIOR, Choice, Drawn
 from benchmarks.paper.metrics.scorer import Scorer
 from benchmarks.paper.plan import REAL, Subject
 from benchmarks.paper.records import Record, Records
@@ -105,8 +105,3 @@ def real_fields(subject: Subject) -> Record:
 
 def _alone(choice: Choice) -> Choice:
     return Choice(tuple(name for name in choice.names if not METRICS[name].of_sets))
-
-
-def of_pictures(names: Iterable[str]) -> list[Metric]:
-    """Those metrics that a picture has for itself."""
-    return [METRICS[name] for name in names if not METRICS[name].of_sets]
