@@ -148,6 +148,13 @@ def test_captions_that_do_not_name_their_pictures_end_in_one_line(model, caption
     assert misplaced(*BATCH[1][:1], 2) is None
 
 
+@pytest.mark.parametrize("size", [(66, 4), (4, 66)])
+def test_pictures_that_are_too_large_end_in_one_line(model, size):
+    for noisy, inputs in ((torch.zeros(1, 4, *size), []), (torch.zeros(1, 4, 4, 4), [torch.zeros(4, *size)])):
+        with pytest.raises(DeftError, match="a picture has 66 latents a side, OmniGen knows places of 64"):
+            predicted(model, [("<img><|image_1|></img>" if inputs else "", inputs)], noisy)
+
+
 # --- objective -------------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +428,17 @@ def test_what_is_not_read_ends_in_one_line(folder, tmp_path):
     (original / "model.safetensors").rename(original / "model.pt")
     with pytest.raises(DeftError, match="no Diffusers model folder"):
         loaded(original)
+
+
+def test_another_vae_in_the_model_s_own_scale(folder, tmp_path):
+    vae = loaded(folder).vae
+    vae.register_to_config(scaling_factor=0.5)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(1)
+    vae.save_pretrained(str(tmp_path / "vae"))
+    found = loaded(folder, vae=str(tmp_path / "vae")).vae
+    assert torch.equal(found.decoder.conv_out.bias, vae.decoder.conv_out.bias)
+    assert found.config.scaling_factor == 0.13025
 
 
 def test_other_families_options_are_told(folder, caplog):

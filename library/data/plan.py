@@ -226,6 +226,8 @@ def _fitted(
         else:
             try:
                 fit = buckets.fit(*size)
+                wanted = center_crop(size, fit.resized, fit.bucket)
+                inputs = tuple(input_picture(path, headers[path], most, wanted) for path in one.inputs)
             except DeftError as error:
                 remarks.add(f"{one.path}: left out, {error}", one.path)
                 continue
@@ -236,8 +238,6 @@ def _fitted(
                 )
             if header.frames > 1:
                 remarks.add("{n} picture{s} of several frames ({one}): only the first is used", one.path)
-            wanted = center_crop(size, fit.resized, fit.bucket)
-            inputs = tuple(input_picture(path, headers[path], most, wanted) for path in one.inputs)
             yield Picture(one.path, one.caption, subset, subset.num_repeats, size, fit, buckets, mask, inputs)
 
 
@@ -246,6 +246,7 @@ def input_picture(path: Path, header: Header, most: int, wanted: Crop | None) ->
 
     :param most: pixels of the longest side of others
     :param wanted: what is done with the wanted picture
+    :raises DeftError: when it is too elongated
     """
     size = header.width, header.height
     return InputPicture(path, wanted if wanted is not None and wanted.original == size else input_crop(size, most))

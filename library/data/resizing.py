@@ -169,6 +169,7 @@ def input_crop(size: Size, most: int) -> Crop:
     is, but at most so long, and cut in the middle to whole steps.
 
     :param most: --max_input_image_size
+    :raises DeftError: when it is too elongated for that
     """
     width, height = size
     while min(width, height) >= 2 * most:
@@ -178,6 +179,8 @@ def input_crop(size: Size, most: int) -> Crop:
     if min(width, height) < INPUT_STEPS:
         width, height = _scaled((width, height), INPUT_STEPS / min(width, height))
     left, top = width % INPUT_STEPS, height % INPUT_STEPS
+    if max(width - left, height - top) > most:
+        raise DeftError(f"an input picture of {size[0]}x{size[1]} is too elongated for --max_input_image_size {most}")
     return Crop(size, (width, height), (left // 2, top // 2), (width - left, height - top))
 
 

@@ -102,13 +102,13 @@ class OmniGen(Family):
         own = omnigen_drawing.GUIDANCE, omnigen_drawing.PICTURE_GUIDANCE
         asked = prompt.guidance, prompt.embedded_guidance
         guidance = [default if given is None else given for given, default in zip(asked, own, strict=True)]
-        step, trained_with = self.multiple_of, self.pipeline.scheduler
+        trained_with = self.pipeline.scheduler
         self.pipeline.scheduler = self.sampler(sampler)
         try:
             latents = self.pipeline(
                 terms=omnigen_drawing.guided(text, negative, alone, *guidance),
-                width=prompt.width // step * step,
-                height=prompt.height // step * step,
+                width=prompt.width,
+                height=prompt.height,
                 num_inference_steps=prompt.steps,
                 generator=prompt.generator(),
                 callback_on_step_end=None if bar is None else counted_by(bar),

@@ -57,6 +57,7 @@ class Pipeline(DiffusionPipeline):
         """`images`: latents (b, c, h, w), float32.
 
         :param prompt: captions without pictures; else `terms`
+        :param width: in pixels, as `height`; of whole tokens, what is more is left out
         :param generator: on the CPU, one a picture
         :param terms: weight and condition, in place of all that is said by words
         """
@@ -64,8 +65,9 @@ class Pipeline(DiffusionPipeline):
             negative = self.encoded(negative_prompt or [NEGATIVE] * len(prompt))
             terms = guided(self.encoded(prompt), negative, None, guidance_scale, PICTURE_GUIDANCE)
         generators = [generator] if isinstance(generator, torch.Generator) else generator
-        size = (self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        noise = [torch.randn(size, generator=one) for one in generators]
+        patch, channels = self.transformer.config.patch_size, self.transformer.config.in_channels
+        rows, columns = (side // (patch * self.vae_scale_factor) * patch for side in (height, width))
+        noise = [torch.randn(channels, rows, columns, generator=one) for one in generators]
         latents = torch.stack(noise).to(self.transformer.device)
         sigmas = np.linspace(1, 0, num_inference_steps, endpoint=False)
         self.scheduler.set_timesteps(sigmas=sigmas, device=latents.device)

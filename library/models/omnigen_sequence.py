@@ -90,8 +90,15 @@ def answer(transformer: Any, noisy: Tensor, times: Tensor, text: Text) -> Tensor
     :param noisy: (b, c, h, w)
     :param times: (b,) from 0, noise, to 1
     :param text: of `encoded`
+    :raises DeftError: for pictures that are too large
     """
     config = transformer.config
+    largest, most = max(*noisy.shape[-2:], *text["places"][..., 1:].flatten().tolist()), config.pos_embed_max_size
+    if largest > most * config.patch_size:
+        raise DeftError(
+            f"a picture has {largest} latents a side, OmniGen knows places of {most * config.patch_size}; give a lower "
+            f"--resolution"
+        )
     tokens = noisy[0, 0].numel() // config.patch_size**2
     long = (text["lengths"] + 1 + tokens > config.original_max_position_embeddings).tolist()
     groups = [rows for kind in (False, True) if (rows := [i for i, is_long in enumerate(long) if is_long == kind])]

@@ -13,9 +13,9 @@ from torch import Tensor
 from library.data import cache, captions, plan
 from library.data.cache import Memory
 from library.data.examples import Latents, decoded_input
-from library.data.index import Header, hash_of, header_of
-from library.data.plan import Plan, input_picture
-from library.data.resizing import INPUT_STEPS, Crop, center_crop
+from library.data.index import hash_of, header_of
+from library.data.plan import InputPicture, Plan, input_picture
+from library.data.resizing import INPUT_STEPS, center_crop
 from library.models.family import Family
 from library.models.loading import outline_of
 from library.options.rooms import DataOptions, Run
@@ -51,7 +51,7 @@ def checked(run: Run, pictures: Plan, prompts: Sequence[Prompt]) -> list[Prompt]
     for one in plan.pictures(pictures):
         if problem := misplaced(captions.whole(one.caption, one.subset.captions), len(one.inputs)):
             raise DeftError(f"the caption of {one.path}: {problem}")
-    return [_found(prompt, Path(file)) for prompt in prompts]
+    return [_found(prompt, Path(file), most) for prompt in prompts]
 
 
 def _model(run: Run) -> str:
@@ -72,43 +72,42 @@ def encoded(
     vae, background = cache.fingerprint(model.vae), options.transparent_background
 
     def latents(file: str, prompt: Prompt) -> Tensor:
-        path = Path(file)
+        one = _picture(Path(file), prompt, options.max_input_image_size)
         try:
-            header = header_of(path)
-            if header.error:
-                raise OSError(header.error)
-            one = input_picture(path, header, options.max_input_image_size, _like_drawn(header, prompt))
-            pixels, content = decoded_input(one, background).pixels, hash_of(path) or ""
+            pixels, content = decoded_input(one, background).pixels, hash_of(one.path) or ""
         except Exception as error:  # whatever Pillow raises
-            raise DeftError(f"{path}: cannot be read ({reason_of(error)})") from None
-        generator = cache.generator_of(Latents(Memory(), {path: content}, vae, background).key(one))
+            raise DeftError(f"{file}: cannot be read ({reason_of(error)})") from None
+        generator = cache.generator_of(Latents(Memory(), {one.path: content}, vae, background).key(one))
         return model.encode_image(pixels[None], [generator])[0].float().cpu()
 
     return [tuple(latents(file, prompt) for file in prompt.inputs) for prompt in prompts]
 
 
-def _like_drawn(header: Header, prompt: Prompt) -> Crop | None:
-    """For a picture of the proportions of what is drawn."""
+def _picture(path: Path, prompt: Prompt, most: int) -> InputPicture:
+    """:param most: pixels of its longest side, unless it has the proportions of what is drawn
+    :raises DeftError: when it is not there, cannot be read, or is too elongated
+    """
+    header = header_of(path)
+    if header.error:
+        raise DeftError(f"{path}: cannot be read ({header.error})" if path.is_file() else f"{path}: no such file")
     size, (width, height) = (header.width, header.height), (prompt.width, prompt.height)
     drawn = width - width % INPUT_STEPS, height - height % INPUT_STEPS
-    return center_crop(size, drawn, drawn) if size[0] * drawn[1] == size[1] * drawn[0] else None
+    as_drawn = center_crop(size, drawn, drawn) if size[0] * drawn[1] == size[1] * drawn[0] else None
+    return input_picture(path, header, most, as_drawn)
 
 
-def _found(prompt: Prompt, file: Path) -> Prompt:
+def _found(prompt: Prompt, file: Path, most: int) -> Prompt:
     """With the paths of its pictures.
 
     :param file: of the prompts
     """
-    option, where = f"--sample_prompts {file}:", f", in '{prompt.text}'"
-    if problem := misplaced(prompt.text, len(prompt.inputs)):
-        raise DeftError(f"{option} {problem}{where}")
-    paths = [_path(name, file.parent) for name in prompt.inputs]
-    for name, path in zip(prompt.inputs, paths, strict=True):
-        if not path.is_file():
-            raise DeftError(f"{option} --i {name}: no such file{where}")
-        if error := header_of(path).error:
-            raise DeftError(f"{option} --i {name}: cannot be read ({error}){where}")
-    return replace(prompt, inputs=tuple(map(str, paths)))
+    try:
+        if problem := misplaced(prompt.text, len(prompt.inputs)):
+            raise DeftError(problem)
+        found = [_picture(_path(name, file.parent), prompt, most) for name in prompt.inputs]
+    except DeftError as error:
+        raise DeftError(f"--sample_prompts {file}: {error}, in '{prompt.text}'") from None
+    return replace(prompt, inputs=tuple(str(one.path) for one in found))
 
 
 def _path(name: str, folder: Path) -> Path:
