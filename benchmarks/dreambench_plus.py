@@ -38,10 +38,18 @@ METRICS = ("clip_i", "dinov1", "dinov2", "clip_t")
 PROTOCOLS = {"sd15": (100, 512), "sdxl": (500, 1024)}  # upstream's generate_models.py: steps, pixels
 RATES = (5e-5, 1e-4, 3e-4, 1e-3)  # upstream's for SDXL and for SD 1.5, and above
 NOTES = "notes on arXiv 2509.22793; CLIP-T of a prompt's first sentence"
+ABOUT = (
+    "a subject has one picture: there is none to compare it with, as an upper anchor",
+    "figures are of pictures as they were drawn; upstream's own scripts compare them as JPEG, as in samples/",
+)
 PUBLISHED = {  # CLIP-T; protocol, method, the adapter of this benchmark that it is
     "sd15": (("Textual Inversion SD 1.5", 0.302, ""), ("DreamBooth SD 1.5", 0.323, "")),
     "sdxl": (("DreamBooth LoRA SDXL", 0.341, "lora"), ("PaRa SDXL", 0.354, "para"), ("DEFT SDXL", 0.361, "deft-none")),
 }
+
+RATED = {"DreamBooth LoRA SDXL": 0.865, "DreamBooth SD": 0.721, "Emu2": 0.690, "IP-Adapter ViT-G SDXL": 0.640,
+         "Textual Inversion SD": 0.624, "BLIP-Diffusion": 0.495, "IP-Adapter-Plus ViT-H SDXL": 0.413}  # PF  # fmt: skip
+RATED_BY = "gpt-4o-2024-05-13; DreamBench++'s leaderboard"
 
 
 def benchmark_of(args: Namespace) -> Benchmark:
@@ -52,6 +60,8 @@ def benchmark_of(args: Namespace) -> Benchmark:
     if args.requests and not args.upstream:
         raise DeftError("--requests: the prompts are upstream's; give --upstream, a checkout of "
                         "https://github.com/yuangpeng/dreambench_plus")  # fmt: skip
+    if (args.requests or args.ratings) and args.stage not in ("all", "report"):
+        raise DeftError(f"--stage {args.stage}: requests are written and ratings read at the report")
     if args.ratings and not args.rater:
         raise DeftError("--ratings: tables name who rated; give --rater")
     steps, size = PROTOCOLS[args.protocol]
@@ -64,7 +74,7 @@ def benchmark_of(args: Namespace) -> Benchmark:
     columns = {f"{TABLE[metric].title} {part}": (metric, part) for metric, part in parts}
     read = partial(subjects, tuning=len(set(args.rates)) > 1)
     return Benchmark("DreamBench++", read, DATA, METRICS, steps, size, guidance=7.5, drawing_steps=100,
-                     published=published, columns=columns, hundredfold=METRICS)  # fmt: skip
+                     published=published, columns=columns, hundredfold=METRICS, notes=ABOUT)  # fmt: skip
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -88,8 +98,8 @@ def finish(args: Namespace, settings: Settings) -> None:
     """Behind the report: upstream's tree of samples, requests, ratings."""
     from benchmarks.paper import ratings
     from benchmarks.paper.dreambench_plus_samples import Drawing, write_samples
-    from benchmarks.paper.report import shown
     from benchmarks.paper.scored import read
+    from benchmarks.paper.tables import shown, table
     from benchmarks.paper.training import run_of
     from networks.deft_io import write_whole
 
@@ -103,7 +113,9 @@ def finish(args: Namespace, settings: Settings) -> None:
             print(f"requests for {rater}: {file} ({file.stat().st_size / 1e6:.1f} MB)")
     if args.ratings:
         rated = ratings.rated(args.rater, list(trees.values()), ratings.read_answers(args.ratings))
-        print(text := ratings.markdown(rated))
+        others = table(["published method", "PF (not ours)", "rated by; source"],
+                       [[name, f"{value:.3f}", RATED_BY] for name, value in RATED.items()])  # fmt: skip
+        print(text := f"{ratings.markdown(rated)}\n\n{others}")
         write_whole(settings.output / "ratings.md", f"{text}\n".encode())
         write_whole(settings.output / "ratings.json", json.dumps(ratings.as_json(rated), indent=1).encode())
 

@@ -267,6 +267,8 @@ def test_requests_are_lines_of_the_batch_interface(run, checkout, monkeypatch):
     assert [path.name for path in files] == ["requests.jsonl", "requests-2.jsonl", "requests-3.jsonl",
                                              "requests-4.jsonl"]  # fmt: skip
     assert [json.loads(line) for path in files for line in path.read_text().splitlines()] == lines
+    with pytest.raises(DeftError, match="no pictures are drawn"):
+        ratings.write_requests([], checkout, "rater", file)
     with pytest.raises(DeftError, match=r"--upstream .*give a checkout"):
         ratings.read_prompts(run[0])
 
@@ -401,6 +403,7 @@ def test_both_protocols_are_upstreams():
     from argparse import ArgumentParser
 
     parser = ArgumentParser()
+    parser.add_argument("--stage", default="all")
     dreambench_plus.add_options(parser)
     sd, sdxl = (dreambench_plus.benchmark_of(parser.parse_args(["--protocol", name])) for name in ("sd15", "sdxl"))
     assert (sd.steps, sd.size, sdxl.steps, sdxl.size) == (100, 512, 500, 1024)
@@ -409,7 +412,9 @@ def test_both_protocols_are_upstreams():
     assert not any(p.adapter for p in sd.published), "figures of SDXL are not laid beside runs on SD 1.5"
     assert sd.columns["CLIP-T style transfer"] == ("clip_t", "style transfer")
     assert {5e-5, 1e-4} <= set(parser.parse_args([]).rates)
-    for options, said in ((["--requests", "x"], "give --upstream"), (["--ratings", "x"], "give --rater")):
+    late = ["--ratings", "x", "--rater", "y", "--stage", "score"]
+    for options, said in ((["--requests", "x"], "give --upstream"), (["--ratings", "x"], "give --rater"),
+                          (late, "at the report")):  # fmt: skip
         with pytest.raises(DeftError, match=said):
             dreambench_plus.benchmark_of(parser.parse_args(options))
 
@@ -453,6 +458,7 @@ def test_a_run_from_beginning_to_end(folder, judges, model_folder, checkout, tmp
     assert animal[1] == main[5]
     assert animal[2:] == ["–", "–", "–"]
     assert "| real pictures |" not in printed, "there is but one picture of a subject"
+    assert "* a subject has one picture" in printed
     own = next(line for line in printed.splitlines() if line.startswith("| DreamBooth LoRA SDXL | CLIP-T | 0.341 |"))
     assert main[8] in own
     assert {path.name for path in out.glob("report.*")} == {"report.md", "report.json"}

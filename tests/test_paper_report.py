@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.paper import bootstrap, plots, report, scored, sheet
+from benchmarks.paper import bootstrap, plots, report, scored, sheet, tables
 from benchmarks.paper.plan import Benchmark, Published, Source
 from networks.deft_config import DeftError
 
@@ -135,29 +135,30 @@ def test_tables_say_what_is_known(run, capsys):
     report.report(BENCHMARK, run)
     printed = capsys.readouterr().out
     assert (run.parent / "report.md").read_text(encoding="utf-8").strip() == printed.strip()
-    main, hundredfold, animal, imaginative, differences, rates = cells(printed, "deft")[:6]
+    main, hundredfold, animal, imaginative, rates = cells(printed, "deft")[:5]
     assert main[:5] == ["deft", "4", "1,234,567", "5e-05", "100"]
     assert main[5].startswith("0.720 [")
     assert hundredfold[1].startswith("72.00 [")
     assert animal[1].startswith("0.570 [")
     assert imaginative[1] == "0.370 [0.370, 0.370]"
-    assert differences[1] == "+0.020 [+0.020, +0.020]; higher in 4 of 4"
     assert rates == ["deft", "**5e-05**", "0.100", "0.335"]
     assert cells(printed, "real pictures")[0][5:] == ["0.950 [0.950, 0.950]", "–"]
     assert cells(printed, "base model")[0][5].startswith("0.500 [")
-    assert cells(printed, "base model")[4][1].startswith("-0.200 [-0.200")
+    assert [cells(printed, f"{name} minus lora")[0][1] for name in ("deft", "base model")] == [
+        "+0.020 [+0.020, +0.020]; higher in 4 of 4", "-0.200 [-0.200, -0.200]; higher in 0 of 4"]  # fmt: skip
+    assert "too narrow for so few" in printed
     assert "1 more served to choose rates" in printed
     assert "* PRES is left out: no model" in printed
     assert "PRES |" not in printed, "a column without figures is left out"
 
 
 def test_published_figures_stand_apart_and_beside_ones_own(run):
-    found = report.published_table(BENCHMARK, scored.read(run)).split("\n")
+    found = tables.published_table(BENCHMARK, scored.read(run)).split("\n")
     assert found[0] == "| published method | figure | published (not ours) | own run | source |"
     assert found[2] == "| DEFT of the paper | CLIP-T | 0.361 | 0.335 [0.335, 0.335] | a note |"
     assert found[3].startswith("| DEFT of the paper | CLIP-I animal | 0.900 | 0.570 [")
     assert found[4] == "| another's | CLIP-I | 0.500 |  | a table |"
-    alone = report.published_table(BENCHMARK).split("\n")
+    alone = tables.published_table(BENCHMARK).split("\n")
     assert [line.split(" | ")[3] for line in alone[2:]] == [""] * 3
 
 
@@ -179,7 +180,7 @@ def test_missing_pictures_are_said(run):
     assert cells(text, "lora")[0][5].endswith("]*")
     assert cells(text, "deft")[0][5].endswith("]")
     assert "* lora: 3 without a score, of cat, vase: CLIP-I" in text
-    assert "higher in 3 of 3" in cells(text, "deft")[4][1], "where both have a score"
+    assert "higher in 3 of 3" in cells(text, "deft minus lora")[0][1], "where both have a score"
     assert report.as_json(found, BENCHMARK)["figures"][LORA]["CLIP-I"]["missing"] == 3
 
 
@@ -213,6 +214,23 @@ def test_prompts_of_the_class_alone_are_in_no_other_mean(run):
     text = report.markdown(found, BENCHMARK)
     assert cells(text, "lora")[0][7] == "0.250 [0.250, 0.250]"
     assert "PRES (lower is better)" in text
+
+
+def test_methods_of_several_ranks_are_told_apart_and_compared_with_their_own(run):
+    told = json.loads(run.read_text(encoding="utf-8"))
+    for key in (LORA, DEFT):
+        told["methods"][key.replace("|4|", "|8|")] = told["methods"][key] | {"rank": 8}
+    run.write_text(json.dumps(told), encoding="utf-8")
+    for name in ("records.jsonl", "scores.jsonl"):
+        rows = [row for row in rows_of(run.with_name(name)) if "_4_" in row.get("picture", "")]
+        more = json.loads(json.dumps(rows).replace("_4_", "_8_").replace("|4|", "|8|"))
+        more = [row | {"clip_i": row["clip_i"] + 0.05} if "clip_i" in row else row for row in more]
+        write(run.with_name(name), rows_of(run.with_name(name)) + more)
+    text = report.markdown(scored.read(run), BENCHMARK)
+    assert cells(text, "deft, rank 8")[0][5].startswith("0.770 [")
+    assert cells(text, "deft, rank 4")[0][5].startswith("0.720 [")
+    for rank in ("4", "8"):
+        assert cells(text, f"deft, rank {rank} minus lora, rank {rank}")[0][1].startswith("+0.020 [")
 
 
 def test_scores_of_sets(run):
@@ -293,13 +311,15 @@ def test_rows_are_spread(number, most, expected):
 
 
 def test_the_plot_stands_where_the_means_are(run):
-    (panel,) = report.panels(scored.read(run), BENCHMARK)
+    (panel,), (apart,) = report.panels(scored.read(run), BENCHMARK)
+    assert apart.points.keys() == {"base model", "deft"}
+    assert apart.points["deft"][1][:3] == pytest.approx((0.02, 0.02, 0.02))
     assert panel.points.keys() == {"base model", "lora", "deft"}
     x, y = panel.points["deft"]
     assert (x.mean, y.mean) == pytest.approx((0.335, 0.72))
     assert panel.limit == pytest.approx(0.95)
     pytest.importorskip("matplotlib")
-    plots.draw([panel], run.parent / "plot.png", "Made")
+    plots.draw([[panel], [apart]], run.parent / "plot.png", "Made")
     with Image.open(run.parent / "plot.png") as picture:
         assert picture.width > 300
 

@@ -24,6 +24,7 @@ from benchmarks.paper.bootstrap import Interval, interval
 from benchmarks.paper.dreambench_plus_data import CATEGORIES, GROUPS, IMAGINATIVE, PHOTOREALISTIC, STYLE_TRANSFER
 from benchmarks.paper.dreambench_plus_samples import opened
 from benchmarks.paper.records import lines_of
+from benchmarks.paper.tables import table
 from networks.deft_config import DeftError, read_text
 from networks.deft_io import write_whole
 from networks.deft_progress import Bar
@@ -138,6 +139,8 @@ def write_requests(trees: Iterable[Path], upstream: Path, model: str, file: Path
     """
     prompts = read_prompts(upstream)
     asked = [(item, tree) for tree in trees for item in items_of(tree, runs)]
+    if not asked:
+        raise DeftError("--requests: no pictures are drawn yet")
     messages: list[dict[str, Any]] = []
     files: list[Path] = []
     lines: list[bytes] = []
@@ -319,8 +322,6 @@ def parts_of(item: Item) -> tuple[str, str]:
 
 def markdown(ratings: Ratings) -> str:
     """The table in upstream's form; under the rater's name, since another rater's figures are not comparable."""
-    from benchmarks.paper.report import table
-
     head = ["method", *COLUMNS, PRODUCT]
 
     def shown(cell: Rated | float | None) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,13 @@ class Scored:
     sets: tuple[Mapping[str, Any], ...]
     sets_of: str = ""
 
+    @functools.cached_property
+    def _by_method(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for row in (*self.scores, *self.sets):
+            found.setdefault(row["method"], []).append(row)
+        return found
+
     def counted(self, tuning: bool = False) -> list[str]:
         """The subjects that results are means over, or those that rates were chosen on."""
         return [name for name, told in self.subjects.items() if told.tuning == tuning]
@@ -75,9 +83,9 @@ class Scored:
         subjects. Subjects without a score are left out: `missing` counts them."""
         wanted = set(self.counted(tuning))
         found: dict[str, list[float]] = {}
-        for row in (*self.scores, *self.sets):
+        for row in self._by_method.get(method, ()):
             name, value = row["subject"], _number(row.get(metric))
-            if row["method"] == method and name in wanted and value is not None and self._is_of(row, of):
+            if name in wanted and value is not None and self._is_of(row, of):
                 found.setdefault(name, []).append(value)
         return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
@@ -108,8 +116,8 @@ class Scored:
     def _of_pictures(self, method: str, metric: str, of: str) -> Counter[str]:
         return Counter(
             row["subject"]
-            for row in self.scores
-            if row["method"] == method and _number(row.get(metric)) is not None and self._is_of(row, of)
+            for row in self._by_method.get(method, ())
+            if _number(row.get(metric)) is not None and self._is_of(row, of)
         )
 
     def _is_of(self, row: Mapping[str, Any], of: str) -> bool:

@@ -115,7 +115,8 @@ def _compare(then: Mapping[str, Any], now: Mapping[str, Any], settings: Settings
         old, new = then["subjects"][name], now["subjects"][name]
         same = all(old["prompts"].get(index, told) == told for index, told in new["prompts"].items())
         if not same or any(old[part] != new[part] for part in ("group", "tuning", "rows")):
-            raise DeftError(f"{different} {name}: other pictures, captions or prompts; give another --output")
+            raise DeftError(f"{different} {name}: other pictures, captions or prompts, or a part in the choice of "
+                            f"rates; give another --output")  # fmt: skip
 
 
 def _check_pictures(subjects: Sequence[Subject], known: set[Path]) -> None:
