@@ -144,6 +144,7 @@ def test_a_run_from_beginning_to_end(whole):
     assert results["subjects"]["can"]["tuning"]
     assert not results["subjects"]["dog"]["tuning"]
     assert "without prior preservation" in " ".join(results["notes"])
+    assert f"deft: the best of the rates is at the edge of the grid, {best:g}" in results["notes"]
     records = [json.loads(line) for line in (whole / "records.jsonl").read_text().splitlines()]
     drawn = {(one["method"], one["subject"]) for one in records}
     rates = {f"deft|4|{rate}|2" for rate in ("0.001", "0.01")}

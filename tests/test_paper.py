@@ -24,9 +24,11 @@ from benchmarks.paper import adapters, choosing, training
 from benchmarks.paper.choosing import Criterion
 from benchmarks.paper.generating import Painter
 from benchmarks.paper.labels import ADAPTERS, PEFT, network_args
+from benchmarks.paper.metrics import Choice, Drawn
 from benchmarks.paper.plan import BASE, Asked, Row, Subject
 from benchmarks.paper.processes import Alone, Several, share
 from benchmarks.paper.records import Records
+from benchmarks.paper.scoring import Scores
 from benchmarks.paper.settings import Method, Settings, Training, name_of_file, seed_of
 from benchmarks.paper.stages import Room
 from library.training.loop import TrainingLoop
@@ -271,6 +273,35 @@ def test_records_of_several_processes_come_together(tmp_path):
     several[0].gather()
     assert [file.name for file in tmp_path.iterdir()] == ["drawn.jsonl"]
     assert sorted(one["of"] for one in several[2].read()) == [0, 1, 2]
+
+
+def test_pictures_are_scored_again_when_others_of_their_prompt_have_come(tmp_path):
+    """Diversity is of all of a prompt's pictures; a metric that is new is computed too, and nothing else."""
+
+    class Counting:
+        choice = Choice(("clip_i", "div", "fid"))
+
+        def scores(self, pictures):
+            return [{"div": float(len(one.siblings))} for one in pictures]
+
+    records = Records(tmp_path, "records")
+    scores = Scores(records, Records(tmp_path, "scores"), tmp_path)
+    asked = Asked(0, "a dog", "a dog", number=3)
+    subject = Subject("dog", (), (asked,), (tmp_path / "real.jpg",))
+    one = {"method": BASE, "subject": "dog", "index": 0, "seed": 0}
+    for number in (1, 3):
+        for k in range(number):
+            if k or number == 1:
+                records.add(one | {"k": k, "picture": f"{k}.png"})
+        drawn = scores.drawn(subject, list(records.read()))
+        left = scores.left(drawn, Counting.choice)
+        assert len(left) == number
+        scores.score(left, {}, Counting())
+        assert scores.left(drawn, Counting.choice) == {}
+    assert [(line["picture"], line["div"]) for line in scores.read()] == [(f"{k}.png", 2.0) for k in range(3)]
+    assert len(scores.left(drawn, Choice(("clip_i", "dino")))) == 3
+    assert drawn["1.png"] == Drawn(tmp_path / "1.png", (tmp_path / "real.jpg",), "a dog",
+                                   (tmp_path / "0.png", tmp_path / "2.png"))  # fmt: skip
 
 
 # --- processes ---

@@ -85,16 +85,14 @@ class PeftAdapter:
         self.layers = _inject(config, denoiser)
         self.trained = [p for p in denoiser.parameters() if p.requires_grad]
         self.module: nn.Module = nn.ParameterList(self.trained)
-        self.first = [p.detach().clone() for p in self.trained]
 
     def fields(self) -> dict[str, object]:
         """See `Adapter`."""
         return {"ss_network_module": "peft", CONFIG: _as_json(self.config)}
 
     def groups(self, rates: OptimizerOptions) -> tuple[list[dict[str, Any]], list[str]]:
-        """See `Adapter`; its values are float32 again, as they were before the model was placed in less."""
-        for parameter, value in zip(self.trained, self.first, strict=True):
-            parameter.data = value.to(parameter.device)
+        """See `Adapter`; its values are float32, whatever the model has been placed in."""
+        _in_float32(self.trained)
         rate = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
         return [{"params": self.trained, "lr": rate}], ["unet"]
 
@@ -132,10 +130,13 @@ def _inject(config: peft.PeftConfig, denoiser: nn.Module) -> list[BaseTunerLayer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of block sizes that do not fit, which the number of parameters shows
         peft.inject_adapter_in_model(config, denoiser)
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    _in_float32(p for p in denoiser.parameters() if p.requires_grad)
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _in_float32(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
 
 
 def _as_json(config: peft.PeftConfig) -> str:

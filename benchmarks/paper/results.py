@@ -86,7 +86,10 @@ def _subject(room: Room, subject: Subject) -> Record:
 
 def _notes(room: Room) -> list[str]:
     failed = [f"{one['key']} could not go on: {one['failed']}" for one in room.trainings.read() if "failed" in one]
-    return [*room.benchmark.notes, *room.choice.left_out.values(), *failed]
+    ends = (room.settings.rates[0], room.settings.rates[-1])
+    at_edge = [f"{one.adapter}: the best of the rates is at the edge of the grid, {one.rate:g}"
+               for one in room.chosen().values() if room.tuning and one.rate in ends]  # fmt: skip
+    return [*room.benchmark.notes, *room.choice.left_out.values(), *failed, *at_edge]
 
 
 def _machine() -> dict[str, str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.paper.metrics import METRICS, PRIOR, Choice, Drawn, Metric
+from benchmarks.paper.metrics import METRICS, PRIOR, Choice, Drawn
 from benchmarks.paper.metrics.scorer import Scorer
 from benchmarks.paper.plan import REAL, Subject
 from benchmarks.paper.records import Record, Records
@@ -19,8 +19,9 @@ class Scores:
     """Lines of scores of one run.
 
     :param records: of drawn pictures
-    :param lines: one a picture, `{"picture": path, metric: value, "of": names of metrics that were asked for}`; of
-        sets `{"method": key, "subject": its name or "" for all, metric: value, "of": ...}`
+    :param lines: one a picture, `{"picture": path, metric: value, "of": names of metrics that were asked for,
+        "siblings": how many others its prompt had}`; of sets `{"method": key, "subject": its name or "" for all,
+        metric: value, "of": ...}`
     :param folder: which the records' paths are relative to
     """
 
@@ -36,10 +37,19 @@ class Scores:
             if "method" in line or picture in known:
                 yield known.get(picture, {}) | line
 
-    def done(self, choice: Choice) -> set[str]:
-        """Pictures that have been asked all these metrics."""
+    def left(self, pictures: Mapping[str, Drawn], choice: Choice) -> dict[str, Drawn]:
+        """Those that have not been asked all these metrics, or have been before others of their prompt were drawn.
+
+        :param pictures: by the path that lines have
+        """
         wanted = set(_alone(choice).names)
-        return {line["picture"] for line in self.lines.read() if "picture" in line and wanted <= {*line["of"]}}
+        known = {one["picture"]: one for one in self.lines.read() if "picture" in one}
+
+        def is_done(path: str, drawn: Drawn) -> bool:
+            line = known.get(path, {"of": ()})
+            return wanted <= {*line["of"]} and line.get("siblings") == len(drawn.siblings)
+
+        return {path: one for path, one in pictures.items() if not is_done(path, one)}
 
     def score(self, pictures: Mapping[str, Drawn], more: Mapping[str, Record], scorer: Scorer) -> None:
         """Scores pictures and writes a line for each.
@@ -51,7 +61,8 @@ class Scores:
         for i in range(0, len(paths), AT_ONCE):
             part = paths[i : i + AT_ONCE]
             for path, found in zip(part, scorer.scores([pictures[path] for path in part]), strict=True):
-                self.lines.add({"picture": path, **more.get(path, {}), **found, "of": names})
+                siblings = len(pictures[path].siblings)
+                self.lines.add({"picture": path, **more.get(path, {}), **found, "of": names, "siblings": siblings})
 
     def drawn(self, subject: Subject, records: Sequence[Record]) -> dict[str, Drawn]:
         """A method's pictures of a subject, as the metrics are given them, by the path that records have."""
@@ -105,8 +116,3 @@ def real_fields(subject: Subject) -> Record:
 
 def _alone(choice: Choice) -> Choice:
     return Choice(tuple(name for name in choice.names if not METRICS[name].of_sets))
-
-
-def of_pictures(names: Iterable[str]) -> list[Metric]:
-    """Those metrics that a picture has for itself."""
-    return [METRICS[name] for name in names if not METRICS[name].of_sets]

@@ -255,17 +255,19 @@ class Room:
         device = "cuda" if torch.cuda.is_available() and self.settings.device != "cpu" else "cpu"
         cache = out / "cache" / f"embeddings-{self.together.index}"
         scorer = Scorer(self.choice, self.settings.models, cache, device)
-        done, by = scores.done(self.choice), self._records()
+        by = self._records()
         drawings = self.to_draw(tuning)
         methods = list(dict.fromkeys(one.key for one in drawings))
         some = self.tuning if tuning else self.counted
+        found: dict[str, Drawn] = {}
+        fields: dict[str, Record] = {}
         for subject, method in share([(s, m) for s in some for m in [*methods, REAL]], self.together):
             if method == REAL:
-                found, fields = scoring.real(subject), scoring.real_fields(subject)
+                found |= (pictures := scoring.real(subject))
+                fields |= dict.fromkeys(pictures, scoring.real_fields(subject))
             else:
-                found, fields = scores.drawn(subject, by[method, subject.name]), {}
-            left = {path: one for path, one in found.items() if path not in done}
-            scores.score(left, dict.fromkeys(left, fields), scorer)
+                found |= scores.drawn(subject, by[method, subject.name])
+        scores.score(scores.left(found, self.choice), fields, scorer)
         if self.together.first and not tuning:
             for method in methods:
                 self._score_sets(method, by, scorer)
