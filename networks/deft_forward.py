@@ -53,8 +53,15 @@ class AdaptedForward:
         self.org_module.__dict__["forward"] = self.forward
 
     def restore(self) -> None:
-        """Gives the layer its own forward back."""
-        self.org_module.__dict__["forward"] = self.org_forward
+        """Gives the layer its own forward back, or what stands before it in line what stands behind."""
+        layer = self.org_module.__dict__
+        before = getattr(layer.get("forward"), "__self__", None)
+        while isinstance(before, AdaptedForward) and before is not self:
+            if getattr(before.org_forward, "__self__", None) is self:
+                before.org_forward = self.org_forward
+                return
+            before = getattr(before.org_forward, "__self__", None)
+        layer["forward"] = self.org_forward
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's own output plus multiplier * up(down(x)); at multiplier 0 the layer's own output itself."""

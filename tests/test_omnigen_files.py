@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import peft
 import pytest
 import torch
@@ -13,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Phi3Config, Phi3Model
 
 from networks import convert_deft, deft, deft_formats, deft_io, merge_deft
-from tests.conftest import deltas, largest_error, relative_error
+from tests.conftest import ROOT, deltas, largest_error, relative_error
 from tests.test_architectures import network, omnigen_transformer
 from tests.test_fused import PIECES, answer
 
@@ -235,7 +239,12 @@ def test_loaded_it_answers_as_the_trainers_network_and_taken_out_as_the_base(tmp
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
-def test_several_at_their_strengths_are_the_sum_of_their_deltas(tmp_path):
+@pytest.mark.parametrize("order", [0, 1])
+def test_several_at_their_strengths_are_the_sum_of_their_deltas(tmp_path, order):
+    """They are taken out in any order.
+
+    :param order: which one first
+    """
     model = omnigen_transformer()
     base = answer(model)
     wanted: dict[str, Tensor] = {}
@@ -246,9 +255,13 @@ def test_several_at_their_strengths_are_the_sum_of_their_deltas(tmp_path):
                 wanted[name] = wanted.get(name, 0) + strength * delta
         loras = [load_lora(model, tmp_path / f"{k}.safetensors", strength) for k, strength in enumerate((0.8, -0.5))]
         found = answer(model)
-        for lora in reversed(loras):
-            lora.remove()
+        loras[order].remove()
+        alone = answer(model)
+        loras[1 - order].remove()
         assert torch.equal(answer(model), base)
+        other = load_lora(model, tmp_path / f"{1 - order}.safetensors", (0.8, -0.5)[1 - order])
+        assert relative_error(answer(model), alone) < 1e-6
+        other.remove()
         layers = {m.lora_name: m.org_module for m in loras[0].all_modules}
         for name, delta in wanted.items():
             layers[name].weight += delta
@@ -267,3 +280,39 @@ def test_in_bfloat16_as_pipelines_are(tmp_path):
         assert set(deltas(lora)) == {m.lora_name for m in lora.all_modules}
         lora.remove()
         assert torch.equal(answer(model), base)
+
+
+def test_the_lines_of_the_docs_run(tmp_path, monkeypatch):
+    """As they stand there, with a pipeline that has the small transformer and answers with it."""
+    transformer, drawn = omnigen_transformer(), []
+
+    class Pipeline:
+        @classmethod
+        def from_pretrained(cls, folder: str, **options) -> Pipeline:
+            return cls()
+
+        def to(self, device: str) -> Pipeline:
+            self.transformer = transformer
+            return self
+
+        def __call__(self, prompt: str) -> SimpleNamespace:
+            with torch.no_grad():
+                drawn.append(answer(transformer))
+            return SimpleNamespace(images=[SimpleNamespace(save=lambda path: None)])
+
+    text = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    lines = re.search(r"^## OmniGen\n[^#]*?\n\n((?:    .*\n)+)", text, re.MULTILINE)
+    assert lines is not None
+    assert lines[1].count("\n") == 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vars(diffusers), "OmniGenPipeline", Pipeline)
+    expected = trained_file(tmp_path / "cat.safetensors")
+    transformer = omnigen_transformer()  # that of the file has its network
+    base = answer(transformer)
+    exec(textwrap.dedent(lines[1]).replace('"cuda"', '"cpu"'), {})
+    assert torch.equal(answer(transformer), base)
+    for name, delta in expected.items():
+        layer, kind = re.search(r"_layers_(\d)_self_attn_(to_\w+?)(?:_0)?$", name).groups()
+        found = getattr(transformer.layers[int(layer)].self_attn, kind)
+        (found[0] if kind == "to_out" else found).weight += 0.8 * delta
+    assert relative_error(drawn[0], answer(transformer)) < 1e-5
