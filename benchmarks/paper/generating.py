@@ -9,21 +9,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from benchmarks.paper.adapters import attached
 from benchmarks.paper.plan import Asked
 from benchmarks.paper.settings import Settings
 from benchmarks.paper.training import run_of
-from library.data import cache
-from library.data.examples import decoded_input
-from library.data.index import header_of
-from library.data.plan import input_picture
 from library.models.loading import load
 from library.prompts import Prompt
 from library.training import prepare, start
+from library.training.inputs import encoded
 from library.training.texts import Texts
-from networks.deft_config import DeftError
 from networks.deft_io import write_whole
 
 
@@ -56,23 +51,17 @@ class Painter:
         """One picture.
 
         :param seed: of its noise
+        :raises DeftError: for a picture of the prompt's that cannot be read
         """
         prompt = Prompt(
-            asked.prompt, width=self.size, height=self.size, seed=seed, guidance=self.guidance, steps=self.steps
-        )
-        inputs = [self._encoded(path) for path in asked.inputs]
+            asked.prompt, width=self.size, height=self.size, seed=seed, guidance=self.guidance, steps=self.steps,
+            inputs=tuple(map(str, asked.inputs)),
+        )  # fmt: skip
+        [latents] = encoded([prompt], self.model, self.data, self.accelerator.device)
+        inputs = [one.to(self.accelerator.device) for one in latents]
         with self.accelerator.autocast():
             text, negative = self.texts([prompt.text], [inputs]), self.texts([prompt.negative])
             return self.model.draw(prompt, text, negative, inputs=inputs)
-
-    def _encoded(self, path: Path) -> Tensor:
-        """A picture that a prompt refers to, as the trainer has it: latents (c, h, w), the same every time."""
-        if not self.model.takes_pictures:
-            raise DeftError(f"{path}: a prompt refers to it, and {self.model.path.name} reads no pictures")
-        data = self.data
-        picture = input_picture(path, header_of(path), data.max_input_image_size)
-        pixels = decoded_input(picture, data.transparent_background).pixels[None]
-        return self.model.encode_image(pixels, [cache.generator_of(cache.content_hash(path.read_bytes()))])[0]
 
 
 def write(image: Image.Image, file: Path) -> None:
