@@ -148,6 +148,7 @@ def test_a_description_names_no_pictures_and_no_fields():
     [
         ({"tasks": ("canni",)}, "--tasks canni: no row .* picture canni .did you mean 'canny'.*there are InstantStyle"),
         ({"tasks": ("",)}, "--tasks : give a condition"),
+        ({"rows": 0}, "--rows 0: give at least 1"),
         ({"tasks": ("canny:",)}, "--tasks canny:: give a condition"),
         ({"tasks": ("depth",), "context": 3}, "--context 3: 3 rows"),
         ({"instruction": "{txt} {given}"}, "{txt}: allowed are .*did you mean 'text'"),
