@@ -157,6 +157,20 @@ def test_an_empty_mask_and_none_take_the_middle(tmp_path: Path):
     assert without.tobytes() == small_insdet.picture(1).crop((4, 0, 44, 40)).tobytes()
 
 
+def test_what_is_not_there_is_told_once(data: Path, cuts: Cuts, caplog):
+    single = data / "Scenes" / "hard" / "office_001"
+    single.mkdir(parents=True)
+    small_insdet.picture(1).save(single / "rgb_000.jpg")
+    for times in (1, 0):
+        for what in insdet_data.WHAT.values():
+            what(data, cuts, Protocol())
+        told = [record.message for record in caplog.records]
+        assert sum("1 view (" in line and "003.jpg) without a mask" in line for line in told) == times
+        assert sum("1 scene (" in line and "office_001) with fewer" in line for line in told) == times
+        cuts.make()
+        caplog.clear()
+
+
 def test_which_objects(tmp_path: Path, cuts: Cuts):
     root = tmp_path / "data"
     for number in range(100):
@@ -188,6 +202,10 @@ def test_mistakes_are_one_line(data: Path, cuts: Cuts, tmp_path: Path):
     refused("--objects 0:", objects="0")
     refused("no such folder: .*published at", insdet_data.objects, tmp_path / "none")
     refused("no folder Scenes", insdet_data.scenes, tmp_path / "InsDet-mini" / "Objects")
+    (tmp_path / "empty" / "objects").mkdir(parents=True)
+    (tmp_path / "empty" / "scenes").mkdir()
+    refused("Objects holds no folders", insdet_data.objects, tmp_path / "empty", objects="all")
+    refused("Scenes holds no frames", insdet_data.scenes, tmp_path / "empty")
     images = data / "Objects" / "000_aveda_shampoo" / "images"
     (images / "001.jpg").write_bytes((images / "001.jpg").read_bytes()[:300])
     refused("001.jpg: cannot be read as a picture")

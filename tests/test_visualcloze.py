@@ -148,6 +148,7 @@ def test_a_description_names_no_pictures_and_no_fields():
     [
         ({"tasks": ("canni",)}, "--tasks canni: no row .* picture canni .did you mean 'canny'.*there are InstantStyle"),
         ({"tasks": ("",)}, "--tasks : give a condition"),
+        ({"rows": 0}, "--rows 0: give at least 1"),
         ({"tasks": ("canny:",)}, "--tasks canny:: give a condition"),
         ({"tasks": ("depth",), "context": 3}, "--context 3: 3 rows"),
         ({"instruction": "{txt} {given}"}, "{txt}: allowed are .*did you mean 'text'"),
@@ -195,15 +196,15 @@ def test_published_figures_stand_in_columns_of_their_tasks(tmp_path: Path):
 
 def options_of(data: Path, model: Path, out: Path, *more: object) -> list[str]:
     given = ["--data", data, "--model", model, "--output", out, "--device", "cpu", "--adapters", "lora", "--rank", "2",
-             "--rates", "1e-3", "--steps", "1", "--size", "64", "--drawing_steps", "1", "--rows", "1", "--tasks",
+             "--rates", "1e-3", "--steps", "1", "--size", "64", "--drawing_steps", "1", "--rows", "2", "--tasks",
              "canny", *more]  # fmt: skip
     return list(map(str, given))
 
 
 def test_from_data_to_report_with_an_example_in_context(data: Path, tmp_path: Path):
     model, out = small_omnigen.build(tmp_path / "omnigen"), tmp_path / "out"
-    clip = small_judges.clip(tmp_path / "clip")
-    assert visualcloze.main(options_of(data, model, out, "--context", 1, "--clip", clip)) == 0
+    judges = ("--clip", small_judges.clip(tmp_path / "clip"), "--dinov2", small_judges.dinov2(tmp_path / "dinov2"))
+    assert visualcloze.main(options_of(data, model, out, "--context", 1, *judges)) == 0
     records, scores = (
         [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
         for name in ("records.jsonl", "scores.jsonl")
@@ -213,6 +214,8 @@ def test_from_data_to_report_with_an_example_in_context(data: Path, tmp_path: Pa
     drawn = {score["picture"]: score for score in scores if score.get("picture", "").startswith("pictures/")}
     assert drawn.keys() == {record["picture"] for record in records}
     assert all({"clip_i", "clip_t", "ssim", "f1"} <= score.keys() for score in drawn.values())
+    sets = {(score["method"], score["subject"]) for score in scores if "fd_dinov2" in score}
+    assert sets == {("base", "canny"), ("lora|2|0.001|1", "canny")}  # each task's own
     assert "F1, canny" in (out / "report.md").read_text(encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.paper.cuts import Cuts
 from benchmarks.paper.plan import Asked, Row, Subject
 from library.data.folders import listed, picture_files
+from library.data.remarks import Remarks
 from networks.deft_config import DeftError, nearest
 
 PUBLISHED = "https://github.com/insdet/instance-detection (InsDet-FULL or InsDet-mini)"
@@ -72,25 +73,36 @@ def objects(data: Path, cuts: Cuts, protocol: Protocol) -> list[Subject]:
     folders = [folder for folder in listed(_inside(data, "Objects")) if folder.is_dir()]
     chosen = _chosen(folders, protocol.objects)
     tuning = [folder for folder in folders[TUNING_OBJECTS] if not _named(protocol.objects) or folder not in chosen]
-    return [
-        _object(folder, cuts, protocol.reference, tuning=folder in tuning)
+    remarks = Remarks()
+    found = [
+        _object(folder, cuts, protocol.reference, folder in tuning, remarks)
         for folder in folders
         if folder in chosen or folder in tuning
     ]
+    if not found:
+        raise DeftError(f"{data}: Objects holds no folders of objects; it is published at {PUBLISHED}")
+    if cuts.missing():  # what is made is not told again
+        remarks.tell()
+    return found
 
 
 def scenes(data: Path, cuts: Cuts, protocol: Protocol) -> list[Subject]:
     """Scenes: of the frames in the order of their names the even ones are trained on, the odd ones compared with.
 
-    :raises DeftError: when there are none, or one has a single frame
+    :raises DeftError: when there are none
     """
-    found = []
-    for level in listed(_inside(data, "Scenes")):
-        for folder in listed(level) if level.is_dir() else ():
-            if folder.is_dir() and (frames := picture_files(folder)):
+    found, remarks = [], Remarks()
+    for level in (path for path in listed(_inside(data, "Scenes")) if path.is_dir()):
+        for folder in (path for path in listed(level) if path.is_dir()):
+            frames = picture_files(folder)
+            if len(frames) > 1:
                 found.append(_scene(level.name, folder, frames, cuts, protocol.reference))
+            else:
+                remarks.add("{n} scene{s} ({one}) with fewer than two frames left out", folder)
     if not found:
-        raise DeftError(f"{data}: Scenes holds no pictures in easy/SCENE or hard/SCENE; it is published at {PUBLISHED}")
+        raise DeftError(f"{data}: Scenes holds no frames in easy/SCENE or hard/SCENE; it is published at {PUBLISHED}")
+    if cuts.missing():
+        remarks.tell()
     return found
 
 
@@ -102,12 +114,15 @@ def words_of(folder: str) -> str:
     return re.sub(r"^\d+_|_\d+$", "", folder).replace("_", " ").strip() or folder
 
 
-def _object(folder: Path, cuts: Cuts, reference: bool, tuning: bool) -> Subject:
+def _object(folder: Path, cuts: Cuts, reference: bool, tuning: bool, remarks: Remarks) -> Subject:
     views = picture_files(_inside(folder, "images"))
     trained, held = views[::EVERY], views[EVERY // 2 :: EVERY]
     if not held:
         raise DeftError(f"{folder}: {len(views)} views; at least {EVERY // 2 + 1} are needed")
     masks = _masks(folder)
+    for view in (*trained, *held):
+        if view.stem not in masks:
+            remarks.add("{n} view{s} ({one}) without a mask: cut in the middle", view)
     rows = [cuts.add(folder.name, view, masks.get(view.stem), MARGIN) for view in trained]
     real = [cuts.add(folder.name, view, masks.get(view.stem)) for view in held]
     words = words_of(folder.name)
@@ -117,8 +132,6 @@ def _object(folder: Path, cuts: Cuts, reference: bool, tuning: bool) -> Subject:
 
 
 def _scene(level: str, folder: Path, frames: Sequence[Path], cuts: Cuts, reference: bool) -> Subject:
-    if len(frames) < 2:
-        raise DeftError(f"{folder}: 1 frame; one is trained on and another is compared with")
     name = f"{level}_{folder.name}"
     squares = [cuts.add(name, frame) for frame in frames]
     trained, held = squares[::2], squares[1::2]

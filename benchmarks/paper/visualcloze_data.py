@@ -86,6 +86,9 @@ def subjects(data: Path, cuts: Cuts, protocol: Protocol) -> list[Subject]:
     :raises DeftError: when the data or a task's rows are not there
     """
     check_instruction(protocol)
+    for option, number in (("train_rows", protocol.train_rows), ("rows", protocol.rows)):
+        if number < 1:
+            raise DeftError(f"--{option} {number}: give at least 1")
     tasks = [task_of(text) for text in protocol.tasks]
     train = _with_all(tasks, data, "train", protocol.train_rows)
     test = _with_all(tasks, data, "test", protocol.rows + TUNING_ROWS)
