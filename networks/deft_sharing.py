@@ -206,9 +206,7 @@ def write_with_metadata(source: Path, path: Path, metadata: Mapping[str, str]) -
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         header = {"__metadata__": dict(metadata)} | header
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
-        deft_io.write_whole(path, _parts(len(text).to_bytes(8, "little") + text, file, source.stat().st_size))
+        deft_io.write_whole(path, _parts(deft_io.header_of(header), file, source.stat().st_size))
 
 
 def _parts(header: bytes, file: io.BufferedReader, size: int) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeAlias, TypeGuard
 
-from torch import Tensor, nn
+from torch import nn
 
 from networks.deft_config import DeftError
 
@@ -285,7 +285,7 @@ _LUMINA_WORDS = (
     "t_embedder cap_embedder mlp final_layer linear"
 )
 
-_CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
+CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 
 
 def _base(version: str, architecture: str) -> Base:
@@ -298,7 +298,7 @@ def _sd_base(unet: nn.Module) -> tuple[str, str]:
 
 
 def _sd_version(widths: Sequence[int]) -> tuple[str, str]:
-    if widths and _CROSS_ATTENTION_WIDTHS.get(widths[0]) == "Stable Diffusion 2.x":
+    if widths and CROSS_ATTENTION_WIDTHS.get(widths[0]) == "Stable Diffusion 2.x":
         return "sd_v2", ""
     return "sd_v1", "stable-diffusion-v1"
 
@@ -504,13 +504,6 @@ ARCHITECTURES = (
 )
 
 # What a foreign file looks made for: the first row whose pattern is found in one of its keys.
-_FILE_SIGNS = (
-    ("FLUX.1", r"lora_unet_(double|single)_blocks_|^transformer\.(single_)?transformer_blocks"),
-    ("Stable Diffusion 3", r"joint_blocks_"),
-    ("SDXL", r"lora_te2_|lora_unet_(input|middle|output)_blocks?_|add_embedding|transformer_blocks_[2-9]_"),
-    ("Stable Diffusion 1.x or 2.x in Diffusers' key names", r"^(unet|text_encoder)\.|\.processor\."),
-    ("Stable Diffusion 1.x or 2.x", r"lora_unet_(down_blocks|up_blocks|mid_block)_|lora_te_text_model"),
-)
 
 
 def recognise(unet: nn.Module) -> tuple[Architecture, Part]:
@@ -670,17 +663,6 @@ def is_adaptable(layer: nn.Module) -> TypeGuard[Layer]:
 def is_pointwise(layer: nn.Module) -> bool:
     """Linear layers and 1x1 convolutions, which follow `dim`; the others follow `conv_dim`."""
     return not isinstance(layer, nn.Conv2d) or layer.kernel_size == (1, 1)
-
-
-def looks_made_for(tensors: Mapping[str, Tensor]) -> str:
-    """The model that an adapter file looks made for, in words, by its key names and widths."""
-    for name, pattern in _FILE_SIGNS:
-        if any(re.search(pattern, key) for key in tensors):
-            for key, value in tensors.items():
-                if re.search(r"attn2_to_k\.(lora_down|lora_A|deft_R)", key) and "1.x or 2.x" in name:
-                    return _CROSS_ATTENTION_WIDTHS.get(value.shape[1], name)
-            return name
-    return "a model that is not known here"
 
 
 def as_list(models: nn.Module | Sequence[nn.Module | None] | None) -> list[nn.Module | None]:

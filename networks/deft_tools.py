@@ -108,7 +108,7 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
-    deft_io.write_safetensors(tensors, path, {**metadata, **deft_io.webui_hashes(tensors, metadata)})
+    deft_io.write_hashed(tensors, path, metadata)
 
 
 class Losses:
