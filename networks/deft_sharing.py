@@ -114,6 +114,10 @@ def _setting(given: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not equals or not name.strip():
         raise DeftError(f"--set {given}: write key=value, the whole in quotes where it has spaces")
+    if any("\ud800" <= letter <= "\udfff" for letter in given):
+        raise DeftError(
+            f"--set {given.encode(errors='replace').decode()}: no text in this terminal's encoding; use UTF-8"
+        )
     if not value.strip():
         raise DeftError(f"--set {given}: no value; --unset {name} takes one out")
     if name == "weight" and _weight({FRIENDLY["weight"]: value}) is None:
