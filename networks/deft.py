@@ -21,9 +21,10 @@ from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer
 from networks.deft_load import LoadResult
 from networks.deft_module import DeftModule
+from networks.deft_names import looks_made_for
 from networks.deft_progress import progress
 from networks.deft_ranks import Ranks
-from networks.deft_targets import Part, Target, as_list, base_metadata, looks_made_for, recognise
+from networks.deft_targets import Part, Target, as_list, base_metadata, recognise
 from networks.deft_weights import add_to_weight
 
 logger = logging.getLogger(__name__)

@@ -87,7 +87,9 @@ def converted(file: Path, to: str, dtype: torch.dtype | None, limit: Limit, verb
     dtype = dtype or deft_tools.saved_dtype(None, read.dtype)
     read.told += _told_of_errors(read.errors, verbose)
     done = {"from": read.format, "to": to, **read.done} | ({"errors": read.errors} if read.errors else {})
-    metadata = deft_tools.carried(read.metadata, "convert", done)
+    named, lines = deft_repair.base_named(read.metadata, read.architecture, read.changes)
+    read.told += lines if to not in ("kohya", "deft") else []
+    metadata = deft_tools.carried(named if to not in ("kohya", "deft") else read.metadata, "convert", done)
     tensors, metadata = _tensors(to, read, dtype, metadata)
     read.told.append(_read_back(read.changes, tensors, metadata, dtype if to != "deft" else torch.float32))
     ranks = sorted({change.rank for change in read.changes.values()})

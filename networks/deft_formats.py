@@ -22,7 +22,7 @@ from networks import deft_factors, deft_io, deft_names
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 from networks.deft_kinds import Change, Dense, Facts, OnBase, change_of
-from networks.deft_names import DENOISER
+from networks.deft_names import DENOISER, FORMATS, Format
 from networks.deft_targets import TOGETHER
 
 __all__ = [
@@ -43,55 +43,6 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 AUTHORS_FILE, AUTHORS_CONFIG = "knowledge_injection_state.bin", "knowledge_injection_config"
 PEFT_KEY = "lora_adapter_metadata"  # of diffusers: JSON of peft's configurations, "unet.r" and the like
 
-
-@dataclass(frozen=True)
-class Format:
-    """How programs name the layers of an adapter.
-
-    :param layers: (what a layer's key begins with, its model: `DENOISER`, a text encoder in Diffusers' words,
-        or one of kohya's prefixes, to be kept); what stands behind it is the layer's path
-    :param flat: whether paths have underscores for dots
-    """
-
-    name: str
-    writers: str
-    layers: tuple[tuple[str, str], ...]
-    flat: bool = False
-
-
-_KOHYA_MODELS = (
-    (r"^(?:lora_unet|lycoris|lora_transformer|oft_unet)_", DENOISER),
-    (r"^(?=lora_prior_)", "kept"),
-    (r"^lora_te1?_(?=text_model|encoder_layers)", "text_encoder"),
-    (r"^lora_te2_(?=text_model|encoder_layers|encoder_block)", "text_encoder_2"),
-    (r"^lora_te3_(?=encoder_block)", "text_encoder_3"),
-    (r"^(?=lora_te)", "kept"),
-)
-FORMATS = (
-    Format("kohya", "sd-scripts, musubi-tuner, LyCORIS, OneTrainer, A1111", _KOHYA_MODELS, flat=True),
-    Format(
-        "diffusers",
-        "diffusers, ai-toolkit, SimpleTuner, OneTrainer",
-        (
-            (r"^(?:unet|transformer)\.", DENOISER),
-            (r"^text_encoder\.", "text_encoder"),
-            (r"^text_encoder_2\.", "text_encoder_2"),
-            (r"^text_encoder_3\.", "text_encoder_3"),
-        ),
-    ),
-    Format(
-        "comfy",
-        "ComfyUI, ai-toolkit, OneTrainer, musubi-tuner's converter",
-        (
-            (r"^(?:model\.)?diffusion_model\.", DENOISER),
-            (r"^text_encoders\.clip_[lh]\.transformer\.", "text_encoder"),
-            (r"^text_encoders\.clip_g\.transformer\.", "text_encoder_2"),
-            (r"^text_encoders\.t5xxl\.transformer\.", "text_encoder_3"),
-        ),
-    ),
-    Format("peft", "peft, one model a folder", ((r"^base_model\.model\.(?:model\.)?", "peft"),)),
-    Format("bare", "Black Forest Labs, XLabs, OneTrainer, diffusers before 0.22", ((r"^", "bare"),)),
-)
 
 # The end of a key -> the tensor's name in `deft_kinds`; adapters of peft have a name of their own in states.
 _TENSORS = (
@@ -304,7 +255,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: st
     layers, left = _by_layer(tensors, source)
     if not layers:
         raise DeftError(f"{source}: holds no adapter layers")
-    models = {layer: _model_of(layer.partition(TOGETHER)[0]) for layer in layers}
+    models = {layer: deft_names.model_of(layer.partition(TOGETHER)[0]) for layer in layers}
     widths = {
         parts["lora_down.weight"].shape[1]
         for layer, parts in layers.items()
@@ -356,42 +307,6 @@ def _split(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _model_of(layer: str) -> tuple[Format, str, str]:
-    """A layer's format, its model, and its path there."""
-    for format in FORMATS:
-        for pattern, model in format.layers:
-            found = re.match(pattern, layer)
-            if found:
-                path = layer[found.end() :]
-                if model == "peft":
-                    model = _bare_model(path)
-                if model == "bare":
-                    model, path = _bare_model(path), _without_processor(path)
-                elif format.name in ("diffusers", "comfy"):
-                    path = _without_processor(path)
-                return format, model, path
-    raise AssertionError(layer)  # the last row fits all
-
-
-def _bare_model(path: str) -> str:
-    if re.match(r"(text_model\.)?encoder\.layers\.", path):
-        return "text_encoder"
-    return "text_encoder_3" if re.match(r"encoder\.block\.", path) else DENOISER
-
-
-def _without_processor(path: str) -> str:
-    """The layer that an attention processor of diffusers before 0.22, or of XLabs, has its matrices for."""
-    found = re.match(r"^((?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)(?:_lora([12]?))?$", path)
-    if found:
-        block, what, number = found.groups()
-        if block.startswith("single"):
-            return f"{block}.linear1#012" if what == "qkv" else f"{block}.linear2"
-        return f"{block}.{'txt' if number == '2' else 'img'}_attn.{what}"
-    path = re.sub(r"(encoder\.layers\.\d+\.self_attn)\.to_([qkv])$", r"\1.\2_proj", path)
-    path = re.sub(r"(encoder\.layers\.\d+\.self_attn)\.to_out$", r"\1.out_proj", path)
-    return re.sub(r"(?:\.processor)?\.to_out$", ".to_out.0", path).replace(".processor.to_", ".to_")
-
-
 def _makers(
     layers: Mapping[str, Mapping[str, Tensor]],
     models: Mapping[str, tuple[Format, str, str]],
@@ -411,7 +326,7 @@ def _makers(
     for layer, parts in layers.items():
         format, model, path = models[layer]
         path, _, given = re.sub(r"-(\d+)$", r"#\1", path).partition("#")  # a part by our own files' names
-        several = [_model_of(one)[2] for one in layer.split(TOGETHER)] if TOGETHER in layer else []
+        several = [deft_names.model_of(one)[2] for one in layer.split(TOGETHER)] if TOGETHER in layer else []
         several = several or deft_names.layers_in(row, model, path)
         try:
             names = [deft_names.key_name(row, model, one) for one in several or (path,)]

@@ -27,7 +27,8 @@ from torch import Tensor
 from networks import deft_factors, deft_math, deft_partial
 from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_factors import Factors
-from networks.deft_targets import TOGETHER, Target, looks_made_for
+from networks.deft_names import looks_made_for
+from networks.deft_targets import TOGETHER, Target
 
 logger = logging.getLogger(__name__)
 
@@ -415,7 +416,15 @@ def webui_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     As `precalculate_safetensors_hashes` of sd-scripts' library/train_util.py (commit 48d368fa): SHA-256 of the file
     behind its header, and of 64 KiB at 1 MiB, the file having the training's `ss_*` metadata alone.
     """
-    content = save(dict(tensors), {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    return _hashes_of(_training_file(tensors, metadata))
+
+
+def _training_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A file with no other metadata than the training's, of which the hashes are."""
+    return save(dict(tensors), {k: v for k, v in metadata.items() if k.startswith("ss_")})
+
+
+def _hashes_of(content: bytes) -> dict[str, str]:
     header = 8 + int.from_bytes(content[:8], "little")
     return {
         "sshs_model_hash": hashlib.sha256(memoryview(content)[header:]).hexdigest(),
@@ -423,21 +432,49 @@ def webui_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     }
 
 
+def header_of(fields: Mapping[str, object]) -> bytes:
+    """What stands before a safetensors file's data: its length, and JSON, so long that the data begins at an eighth.
+
+    :param fields: "__metadata__", and a tensor's dtype, shape and place by its name
+    """
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_hashed(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """`write_safetensors` with `webui_hashes` in the metadata: the tensors are put together once for both.
+
+    :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
+    """
+    _check_finite(tensors, path)
+    content = _training_file(tensors, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    fields = json.loads(content[8:start])
+    fields.pop("__metadata__", None)
+    header = header_of({"__metadata__": {**metadata, **_hashes_of(content)}, **fields})
+    write_whole(Path(path), [header, memoryview(content)[start:]])
+
+
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
     """Writes a file whole or not at all: what was there stays if anything fails on the way.
 
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
+    _check_finite(tensors, path)
+    # not save_file, whose files only their owner may read (safetensors 0.8)
+    write_whole(Path(path), save(dict(tensors), dict(metadata)))
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     for name, tensor in tensors.items():
         if not deft_factors.is_finite(tensor):
             raise DeftError(
                 f"{path}: not saved, since {name} is not finite in {tensor.dtype}; what was there is untouched"
             )
-    # not save_file, whose files only their owner may read (safetensors 0.8)
-    write_whole(Path(path), save(dict(tensors), dict(metadata)))
 
 
-def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """A file, or what was there.
 
     :param content: the whole, or its parts in order

@@ -13,9 +13,10 @@ from networks.deft_config import DeftConfig, DeftError, naming
 from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer, factors_of
 from networks.deft_module import DeftModule
+from networks.deft_names import looks_made_for
 from networks.deft_progress import progress
 from networks.deft_ranks import Chosen
-from networks.deft_targets import Architecture, Part, Target, joined, looks_made_for, outside_targets, targets
+from networks.deft_targets import Architecture, Part, Target, joined, outside_targets, targets
 
 logger = logging.getLogger(__name__)
 

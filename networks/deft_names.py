@@ -11,8 +11,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
-from networks.deft_targets import ARCHITECTURES, Architecture, Part, inverted, parts_of
+from torch import Tensor
+
+from networks.deft_targets import ARCHITECTURES, CROSS_ATTENTION_WIDTHS, Architecture, Part, inverted, parts_of
 
 DENOISER = "denoiser"  # the other models are text encoders: "text_encoder", "text_encoder_2", ... in Diffusers' order
 
@@ -47,6 +50,56 @@ _IN_METADATA = (
 )
 
 
+@dataclass(frozen=True)
+class Format:
+    """How programs name the layers of an adapter.
+
+    :param layers: (what a layer's key begins with, its model: `DENOISER`, a text encoder in Diffusers' words,
+        or one of kohya's prefixes, to be kept); what stands behind it is the layer's path
+    :param flat: whether paths have underscores for dots
+    """
+
+    name: str
+    writers: str
+    layers: tuple[tuple[str, str], ...]
+    flat: bool = False
+
+
+_KOHYA_MODELS = (
+    (r"^(?:lora_unet|lycoris|lora_transformer|oft_unet)_", DENOISER),
+    (r"^(?=lora_prior_)", "kept"),
+    (r"^lora_te1?_(?=text_model|encoder_layers)", "text_encoder"),
+    (r"^lora_te2_(?=text_model|encoder_layers|encoder_block)", "text_encoder_2"),
+    (r"^lora_te3_(?=encoder_block)", "text_encoder_3"),
+    (r"^(?=lora_te)", "kept"),
+)
+FORMATS = (
+    Format("kohya", "sd-scripts, musubi-tuner, LyCORIS, OneTrainer, A1111", _KOHYA_MODELS, flat=True),
+    Format(
+        "diffusers",
+        "diffusers, ai-toolkit, SimpleTuner, OneTrainer",
+        (
+            (r"^(?:unet|transformer)\.", DENOISER),
+            (r"^text_encoder\.", "text_encoder"),
+            (r"^text_encoder_2\.", "text_encoder_2"),
+            (r"^text_encoder_3\.", "text_encoder_3"),
+        ),
+    ),
+    Format(
+        "comfy",
+        "ComfyUI, ai-toolkit, OneTrainer, musubi-tuner's converter",
+        (
+            (r"^(?:model\.)?diffusion_model\.", DENOISER),
+            (r"^text_encoders\.clip_[lh]\.transformer\.", "text_encoder"),
+            (r"^text_encoders\.clip_g\.transformer\.", "text_encoder_2"),
+            (r"^text_encoders\.t5xxl\.transformer\.", "text_encoder_3"),
+        ),
+    ),
+    Format("peft", "peft, one model a folder", ((r"^base_model\.model\.(?:model\.)?", "peft"),)),
+    Format("bare", "Black Forest Labs, XLabs, OneTrainer, diffusers before 0.22", ((r"^", "bare"),)),
+)
+
+
 def named(name: str) -> Architecture | None:
     """The row of `deft_targets.ARCHITECTURES` of that name."""
     return next((row for row in ARCHITECTURES if row.name == name), None)
@@ -71,6 +124,67 @@ def recognised(layers: Iterable[tuple[str, str]], text_widths: Collection[int], 
         if width and rows is _CERTAIN:
             return ("", "Stable Diffusion 1.x or 2.x", "SDXL")[width]
     return ""
+
+
+def model_of(layer: str) -> tuple[Format, str, str]:
+    """A layer's format, its model, and its path there."""
+    for format in FORMATS:
+        for pattern, model in format.layers:
+            found = re.match(pattern, layer)
+            if found:
+                path = layer[found.end() :]
+                if model == "peft":
+                    model = _bare_model(path)
+                if model == "bare":
+                    model, path = _bare_model(path), _without_processor(path)
+                elif format.name in ("diffusers", "comfy"):
+                    path = _without_processor(path)
+                return format, model, path
+    raise AssertionError(layer)  # the last row fits all
+
+
+def _bare_model(path: str) -> str:
+    if re.match(r"(text_model\.)?encoder\.layers\.", path):
+        return "text_encoder"
+    return "text_encoder_3" if re.match(r"encoder\.block\.", path) else DENOISER
+
+
+def _without_processor(path: str) -> str:
+    """The layer that an attention processor of diffusers before 0.22, or of XLabs, has its matrices for."""
+    found = re.match(r"^((?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)(?:_lora([12]?))?$", path)
+    if found:
+        block, what, number = found.groups()
+        if block.startswith("single"):
+            return f"{block}.linear1#012" if what == "qkv" else f"{block}.linear2"
+        return f"{block}.{'txt' if number == '2' else 'img'}_attn.{what}"
+    path = re.sub(r"(encoder\.layers\.\d+\.self_attn)\.to_([qkv])$", r"\1.\2_proj", path)
+    path = re.sub(r"(encoder\.layers\.\d+\.self_attn)\.to_out$", r"\1.out_proj", path)
+    return re.sub(r"(?:\.processor)?\.to_out$", ".to_out.0", path).replace(".processor.to_", ".to_")
+
+
+def looks_made_for(tensors: Mapping[str, Tensor]) -> str:
+    """The model that an adapter file looks made for, in words, by its key names and widths."""
+    layers = [
+        model_of(re.sub(r"\.(lora_|lora\.|deft_|alpha$|dora_|hada_|lokr_|oft_|diff).*$", "", key)) for key in tensors
+    ]
+    widths = {
+        tensor.shape[1]
+        for key, tensor in tensors.items()
+        if re.search(r"attn2[._]to_k\.(lora_down|lora_A|deft_R)", key) and tensor.dim() > 1
+    }
+    found = recognised([(model, path) for _, model, path in layers], widths, {})
+    if not found:
+        return "a model that is not known here"
+    if found == "Stable Diffusion 1.x or 2.x":
+        found = next((CROSS_ATTENTION_WIDTHS[width] for width in widths if width in CROSS_ATTENTION_WIDTHS), found)
+    form = layers[0][0].name
+    return found if form == "kohya" else f"{found}, with {form_in_words(form)}"
+
+
+def form_in_words(format: str) -> str:
+    """How a row of `FORMATS` names layers."""
+    return {"kohya": "kohya's names", "diffusers": "Diffusers' names", "comfy": "ComfyUI's names",
+            "peft": "peft's names", "bare": "names without a prefix"}.get(format, format)  # fmt: skip
 
 
 def dotted(name: str, words: Collection[str]) -> str | None:

@@ -58,13 +58,12 @@ def repaired(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Repaired:
     """
     changes = _plain(adapter)
     done = [*_names(adapter, tensors), *_scales(tensors), *deft_tools.left_told(adapter.left)]
-    model = _model(adapter.architecture, changes)
-    changes, lines = _shapes(changes, model)
+    changes, lines = _shapes(changes, _model(adapter.architecture, changes))
     done += lines
     if adapter.architecture == "SDXL":
         changes, lines = _with_whole_attention(changes)
         done += lines
-    metadata, lines = _base_named(adapter.metadata, model)
+    metadata, lines = base_named(adapter.metadata, adapter.architecture, changes)
     return Repaired(changes, metadata, (*done, *lines, *_nothing_learnt(changes)))
 
 
@@ -190,8 +189,11 @@ def _with_whole_attention(changes: Mapping[str, Factors]) -> tuple[dict[str, Fac
     return {**changes, **dict(sorted(added.items()))}, [line.format(len(added))] if added else []
 
 
-def _base_named(metadata: Mapping[str, str], model: str) -> tuple[dict[str, str], list[str]]:
-    """With the fields by which clients know the model, where they are missing."""
+def base_named(
+    metadata: Mapping[str, str], architecture: str, changes: Mapping[str, Factors]
+) -> tuple[dict[str, str], list[str]]:
+    """With the fields by which clients know the model, where they are missing, and a line for each."""
+    model = _model(architecture, changes)
     known = _BASE.get(model, {})
     new = {key: value for key, value in known.items() if metadata.get(key, "") in ("", "None")}
     version = metadata.get("ss_base_model_version", "")

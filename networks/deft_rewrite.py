@@ -24,7 +24,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from networks import deft_partial, deft_progress, deft_scaled
+from networks import deft_io, deft_partial, deft_progress, deft_scaled
 from networks.deft_checkpoint import DTYPES, PICKLES, Checkpoint, Scratch, TensorEntry, TensorFile
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
@@ -210,9 +210,7 @@ def _planned(
     for name in (name for name in file.entries if name in dtypes):
         about = {"dtype": _SAFETENSORS_NAMES[dtypes[name]], "shape": list(file.entries[name].shape)}
         fields[name] = about | {"data_offsets": list(offsets[name])}
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = deft_io.header_of(fields)
     places = {
         before + name: _Place(dtypes[name], len(header) + first, last - first)
         for name, (first, last) in offsets.items()

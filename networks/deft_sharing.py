@@ -114,6 +114,10 @@ def _setting(given: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not equals or not name.strip():
         raise DeftError(f"--set {given}: write key=value, the whole in quotes where it has spaces")
+    if any("\ud800" <= letter <= "\udfff" for letter in given):
+        raise DeftError(
+            f"--set {given.encode(errors='replace').decode()}: no text in this terminal's encoding; use UTF-8"
+        )
     if not value.strip():
         raise DeftError(f"--set {given}: no value; --unset {name} takes one out")
     if name == "weight" and _weight({FRIENDLY["weight"]: value}) is None:
@@ -206,9 +210,7 @@ def write_with_metadata(source: Path, path: Path, metadata: Mapping[str, str]) -
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         header = {"__metadata__": dict(metadata)} | header
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
-        deft_io.write_whole(path, _parts(len(text).to_bytes(8, "little") + text, file, source.stat().st_size))
+        deft_io.write_whole(path, _parts(deft_io.header_of(header), file, source.stat().st_size))
 
 
 def _parts(header: bytes, file: io.BufferedReader, size: int) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TypeAlias, TypeGuard
 
-from torch import Tensor, nn
+from torch import nn
 
 from networks.deft_config import DeftError
 
@@ -307,7 +307,7 @@ OMNIGEN_RENAMES = inverted(_OMNIGEN_FUSED)
 _OMNIGEN_WORDS = "layers self_attn to_q to_k to_v to_out mlp gate_up_proj down_proj"
 _OMNIGEN_ORIGINAL_WORDS = "llm layers self_attn qkv_proj o_proj mlp gate_up_proj down_proj"
 
-_CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
+CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 
 
 def _base(version: str, architecture: str) -> Base:
@@ -320,7 +320,7 @@ def _sd_base(unet: nn.Module) -> tuple[str, str]:
 
 
 def _sd_version(widths: Sequence[int]) -> tuple[str, str]:
-    if widths and _CROSS_ATTENTION_WIDTHS.get(widths[0]) == "Stable Diffusion 2.x":
+    if widths and CROSS_ATTENTION_WIDTHS.get(widths[0]) == "Stable Diffusion 2.x":
         return "sd_v2", ""
     return "sd_v1", "stable-diffusion-v1"
 
@@ -552,16 +552,6 @@ ARCHITECTURES = (
     ),
 )
 
-# What a foreign file looks made for: the first row whose pattern is found in one of its keys.
-_FILE_SIGNS = (
-    ("OmniGen", r"layers[._]\d+[._]self_attn[._](to_[qkv]|qkv_proj)\b"),
-    ("FLUX.1", r"lora_unet_(double|single)_blocks_|^transformer\.(single_)?transformer_blocks"),
-    ("Stable Diffusion 3", r"joint_blocks_"),
-    ("SDXL", r"lora_te2_|lora_unet_(input|middle|output)_blocks?_|add_embedding|transformer_blocks_[2-9]_"),
-    ("Stable Diffusion 1.x or 2.x in Diffusers' key names", r"^(unet|text_encoder)\.|\.processor\."),
-    ("Stable Diffusion 1.x or 2.x", r"lora_unet_(down_blocks|up_blocks|mid_block)_|lora_te_text_model"),
-)
-
 
 def recognise(unet: nn.Module) -> tuple[Architecture, Part]:
     """The architecture of a denoiser and the form that it has here, by its class or one that it is derived from.
@@ -780,17 +770,6 @@ def is_adaptable(layer: nn.Module) -> TypeGuard[Layer]:
 def is_pointwise(layer: nn.Module) -> bool:
     """Linear layers and 1x1 convolutions, which follow `dim`; the others follow `conv_dim`."""
     return not isinstance(layer, nn.Conv2d) or layer.kernel_size == (1, 1)
-
-
-def looks_made_for(tensors: Mapping[str, Tensor]) -> str:
-    """The model that an adapter file looks made for, in words, by its key names and widths."""
-    for name, pattern in _FILE_SIGNS:
-        if any(re.search(pattern, key) for key in tensors):
-            for key, value in tensors.items():
-                if re.search(r"attn2_to_k\.(lora_down|lora_A|deft_R)", key) and "1.x or 2.x" in name:
-                    return _CROSS_ATTENTION_WIDTHS.get(value.shape[1], name)
-            return name
-    return "a model that is not known here"
 
 
 def as_list(models: nn.Module | Sequence[nn.Module | None] | None) -> list[nn.Module | None]:

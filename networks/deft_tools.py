@@ -75,14 +75,22 @@ def output_path(option: str, path: str | os.PathLike, inputs: Iterable[str | os.
     found = Path(path)
     if found.suffix.lower() != ".safetensors":
         raise DeftError(f"{option} {path}: give a file that ends in .safetensors")
-    if found.is_dir():
+    try:
+        is_folder, there = found.is_dir(), found.exists()
+    except OSError as error:  # a name that is too long for the disk
+        raise DeftError(f"{option} {path}: cannot be written ({error.strerror})") from None
+    if is_folder:
         raise DeftError(f"{option} {path}: this is a folder; give a file")
     for other in map(Path, inputs):
-        same = found.exists() and other.exists() and os.path.samefile(found, other)
-        inside = other.is_dir() and other.resolve() in found.resolve().parents and found.exists()
-        if same or inside:
+        inside = there and other.is_dir() and other.resolve() in found.resolve().parents
+        if inside or is_same_file(found, other):
             raise DeftError(f"{option} {path}: this is an input, which is never overwritten; give another file")
     return found
+
+
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether both are there, and are one file under whatever names."""
+    return one.exists() and other.exists() and os.path.samefile(one, other)
 
 
 def carried(metadata: Mapping[str, str], tool: str, done: Mapping[str, object]) -> dict[str, str]:
@@ -108,7 +116,7 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
-    deft_io.write_safetensors(tensors, path, {**metadata, **deft_io.webui_hashes(tensors, metadata)})
+    deft_io.write_hashed(tensors, path, metadata)
 
 
 class Losses:

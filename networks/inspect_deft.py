@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from networks import deft_io, deft_report, deft_tools
+from networks import deft_io, deft_names, deft_report, deft_tools
 from networks.deft_checkpoint import open_checkpoint
 from networks.deft_clients import CLIENTS, Reading
 from networks.deft_config import DeftError
@@ -56,7 +56,7 @@ def inspect(files: Sequence[str], base: str | None, as_json: str | None, plot: s
     :raises DeftError: for the first file that cannot be read, when the others are done
     """
     for option, path in (("--json", as_json if as_json != "-" else None), ("--plot", plot)):
-        if path is not None and any(Path(path).resolve() == Path(file).resolve() for file in [*files, base or ""]):
+        if path is not None and any(deft_tools.is_same_file(Path(path), Path(file)) for file in [*files, base or ""]):
             raise DeftError(f"{option} {path}: this is an input, which is never overwritten; give another file")
     pyplot = _pyplot(plot)
     threads = torch.get_num_threads()
@@ -133,7 +133,11 @@ def facts(found: Report) -> Iterator[tuple[str, str]]:
         several = len(kinds) > 1
         what = " and ".join(f"{kind} ({n} layers)" if several else kind for kind, n in kinds.most_common())
         ours = found.metadata.get(deft_io.VERSION_KEY)
-        yield "kind", f"{what or 'nothing'}, {_format(found.adapter.format)}" + (f", by DEFT {ours}" if ours else "")
+        yield (
+            "kind",
+            f"{what or 'nothing'}, {deft_names.form_in_words(found.adapter.format)}"
+            + (f", by DEFT {ours}" if ours else ""),
+        )
     model = found.known.title if found.known else found.adapter.architecture if found.adapter else ""
     strange = ", not of the published model's size: clients are not simulated"
     yield "made for", (model or "a model that is not known here") + (strange if model and not found.readings else "")
@@ -154,11 +158,6 @@ def facts(found: Report) -> Iterator[tuple[str, str]]:
         yield "alpha", _alphas(found.layers)
         yield "size", _norms(found)
     yield from _troubles(found)
-
-
-def _format(name: str) -> str:
-    return {"kohya": "kohya's names", "diffusers": "Diffusers' names", "comfy": "ComfyUI's names",
-            "peft": "peft's names", "bare": "names without a prefix"}.get(name, name)  # fmt: skip
 
 
 def _training(told: dict[str, Any]) -> str:

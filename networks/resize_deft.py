@@ -27,7 +27,7 @@ import torch
 from networks import deft_factors, deft_formats, deft_tools
 from networks.deft_config import DeftError, naming
 from networks.deft_factors import Factors
-from networks.deft_formats import Adapter
+from networks.deft_formats import Adapter, OnBase
 from networks.deft_progress import progress
 
 TOOL = "resize_deft"
@@ -87,9 +87,10 @@ class Resized:
         for name in progress(list(adapter.changes), "resize", "layer"):
             change = adapter.changes[name]
             if not isinstance(change, Factors):
+                base = " --model_org MODEL" if isinstance(change, OnBase) else ""
                 raise DeftError(
                     f"{adapter.source}: {name} is {change.kind}, no LoRA; make it one, of the rank that you want: "
-                    f"extract_deft.py --adapter {adapter.source} --dim {rule.rank}"
+                    f"extract_deft.py --adapter {adapter.source} --dim {rule.rank}{base}"
                 )
             self._add(adapter.source, name, change, rule, device)
 

@@ -470,3 +470,16 @@ def test_it_runs_as_a_file_and_copied_into_another_networks_folder(tmp_path):
     command = [sys.executable, "networks/convert_deft.py", "--help"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--to diffusers" in found.stdout
+
+
+@pytest.mark.parametrize("to", ["diffusers", "comfy"])
+def test_a_few_layers_of_sdxl_stay_those_of_sdxl(tmp_path, to):
+    """Whose names in other forms Stable Diffusion 1.x has too: the file says which it is."""
+    name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.lora_up.weight": torch.randn(64, 2), f"{name}.lora_down.weight": torch.randn(2, 64)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", "--to", to, "--save_to", tmp_path / "b.safetensors")
+    convert(tmp_path / "b.safetensors", "--save_to", tmp_path / "c.safetensors")
+    found = load_file(tmp_path / "c.safetensors")
+    expected = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+    assert torch.allclose(found[f"{name}.lora_up.weight"] @ found[f"{name}.lora_down.weight"], expected, atol=1e-6)

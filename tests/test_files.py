@@ -246,7 +246,7 @@ def test_higher_rank_is_refused_or_truncated(model, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"lora_unet_input_blocks_1_1_proj_in": (4, 320)}, "looks made for SDXL"),
+        ({"lora_unet_input_blocks_4_1_proj_in": (4, 320)}, "looks made for SDXL"),
         ({"lora_unet_double_blocks_0_img_attn_qkv": (4, 3072)}, "looks made for FLUX.1"),
         ({"lora_unet_joint_blocks_0_x_block_mlp_fc1": (4, 1536)}, "looks made for Stable Diffusion 3"),
         (
@@ -276,7 +276,10 @@ def test_files_of_other_models_are_refused_by_name(model, tmp_path, keys, messag
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.ones(4, 8)}, "Diffusers' key names"),
+        (
+            {"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.ones(4, 8)},
+            "Stable Diffusion 1.x or 2.x, with Diffusers' names",
+        ),
         ({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(4, 8)}, "neither a plain LoRA nor a DEFT"),
         ({"lora_unet_x.lora_up.weight": torch.ones(8, 4)}, "lora_down.weight"),
         (

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from library.models.reading import CONFIGS
-from networks import deft_formats, deft_names
+from networks import deft_factors, deft_formats, deft_names, deft_sum
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_formats import tensors_as
@@ -541,3 +541,50 @@ def test_a_dense_change_is_exact_at_its_rank_and_cut_below_it():
         share = float(values[0] ** 2 / values.square().sum())
         assert deft_formats.to_factors(change, None, share - 1e-3, None)[0].rank == 1
         assert deft_formats.to_factors(change, None, share + 1e-3, None)[0].rank == 2
+
+
+@pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3)])
+@pytest.mark.parametrize("on_input", [True, False])
+def test_ia3_of_any_layer_is_approximated_and_fits_its_weight(kernel, on_input):
+    layer = {(): "ff_net_2", (1, 1): "conv_shortcut", (3, 3): "conv1"}[kernel]
+    W = torch.randn(6, 4, *kernel)
+    factors = torch.rand(4 if on_input else 6)
+    tensors = {f"lora_unet_down_blocks_0_resnets_0_{layer}.weight": factors,
+               f"lora_unet_down_blocks_0_resnets_0_{layer}.on_input": torch.tensor(on_input)}  # fmt: skip
+    (change,) = deft_formats.parse(tensors, {}, "a").changes.values()
+    assert deft_sum.same_weight(change.shape, W.shape)
+    found, error = deft_formats.to_factors(change, None, 1.0, lambda: W)
+    expected = W * (
+        factors.reshape(1, -1, *(1,) * len(kernel)) if on_input else factors.reshape(-1, *(1,) * (W.dim() - 1))
+    )
+    assert found.kernel == W.shape[1:]
+    assert error < 1e-6
+    assert torch.allclose(found.delta(), expected.flatten(1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 8), (6, 0)])
+@pytest.mark.parametrize("kind", ["lora", "hada"])
+def test_a_layer_without_inputs_or_outputs_is_damaged(m, n, kind):
+    names = {
+        "lora": ("lora_up.weight", "lora_down.weight"),
+        "hada": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    }
+    sizes = [(m, 2), (2, n)] * 2
+    tensors = {f"lora_unet_x.{name}": torch.ones(size) for name, size in zip(names[kind], sizes, strict=False)}
+    with pytest.raises(DeftError, match=r"lora_unet_x is damaged \(.* holds nothing\)"):
+        deft_formats.parse(tensors, {}, "a")
+
+
+def test_all_the_energy_is_all_of_a_change():
+    """Not what sums of squares in float32 can tell apart from all, which is 2e-4 less."""
+    U, V = (torch.linalg.qr(torch.randn(80, 80))[0] for _ in range(2))
+    D = U * torch.logspace(0, -5, 80) @ V
+    found, error = deft_factors.approximated(D, (80,), None, 1.0)
+    assert error < 2e-6
+    assert (found.delta() - D).norm() < 2e-6 * D.norm()
+
+
+def test_peft_ia3_says_that_biases_stay():
+    tensors = {"base_model.model.mid_block.resnets.0.conv1.ia3_l": torch.ones(6, 1, 1, 1)}
+    found = deft_formats.parse(tensors, {}, "a")
+    assert list(found.left) == ["base_model.model.mid_block.resnets.0.conv1.bias"]

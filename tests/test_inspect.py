@@ -156,3 +156,24 @@ def test_against_a_base_model_each_clients_error_is_told(tmp_path, other, wrong)
     assert not found.base_missing
     for layer in found.layers:
         assert layer.relative == pytest.approx(layer.norm / math.sqrt(math.prod(layer.shape)), rel=1e-4)
+
+
+def test_a_plot_is_a_picture_of_sane_size(tmp_path, capsys):
+    """One row a file, whatever is in it."""
+    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("PIL.Image")
+    tensors = lora("sd1", few)
+    zero = {key: torch.zeros_like(tensor) if "lora_up" in key else tensor for key, tensor in tensors.items()}
+    files = [written(tmp_path / "a.safetensors", tensors), written(tmp_path / "zero.safetensors", zero)]
+    plot = tmp_path / "plot.png"
+    heights = []
+    for chosen in (files[:1], files):
+        assert inspect_deft.main([*chosen, "--plot", str(plot)]) == 0
+        with image.open(plot) as picture:
+            picture.load()
+            assert picture.format == "PNG"
+            assert 500 <= picture.width <= 2000
+            assert len(picture.convert("L").getcolors() or []) > 10  # something is drawn
+            heights.append(picture.height)
+    assert 200 <= heights[0] <= 1000
+    assert heights[1] == 2 * heights[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import runpy
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.conftest import ROOT
 
@@ -78,3 +81,24 @@ def test_it_runs_among_a_trainers_own_networks(tool, tmp_path):
     done = run([f"networks/{tool}.py", *example(docstring(tool), tool)], tmp_path)
     says_what_is_missing(done.returncode, done.stdout, done.stderr, tool)
     assert [path.name for path in tmp_path.iterdir()] == ["networks"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["resize", "--model", "a.safetensors", "--save_to", "a" * 300 + ".safetensors"], "cannot be written"),
+        (["convert", "a.safetensors", "--set", "title=\udce4", "--save_to", "b.safetensors"], "use UTF-8"),
+        (["inspect", "a.safetensors", "--json", "same.safetensors"], "this is an input"),
+    ],
+)
+def test_odd_names_end_in_one_line(arguments, line, tmp_path, monkeypatch, capsys):
+    """Names too long for a disk, arguments that are no text, another name of an input."""
+    monkeypatch.chdir(tmp_path)
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(4, 1), "lora_unet_x.lora_down.weight": torch.ones(1, 4)},
+              "a.safetensors")  # fmt: skip
+    os.link("a.safetensors", "same.safetensors")
+    tool = importlib.import_module(f"networks.{arguments[0]}_deft")
+    assert tool.main(arguments[1:]) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert line in told
+    assert sorted(os.listdir()) == ["a.safetensors", "same.safetensors"]
