@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -239,9 +240,37 @@ def test_a_signal_saves_a_training_which_then_goes_on(run, tmp_path, monkeypatch
 
 def test_results_of_other_settings_are_not_mixed(whole, run, capsys):
     options = ("--adapters", "deft", "--rates", "1e-3", "1e-2", "--limit_subjects", "1")
-    for more in (("--drawing_steps", "3"), ("--token", "zwx"), ("--guidance", "2")):
+    for more in (("--drawing_steps", "3"), ("--token", "zwx"), ("--guidance", "0")):
         assert run(whole, *options, *more) == 2
         assert "give another --output" in capsys.readouterr().err
+
+
+def test_the_same_folder_is_the_same_from_wherever_it_is_named(whole, data, judges, model_folder, monkeypatch):
+    options = ("--adapters", "deft", "--rates", "1e-3", "1e-2", "--limit_subjects", "1", "--stage", "prepare")
+    monkeypatch.chdir(data.parent)
+    assert small_dreambooth.run(Path(data.name), model_folder, judges, whole, *options) == 0
+
+
+def test_scores_of_two_models_are_not_mixed(whole, data, judges, model_folder, tmp_path, capsys):
+    output = shutil.copytree(whole, tmp_path / "out")
+    options = ("--adapters", "deft", "--rates", "1e-3", "1e-2", "--limit_subjects", "1")
+    others = judges | {"dino": small_judges.build(tmp_path / "others", seed=1)["dino"]}
+    assert small_dreambooth.run(data, model_folder, others, output, *options) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"--dino {others['dino']}: another has scored {output}" in error
+    assert "remove scores.jsonl" in error
+    (output / "scores.jsonl").unlink()
+    assert small_dreambooth.run(data, model_folder, others, output, *options) == 0
+    before, after = ({one["picture"]: one for one in results_of(out)["scores"]} for out in (whole, output))
+    both = [(before[name], after[name]) for name in before.keys() & after.keys() if "dino" in before[name]]
+    assert both
+    assert all(one["clip_i"] == other["clip_i"] and one["dino"] != other["dino"] for one, other in both)
+
+
+def test_a_guidance_of_nothing_is_told_as_such(run, tmp_path):
+    assert run(tmp_path, "--guidance", "0", "--rates", "1e-3", "--stage", "prepare") == 0
+    assert run(tmp_path, "--guidance", "0", "--rates", "1e-3", "--stage", "score", "--limit_subjects", "1") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["guidance"] == 0
 
 
 def test_a_dry_run_tells_what_there_is_to_do(whole, run, tmp_path, capsys):

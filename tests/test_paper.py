@@ -427,6 +427,21 @@ def test_the_best_rate_is_the_likest_that_still_follows_the_text():
     assert Criterion.of(("fid", "pres")) is None
 
 
+def test_rates_are_compared_on_the_same_pictures(settings):
+    """A rate that came later, with fewer prompts: the others' further pictures do not count."""
+    room = Room(dreambooth.benchmark_of(argparse.Namespace(token="sks")), settings, Alone())
+    prompts = [asked.index for asked in room.subjects[0].asked if asked.index < dreambooth.PROMPTS]
+    room.settings = replace(settings, rates=(1e-4, 1e-3))
+    room.criterion = Criterion.of(("dino",))
+    base, low, high = BASE, *(method.key for method in room.methods())
+    for method, index, dino in [(base, i, 0.0) for i in prompts] + [(low, i, 0.5) for i in prompts] + [
+        *((high, i, 0.4) for i in prompts), *((high, 90 + i, 0.9) for i in prompts)]:  # fmt: skip
+        name = f"{method}-{index}"
+        room.drawn.add({"picture": name, "method": method, "subject": "can", "index": index, "k": 0, "seed": 0})
+        room.scores.lines.add({"picture": name, "dino": dino, "of": ["dino"]})
+    assert room.chosen()["deft"].key == low
+
+
 def test_means_count_each_subject_once():
     scores = [{"method": BASE, "subject": "a", "dino": 1.0}] * 3 + [{"method": BASE, "subject": "b", "dino": 0.0}]
     scores += [{"method": BASE, "subject": "c", "dino": 9.0}, {"method": "x", "subject": "a"}]
@@ -441,6 +456,7 @@ def test_means_count_each_subject_once():
     [
         (("--rank", "0"), "--rank 0: give at least 1"),
         (("--rates", "-1"), "--rates"),
+        (("--guidance", "nan"), "--guidance nan: give 0 or more"),
         (("--adapters", "lora", "loar"), "did you mean 'lora'"),
         (("--rats", "1"), "unrecognized arguments: --rats"),
         (("--model", "nowhere"), "no such model: nowhere"),

@@ -184,6 +184,22 @@ def test_missing_pictures_are_said(run):
     assert report.as_json(found, BENCHMARK)["figures"][LORA]["CLIP-I"]["missing"] == 3
 
 
+def test_a_mean_over_fewer_prompts_than_anothers_has_a_star(run):
+    """As after a command line with a lower --limit_prompts: results.json then asks for no more than that."""
+    told = json.loads(run.read_text(encoding="utf-8"))
+    for subject in told["subjects"].values():
+        del subject["pictures"]["imaginative"]
+    run.write_text(json.dumps(told), encoding="utf-8")
+    file = run.with_name("records.jsonl")
+    write(file, [row for row in rows_of(file) if (row["method"], row["category"]) != (DEFT, "imaginative")])
+    found = scored.read(run)
+    assert found.missing(LORA, "clip_t") == {}
+    assert found.missing(DEFT, "clip_t") == dict.fromkeys(SUBJECTS, 1)
+    text = report.markdown(found, BENCHMARK)
+    assert cells(text, "deft")[0][6].endswith("*")
+    assert "]*; higher" in cells(text, "deft minus lora")[0][2]
+
+
 def test_a_method_of_which_nothing_is_there_is_missing_altogether(run):
     write(run.with_name("scores.jsonl"), [r for r in rows_of(run.with_name("scores.jsonl")) if "deft" not in str(r)])
     found = scored.read(run)

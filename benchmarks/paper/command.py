@@ -113,15 +113,22 @@ def _settings(args: Namespace, benchmark: Benchmark, metrics: Sequence[str]) -> 
             raise DeftError(f"--{name} {value}: give at least 1")
     if not all(0 < rate < 1e6 for rate in args.rates):
         raise DeftError(f"--rates {' '.join(map(str, args.rates))}: must be above 0")
+    if args.guidance is not None and not 0 <= args.guidance < 1e6:
+        raise DeftError(f"--guidance {args.guidance:g}: give 0 or more")
     models = {one.option: getattr(args, one.option) for one in table.models_of(metrics)}
     return Settings(
-        data=args.data, model=args.model, output=args.output, config=args.config, models=models,
+        data=_whole(args.data), model=args.model, output=_whole(args.output), config=args.config, models=models,
         adapters=tuple(dict.fromkeys(args.adapters)), rank=args.rank, rates=tuple(sorted(set(args.rates))),
         steps=args.steps or benchmark.steps, seeds=args.seeds, size=args.size or benchmark.size,
         guidance=args.guidance, drawing_steps=args.drawing_steps or benchmark.drawing_steps,
         precision=args.precision, images_per_prompt=args.images_per_prompt, limit_subjects=args.limit_subjects,
         limit_prompts=args.limit_prompts, device=args.device,
     )  # fmt: skip
+
+
+def _whole(path: Path) -> Path:
+    """The same from wherever a later command is given: pictures are known by their paths."""
+    return Path(os.path.abspath(path))
 
 
 def _check(benchmark: Benchmark, settings: Settings) -> None:

@@ -51,11 +51,16 @@ def _settings(room: Room) -> dict[str, Any]:
     return {
         "model": settings.model.name, "size": settings.size, "steps": settings.steps, "rank": settings.rank,
         "rates": list(settings.rates), "seeds": settings.seeds, "drawing_steps": settings.drawing_steps,
-        "guidance": settings.guidance or f"{room.benchmark.guidance:g}; of FLUX.1 and OmniGen the model's own",
+        "guidance": _guidance(room),
         "precision": settings.precision or "as in --config",
         "layers": "queries, keys, values and output of the denoiser's attention",
         "chosen_by": "" if room.criterion is None or not room.tuning else room.criterion.described(),
     }  # fmt: skip
+
+
+def _guidance(room: Room) -> float | str:
+    given = room.settings.guidance
+    return f"{room.benchmark.guidance:g}; of FLUX.1 and OmniGen the model's own" if given is None else given
 
 
 def _methods(room: Room, then: Mapping[str, Record], chosen: Iterable[Method]) -> dict[str, Record]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,6 +150,7 @@ def read(results: Path) -> Scored:
         raise DeftError(f"{results}: holds no results of a benchmark ({type(error).__name__}: {error})") from None
     folder = results.parent
     records = {record["picture"]: record for record in lines_of(folder / RECORDS)}
+    subjects = {name: _with_all(said, name, records.values()) for name, said in subjects.items()}
     pictures: dict[Any, dict[str, Any]] = {}
     sets: dict[Any, dict[str, Any]] = {}
     for number, line in enumerate(lines_of(folder / SCORES)):
@@ -165,6 +166,17 @@ def read(results: Path) -> Scored:
             sets[key] = sets.get(key, {}) | row
     return Scored(folder, told.get("settings", {}), methods, subjects, tuple(told.get("notes", ())), records,
                   tuple(pictures.values()), tuple(sets.values()), told.get("sets_of", ""))  # fmt: skip
+
+
+def _with_all(told: Told, name: str, records: Iterable[Mapping[str, Any]]) -> Told:
+    """Of every method what any has drawn: another command line may have asked for more prompts, and means of other
+    prompts cannot be compared."""
+    asked: dict[str, set[tuple[Any, ...]]] = {}
+    for one in records:
+        if one["subject"] == name:
+            asked.setdefault(one.get("category", ""), set()).add((one["index"], one["k"], one["seed"]))
+    most = {kind: max(len(found), told.pictures.get(kind, 0)) for kind, found in asked.items()}
+    return told._replace(pictures={**told.pictures, **most})
 
 
 def _method(key: str, said: Mapping[str, Any]) -> Method:

@@ -88,19 +88,25 @@ class Room:
             return {method.adapter: method for method in self.methods()}
         if self.criterion is None:
             return {}
-        scores, lost = list(self.scores.read()), self.lost()
+        wanted = {
+            (one.name, asked.index, k) for one in self.tuning for asked in one.asked for k in range(asked.number)
+            if asked.category != PRIOR
+        }  # fmt: skip
+        # the same pictures of all: another command line may have drawn more of some
+        scores = [s for s in self.scores.read() if (s["subject"], s.get("index"), s.get("k")) in wanted]
+        lost = self.lost()
         likeness = self.criterion.likeness
         number = Counter((one["method"], one["subject"]) for one in scores if likeness in one)
-        wanted = {one.name: sum(a.number for a in one.asked if a.category != PRIOR) for one in self.tuning}
+        pictures = Counter(name for name, _, _ in wanted)
 
         def is_whole(key: str) -> bool:
-            return all(number[key, name] >= pictures for name, pictures in wanted.items())
+            return all(number[key, name] >= asked for name, asked in pictures.items())
 
         if not is_whole(BASE):
             return {}
         left = [method for method in self.methods() if method.key not in lost]
         waiting = {method.adapter for method in left if not is_whole(method.key)}
-        means = choosing.means_of(scores, wanted, self.criterion.names)
+        means = choosing.means_of(scores, pictures, self.criterion.names)
         return self.criterion.best((one for one in left if one.adapter not in waiting), means)
 
     def lost(self) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.paper.metrics import files_of
 from benchmarks.paper.plan import Asked, Subject
 from benchmarks.paper.records import read_json, write_json
 from benchmarks.paper.settings import Settings
@@ -59,7 +60,7 @@ def prepare(subjects: Sequence[Subject], settings: Settings) -> None:
     _check_pictures(subjects, {Path(p) for p in then.get("pictures", {})})
     for subject in subjects:
         write_data(settings, subject)
-    for part in ("subjects", "pictures"):
+    for part in ("subjects", "pictures", "models"):
         now[part] = then.get(part, {}) | now[part]
     write_json(file, now)
 
@@ -81,7 +82,8 @@ def _manifest(subjects: Sequence[Subject], settings: Settings) -> dict[str, Any]
     pictures = _pictures(subjects)
     if missing := next((path for path in pictures if not path.is_file()), None):
         raise DeftError(f"--data {settings.data}: {missing} is not there")
-    hashes = Index(settings.output / "cache").hashes(pictures)
+    index = Index(settings.output / "cache")
+    hashes = index.hashes(pictures)
     return {
         "settings": {
             "model": str(settings.model.resolve()), "size": settings.size, "guidance": settings.guidance,
@@ -90,7 +92,13 @@ def _manifest(subjects: Sequence[Subject], settings: Settings) -> dict[str, Any]
         },
         "subjects": {one.name: _described(one) for one in subjects},
         "pictures": {str(path): hashes.get(path, "") for path in pictures},
+        "models": {option: _hashes(path, index) for option, path in settings.models.items() if path is not None},
     }  # fmt: skip
+
+
+def _hashes(model: Path, index: Index) -> dict[str, str]:
+    """Of a metric's model: file's name -> hash."""
+    return {file.name: found for file, found in index.hashes(files_of(model)).items()}
 
 
 def _described(subject: Subject) -> dict[str, Any]:
@@ -108,6 +116,11 @@ def _compare(then: Mapping[str, Any], now: Mapping[str, Any], settings: Settings
     for name, value in now["settings"].items():
         if then["settings"].get(name) != value:
             raise DeftError(f"{different} {name}, {then['settings'].get(name)} and not {value}; give another --output")
+    if (settings.output / "scores.jsonl").is_file():
+        for option in then.get("models", {}).keys() & now["models"].keys():
+            if then["models"][option] != now["models"][option]:
+                raise DeftError(f"--{option} {settings.models[option]}: another has scored {settings.output}; give "
+                                f"that one, or remove scores.jsonl there to score all anew")  # fmt: skip
     for path in then["pictures"].keys() & now["pictures"].keys():
         if then["pictures"][path] != now["pictures"][path]:
             raise DeftError(f"{different} {path}, which has changed; give another --output")

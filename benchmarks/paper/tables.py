@@ -172,7 +172,8 @@ def _difference(scored: Scored, method: Method, reference: Method, column: Colum
     if found is None:
         return "–"
     ends = "" if found.low is None else f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"{found.mean:+.{digits}f}{ends}; higher in {found.better} of {found.subjects}"
+    star = "*" * any(scored.missing(one.key, column.metric, column.of) for one in (method, reference))
+    return f"{found.mean:+.{digits}f}{ends}{star}; higher in {found.better} of {found.subjects}"
 
 
 def _arrow(column: Column) -> str:

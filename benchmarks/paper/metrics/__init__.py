@@ -38,6 +38,7 @@ from benchmarks.paper.metrics.table import (
     Model,
     add_options,
     choose,
+    files_of,
     models_of,
 )
 
@@ -52,5 +53,6 @@ __all__ = [
     "Model",
     "add_options",
     "choose",
+    "files_of",
     "models_of",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.paper.metrics.cache import digest_of
-from benchmarks.paper.metrics.table import MODELS, WEIGHTS
+from benchmarks.paper.metrics.table import MODELS, files_of
 from networks.deft_config import DeftError, reason_of
 
 TOKENS = 77  # of CLIP's text encoder
@@ -115,9 +115,7 @@ def backend_of(prepares: Any) -> str:
 
 def told_of(path: Path, **more: Any) -> dict[str, Any]:
     """What results say of a model: hashes of its weights and its processor's settings, no path."""
-    files = [path] if path.is_file() else sorted(found for pattern in WEIGHTS for found in path.glob(pattern))
-    files += [path / name for name in ("config.json", "preprocessor_config.json") if (path / name).is_file()]
-    return {"sha256": {file.name: digest_of(file) for file in files}} | more
+    return {"sha256": {file.name: digest_of(file) for file in files_of(path)}} | more
 
 
 def _identity(told: Mapping[str, Any]) -> str:

@@ -86,6 +86,14 @@ class Model:
         return ""
 
 
+def files_of(path: Path) -> list[Path]:
+    """A model's, which decide what it measures: of its folder, or itself."""
+    if not path.is_dir():
+        return [path]
+    weights = sorted(found for pattern in WEIGHTS for found in path.glob(pattern))
+    return [*weights, *(path / name for name in ("config.json", "preprocessor_config.json") if (path / name).is_file())]
+
+
 @dataclass(frozen=True)
 class Metric:
     """One column of the tables.
