@@ -19,7 +19,7 @@ from benchmarks import dreambooth
 from benchmarks.paper import generating, stages, training
 from library.training.loop import TrainingLoop
 from networks.deft_config import DeftError
-from tests import small_dreambooth, small_judges
+from tests import small_dreambooth, small_flux, small_judges, small_models, small_omnigen
 
 
 class Killed(BaseException):
@@ -214,6 +214,42 @@ def test_killed_and_resumed_is_as_never_killed(whole, run, tmp_path, monkeypatch
     assert len(trained) == len(set(trained)) == 3
     assert len(drawn) == len(set(drawn)) + 1, "but for the picture that no record told of"
     assert_same(results_of(tmp_path), results_of(whole))
+
+
+@pytest.mark.parametrize(("family", "guidance"), [("sdxl", 7.5), ("flux", None), ("omnigen", None)])
+def test_other_models_from_beginning_to_end(data, judges, tmp_path, monkeypatch, family, guidance):
+    """Killed behind the second picture and resumed; FLUX.1 and OmniGen have a guidance of their own."""
+    build = {
+        "sdxl": lambda: small_models.build("sdxl", tmp_path / "model"),
+        "flux": lambda: small_flux.build(tmp_path).folder,
+        "omnigen": lambda: small_omnigen.build(tmp_path),
+    }
+    model, output, write, drawn = build[family](), tmp_path / "out", generating.write, []
+    options = ("--adapters", "lora", "deft", "--rates", "1e-2", "--limit_subjects", "1")
+
+    def killed_behind_the_second(image, file):
+        write(image, file)
+        drawn.append(file)
+        if len(drawn) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generating, "write", killed_behind_the_second)
+        with pytest.raises(Killed):
+            small_dreambooth.run(data, model, judges, output, *options)
+    with monkeypatch.context() as patch:
+        forbid(patch, (training, "train"))
+        assert small_dreambooth.run(data, model, judges, output, *options) == 0
+    records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
+    assert {one["guidance"] for one in records} == {guidance}
+    by_method = {(one["method"], one["index"]): (output / one["picture"]).read_bytes() for one in records}
+    prompts = {index for _, index in by_method}
+    assert len(by_method) == len(records) == 3 * len(prompts)
+    for index in prompts:
+        assert len({by_method[key, index] for key in ("base", "lora|4|0.01|2", "deft|4|0.01|2")}) == 3
+    told = json.loads((output / "report.json").read_text())
+    assert len({one["parameters"] for one in told["methods"].values() if one["parameters"]}) == 1
+    assert all(told["figures"][key]["CLIP-I"]["missing"] == 0 for key in ("base", "lora|4|0.01|2", "deft|4|0.01|2"))
 
 
 def test_a_signal_saves_a_training_which_then_goes_on(run, tmp_path, monkeypatch, capsys):
