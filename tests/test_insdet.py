@@ -214,7 +214,7 @@ def test_mistakes_are_one_line(data: Path, cuts: Cuts, tmp_path: Path):
     refused("2 views; at least 3 are needed")
 
 
-def test_scenes_from_data_to_report(data: Path, model_folder: Path, judges: dict[str, Path], tmp_path: Path):
+def test_scenes_from_data_to_report(data: Path, model_folder: Path, judges: dict[str, Path], tmp_path: Path, capsys):
     out = tmp_path / "out"
     options = ["--what", "scenes", "--data", data, "--model", model_folder, "--output", out, "--device", "cpu",
                "--clip", judges["clip"], "--dino", judges["dino"], "--dinov2", judges["dinov2"],
@@ -238,3 +238,6 @@ def test_scenes_from_data_to_report(data: Path, model_folder: Path, judges: dict
     report = (out / "report.md").read_text(encoding="utf-8")
     assert "CLIP-T, change" in report
     assert "lora" in report
+    options[1] = "objects"
+    assert insdet.main([*map(str, options), "--objects", "all"]) == 2
+    assert "another benchmark, InsDet scenes and not InsDet objects; give another --output" in capsys.readouterr().err

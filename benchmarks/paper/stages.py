@@ -170,7 +170,7 @@ class Room:
         if self.together.first:
             for one in (self.trainings, self.drawn, self.scores.lines):
                 one.gather()
-            subjects.prepare(self.subjects, self.settings)
+            subjects.prepare(self.subjects, self.settings, self.benchmark.name)
         self.together.wait("prepare")
         work = {"train": self.train, "generate": self.generate, "score": self.score}
         for tuning in (True, False) if self.tuning else (False,):

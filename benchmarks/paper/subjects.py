@@ -46,13 +46,14 @@ def _asked(subject: Subject, settings: Settings) -> tuple[Asked, ...]:
     return tuple(found)
 
 
-def prepare(subjects: Sequence[Subject], settings: Settings) -> None:
+def prepare(subjects: Sequence[Subject], settings: Settings, benchmark: str) -> None:
     """Looks at every picture, writes what the trainer reads, and `manifest.json`, by which a later run in the same
     folder knows that it is of the same data and settings.
 
+    :param benchmark: its name
     :raises DeftError: for a picture that cannot be read, or a folder with other results
     """
-    now = _manifest(subjects, settings)
+    now = _manifest(subjects, settings, benchmark)
     file = settings.output / "manifest.json"
     then = read_json(file)
     if then:
@@ -78,7 +79,7 @@ def _pictures(subjects: Iterable[Subject]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _manifest(subjects: Sequence[Subject], settings: Settings) -> dict[str, Any]:
+def _manifest(subjects: Sequence[Subject], settings: Settings, benchmark: str) -> dict[str, Any]:
     pictures = _pictures(subjects)
     if missing := next((path for path in pictures if not path.is_file()), None):
         raise DeftError(f"--data {settings.data}: {missing} is not there")
@@ -86,8 +87,8 @@ def _manifest(subjects: Sequence[Subject], settings: Settings) -> dict[str, Any]
     hashes = index.hashes(pictures)
     return {
         "settings": {
-            "model": str(settings.model.resolve()), "size": settings.size, "guidance": settings.guidance,
-            "drawing_steps": settings.drawing_steps, "precision": settings.precision,
+            "benchmark": benchmark, "model": str(settings.model.resolve()), "size": settings.size,
+            "guidance": settings.guidance, "drawing_steps": settings.drawing_steps, "precision": settings.precision,
             "config": settings.config and settings.config.read_text(encoding="utf-8-sig"),
         },
         "subjects": {one.name: _described(one) for one in subjects},
