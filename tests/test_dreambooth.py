@@ -71,6 +71,12 @@ def forbid(monkeypatch, *what: tuple[object, str]) -> None:
 # --- the data ---
 
 
+def without(folder: Path, *names: str) -> None:
+    file = folder / "prompts_and_classes.txt"
+    rows = file.read_text().split("\n")
+    file.write_text("\n".join(row for row in rows if row.split(",")[0] not in names))
+
+
 def test_subjects_of_the_real_layout(data):
     found = {one.name: one for one in dreambooth.subjects_of(data, "zwx")}
     assert list(found) == ["can", "dog", "vase"]
@@ -114,6 +120,7 @@ def test_windows_line_ends_and_a_byte_order_mark(tmp_path):
         (lambda folder: (folder / "prompts_and_classes.txt").unlink(), "has no prompts_and_classes.txt"),
         (lambda folder: [file.unlink() for file in (folder / "dog").iterdir()], "no pictures of dog"),
         (lambda folder: (folder / "vase" / "00.jpg").write_bytes(b"no picture"), "not a readable picture"),
+        (lambda folder: without(folder, "dog", "vase"), "no subject is left to train on: can serve"),
     ],
 )
 def test_what_is_wrong_with_the_data_is_one_line(tmp_path, model_folder, judges, capsys, break_it, told):

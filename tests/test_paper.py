@@ -482,6 +482,7 @@ def test_a_trainers_file_may_add_options_but_not_decide(data, model_folder, tmp_
     file = tmp_path / "more.toml"
     file.write_text(
         'output_dir = "elsewhere"\nmax_train_epochs = 3\nunet_lr = 1.0\nlr_scheduler = "cosine"\nnetwork_dim = 99\n'
+        "lr_warmup_steps = 3\n"
         'save_every_n_steps = 1\nsave_state = true\nmin_snr_gamma = 5.0\nmixed_precision = "bf16"\n'
         'sample_every_n_steps = 1\nnetwork_args = ["removal=1"]\ntrain_data_dir = "elsewhere"\n'
     )
@@ -489,6 +490,7 @@ def test_a_trainers_file_may_add_options_but_not_decide(data, model_folder, tmp_
     settings = replace(settings_of(data, model_folder, tmp_path / "out"), config=file, precision=None)
     run = training.run_of(settings, training._options(settings, Training(Method("deft", 4, 1e-3, 7), subject, 5)))
     assert run.objective.min_snr_gamma == 5
+    assert run.optimizer.lr_warmup_steps == 0
     assert run.process.mixed_precision == "bf16"
     assert run.process.seed == 5
     assert (run.loop.max_train_steps, run.loop.max_train_epochs, run.loop.sample_every_n_steps) == (7, None, None)
@@ -499,6 +501,14 @@ def test_a_trainers_file_may_add_options_but_not_decide(data, model_folder, tmp_
     assert run.saves.output_dir == str(tmp_path / "out" / "adapters")
     [subset] = run.data.datasets[0].subsets
     assert (subset.train_jsonl or subset.metadata_file) == str(training.data_of(settings, subject))
+
+
+def test_a_trainers_file_is_found_without_its_ending(data, model_folder, tmp_path):
+    (tmp_path / "more.toml").write_text("min_snr_gamma = 5.0\n")
+    argv = ["--data", data, "--model", model_folder, "--output", tmp_path / "out", "--rates", "1e-3", "--device", "cpu",
+            "--stage", "prepare", "--limit_subjects", "1", "--config", tmp_path / "more"]  # fmt: skip
+    assert dreambooth.main(list(map(str, argv))) == 0
+    assert "min_snr_gamma" in (tmp_path / "out" / "manifest.json").read_text()
 
 
 def test_help_needs_nothing_heavy():

@@ -117,13 +117,19 @@ def _settings(args: Namespace, benchmark: Benchmark, metrics: Sequence[str]) -> 
         raise DeftError(f"--guidance {args.guidance:g}: give 0 or more")
     models = {one.option: getattr(args, one.option) for one in table.models_of(metrics)}
     return Settings(
-        data=_whole(args.data), model=args.model, output=_whole(args.output), config=args.config, models=models,
-        adapters=tuple(dict.fromkeys(args.adapters)), rank=args.rank, rates=tuple(sorted(set(args.rates))),
-        steps=args.steps or benchmark.steps, seeds=args.seeds, size=args.size or benchmark.size,
-        guidance=args.guidance, drawing_steps=args.drawing_steps or benchmark.drawing_steps,
-        precision=args.precision, images_per_prompt=args.images_per_prompt, limit_subjects=args.limit_subjects,
+        data=_whole(args.data), model=args.model, output=_whole(args.output), config=_config(args.config),
+        models=models, adapters=tuple(dict.fromkeys(args.adapters)), rank=args.rank,
+        rates=tuple(sorted(set(args.rates))), steps=args.steps or benchmark.steps, seeds=args.seeds,
+        size=args.size or benchmark.size, guidance=args.guidance,
+        drawing_steps=args.drawing_steps or benchmark.drawing_steps, precision=args.precision,
+        images_per_prompt=args.images_per_prompt, limit_subjects=args.limit_subjects,
         limit_prompts=args.limit_prompts, device=args.device,
     )  # fmt: skip
+
+
+def _config(file: Path | None) -> Path | None:
+    """As the trainer finds it, which takes names without .toml too."""
+    return file.with_name(f"{file.name}.toml") if file and file.suffix != ".toml" and not file.is_file() else file
 
 
 def _whole(path: Path) -> Path:

@@ -152,7 +152,9 @@ class Room:
         """:raises DeftError: for what shows before anything is computed"""
         training.check(self.settings, self.subjects)
         if not self.counted:
-            raise DeftError(f"--data {self.settings.data}: no subject is left to train on")
+            only = ", ".join(one.name for one in self.subjects[:5])
+            others = f": {only} serve to choose rates alone" if only else ""
+            raise DeftError(f"--data {self.settings.data}: no subject is left to train on{others}")
         if len(self.settings.rates) > 1:
             if not self.tuning:
                 raise DeftError("--rates: this data has no subjects to choose rates on; give one rate")
