@@ -8,6 +8,7 @@ the programs' own code: Automatic1111 82a973c0, Forge dfdcbab6, ComfyUI 17358c8f
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -312,7 +313,17 @@ def _forge(file: Outline, known: Inventory, names: Known, reading: Reading) -> N
         raise Refused(f"{unmatched} keys that it does not know; more than 12, and it drops the whole file")
 
 
-_A1111_KINDS = (LORA, PEFT, LOHA, IA3, OFT, OLD_OFT, LOKR, FULL, NORM, GLORA)
+_HALVES = tuple(
+    itertools.product(((".lokr_w1",), (".lokr_w1_a", ".lokr_w1_b")), ((".lokr_w2",), (".lokr_w2_a", ".lokr_w2_b")))
+)
+_A1111_KINDS = (  # in its order: each with the tensors of which all have to be there, for LoKr in one of several ways
+    *((kind, ((*kind.signs, *kind.needs),)) for kind in (LORA, PEFT, LOHA, IA3)),
+    (LOKR, tuple((*one, *other) for one, other in _HALVES)),
+    (FULL, ((".diff",),)),
+    (NORM, ((".w_norm", ".b_norm"),)),
+    (GLORA, ((*GLORA.signs, *GLORA.needs, *GLORA.may, ".alpha"),)),
+    *((kind, (kind.signs,)) for kind in (OFT, OLD_OFT)),
+)
 
 
 def _first_dot(file: Outline) -> dict[str, dict[str, str]]:
@@ -329,14 +340,15 @@ def _a1111(file: Outline, known: Inventory, names: Known, reading: Reading) -> N
     for stem, rests in _first_dot(file).items():
         if stem == "bundle_emb":
             reading.matched |= set(rests.values())
+        if stem == "diffusion_model":
+            raise Refused("AssertionError: it takes diffusion_model for one layer's name")
         layer = names.get(stem.replace("oft_unet", "lora_unet", 1))
-        if layer is None:
+        if layer is None or (stem.startswith("oft_unet") and not stem.endswith(flat(layer.path))):
             continue
-        complete = [k for k in _A1111_KINDS if any(s in rests for s in k.signs) and all(n in rests for n in k.needs)]
-        complete = [k for k in complete if k is not NORM or ".b_norm" in rests]
-        if not complete:
-            raise Refused(f"AssertionError: {stem} is of no kind that it knows")
-        reading.matched |= {rests[rest] for rest in (*complete[0].all, *SCALES) if rest in rests}
+        kind = _a1111_kind(stem, layer, rests)
+        if kind is LORA and not _a1111_builds(file.shapes[rests[".lora_down.weight"]], layer):
+            raise Refused(f"RuntimeError: {stem} has another kernel than the model's layer")
+        reading.matched |= {rests[rest] for rest in (*kind.all, *SCALES) if rest in rests}
         if ".self_attn." in layer.path and (layer.part == "te2" or known.name == "sd2"):
             block = layer.path.rpartition(".")[0]
             halves[block] = halves.get(block, 0) + 1
@@ -346,6 +358,21 @@ def _a1111(file: Outline, known: Inventory, names: Known, reading: Reading) -> N
     version = file.metadata.get("ss_base_model_version", "")
     if known.name == "sdxl" and file.metadata and not version.startswith("sdxl_"):
         reading.remarks.append("listed as made for SD 1 or 2: ss_base_model_version does not begin with sdxl_")
+
+
+def _a1111_kind(stem: str, layer: Layer, rests: Collection[str]) -> Kind:
+    """The first of its classes that takes a layer's tensors. Raises Refused, as it gives up the file then."""
+    for kind, ways in _A1111_KINDS:
+        if any(all(rest in rests for rest in way) for way in ways):
+            if layer.is_norm and kind in (LORA, PEFT):
+                raise Refused(f"AssertionError: {stem} is a LoRA of a norm")
+            return kind
+    raise Refused(f"AssertionError: {stem} is of no kind that it knows")
+
+
+def _a1111_builds(down: tuple[int, ...], layer: Layer) -> bool:
+    """Whether it can make a convolution of a LoRA's `lora_down`; it does so before it looks at anything else."""
+    return len(layer.shape) != 4 or len(down) != 4 or down[2:] in ((1, 1), layer.shape[2:])
 
 
 def _tower(known: Inventory) -> str:
