@@ -26,7 +26,7 @@ from networks import (
     deft_tools,
 )
 from networks.deft_checkpoint import Checkpoint, open_checkpoint
-from networks.deft_config import DeftError, naming
+from networks.deft_config import DeftError, naming, reason_of
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter, Dense, OnBase
 from networks.deft_io import DeftLayer
@@ -371,8 +371,10 @@ def _write_peft(output: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if output.exists():
             output.rmdir()  # empty: `_output` has seen to it
         partial.replace(output)
+    except DeftError as error:  # of a file in it, which is not there any more
+        raise DeftError(str(error).replace(str(partial), str(output))) from None
     except OSError as error:
-        raise DeftError(f"{output}: could not be saved ({error})") from None
+        raise DeftError(f"{output}: could not be saved ({reason_of(error)})") from None
     finally:
         if partial is not None:
             deft_partial.remove(partial)

@@ -490,7 +490,7 @@ def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> No
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise DeftError(f"{path}: could not be saved, what was there is untouched ({error})") from None
+        raise DeftError(f"{path}: could not be saved, what was there is untouched ({reason_of(error)})") from None
     finally:
         if partial is not None:
             deft_partial.remove(partial)

@@ -33,11 +33,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(work: Callable[[], None]) -> int:
-    """Runs a tool's work: 0, or one line and 2 for a user's mistake, one line and 130 after Ctrl-C."""
+    """Runs a tool's work: 0, or one line and 2 for a mistake or a failing disk, one line and 130 after Ctrl-C."""
     try:
         work()
     except DeftError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that fails while it is read, a file that goes
+        print(f"error: {error.filename or 'the disk'}: {reason_of(error)}", file=sys.stderr)
         return 2
     except MemoryError as error:
         print(f"error: not enough memory ({reason_of(error)})", file=sys.stderr)

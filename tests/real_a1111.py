@@ -28,7 +28,7 @@ def _stand_ins(folder: str) -> dict[str, ModuleType]:
         walk_files=lambda *a, **k: [],
         sd_model=None,
     )
-    found = {
+    found: dict[str, dict[str, Any]] = {
         "modules": {
             "shared": shared,
             "devices": SimpleNamespace(cpu=torch.device("cpu"), dtype=torch.float32),
