@@ -174,8 +174,16 @@ def _peft_folders(path: Path) -> list[tuple[str, Path]]:
         return [(_model_in(path.name), path)]
     found = [(_model_in(folder.name), folder) for folder in sorted(path.iterdir()) if (folder / PEFT_CONFIG).is_file()]
     if not found:
-        raise DeftError(f"{path}: a folder without {PEFT_CONFIG}; give a file, or a folder that peft has written")
+        raise no_adapter_in(path)
     return found
+
+
+def no_adapter_in(folder: Path) -> DeftError:
+    """What to say of a folder without one."""
+    models = ("model_index.json", "diffusion_pytorch_model*", "model*.safetensors")
+    if any(next(folder.glob(name), None) for name in models):
+        return DeftError(f"{folder}: this is a model in Diffusers' form, where an adapter is to be given")
+    return DeftError(f"{folder}: a folder without {PEFT_CONFIG}; give a file, or a folder that peft has written")
 
 
 def _model_in(folder: str) -> str:

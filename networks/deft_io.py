@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from networks import deft_factors, deft_math, deft_partial
+from networks import deft_factors, deft_layouts, deft_math, deft_partial
 from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_factors import Factors
 from networks.deft_names import looks_made_for
@@ -170,6 +170,8 @@ def _part(fused: LoraLayer, target: Target) -> LoraLayer:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Any]:
     path = Path(path)
+    if path.is_dir():
+        raise DeftError(f"{path}: this is a folder; give a .safetensors file")
     if not path.is_file():
         raise DeftError(f"no such adapter file: {path}")
     if path.suffix.lower() != ".safetensors":
@@ -187,6 +189,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     :raises DeftError: when it is missing, cut off, of a kind that would have to be unpickled, or of complex numbers
     """
     with _opened(path) as file:
+        deft_layouts.refuse_model(file.keys(), str(path))  # before gigabytes are read
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         metadata = file.metadata() or {}
     for key, tensor in tensors.items():
@@ -198,6 +201,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """`read_tensors` without the tensors."""
     with _opened(path) as file:
+        deft_layouts.refuse_model(file.keys(), str(path))
         return file.metadata() or {}
 
 

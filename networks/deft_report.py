@@ -159,7 +159,7 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         found, metadata = deft_io.read_tensors(file)
         tensors |= {f"{file.parent.name}/{key}" if len(files) > 1 else key: t for key, t in found.items()}
     if not tensors:
-        raise DeftError(f"{path}: a folder without an adapter; give a file, or a folder that peft has written")
+        raise deft_formats.no_adapter_in(Path(path))
     return tensors, metadata
 
 
