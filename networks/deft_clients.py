@@ -9,6 +9,7 @@ the programs' own code: Automatic1111 82a973c0, Forge dfdcbab6, ComfyUI 17358c8f
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from networks import deft_formats
 from networks.deft_inventory import NAMES, Inventory, Layer, flat, inventory
 
 Known = Mapping[str, Layer]  # what a client calls a layer -> the layer
@@ -391,6 +393,7 @@ def _diffusers_read(file: Outline, known: Inventory, names: Known, reading: Read
         _diffusers_kohya(file, keys, known, names, reading)
     else:
         _diffusers_own(keys, known, names, reading)
+    _diffusers_texts(names, reading)
     if len(keys) < len(file.shapes):
         reading.wrong.append("drops the magnitudes of a DoRA and applies the rest as a LoRA, with a warning")
 
@@ -420,6 +423,20 @@ def _diffusers_flux(keys: list[str], names: Known, reading: Reading) -> None:
     left = [key for key in left if key.startswith(("lora_unet_", "diffusion_model.")) and ".diff_b" not in key]
     if left:
         raise Refused(f"Incompatible keys detected: {left[0]} and so on, {len(left)} of them")
+
+
+def _diffusers_texts(names: Known, reading: Reading) -> None:
+    """As `convert_state_dict_to_peft`, which knows a text encoder's old names by `to_out_lora` alone."""
+    stems = {split(key)[0] for key in reading.matched if key.startswith("lora_te")}
+    for part in ("te1", "te2"):
+        of_part = {stem for stem in stems if names[stem].part == part}
+        attention = {stem for stem in of_part if ".self_attn." in names[stem].path}
+        if not attention or any(names[stem].path.endswith(".out_proj") for stem in attention):
+            continue
+        if attention == of_part:
+            raise Refused("ValueError: Could not automatically infer state dict type (a text encoder without out_proj)")
+        reading.matched -= {key for key in reading.matched if split(key)[0] in attention}
+        reading.wrong.append(f"leaves out {len(attention)} layers of a text encoder's attention, as it has no out_proj")
 
 
 def _diffusers_kohya(file: Outline, keys: list[str], known: Inventory, names: Known, reading: Reading) -> None:
@@ -678,6 +695,8 @@ def read_by(client: Client, file: Outline, known: Inventory) -> Reading:
     try:
         client.read(file, known, names, reading)
         _check_shapes(client, file, names, reading)
+        if deft_formats.PEFT_KEY in file.metadata and client.name != "diffusers":
+            _check_recorded(file, names, reading)
     except Refused as refusal:
         reading = Reading(refused=str(refusal), remarks=reading.remarks)
     if known.name == "flux" and client.name == "diffusers":
@@ -685,6 +704,31 @@ def read_by(client: Client, file: Outline, known: Inventory) -> Reading:
         if any(key.startswith(old) for key in file.shapes):
             reading.remarks.append("0.32 refuses the file: T5, or layers outside of the blocks")
     return reading
+
+
+def recorded_alpha(metadata: Mapping[str, str], stem: str, shapes: Mapping[str, tuple[int, ...]]) -> float | None:
+    """A LoRA's alpha where diffusers has put it into a file's metadata.
+
+    :param shapes: of the layer's tensors, by the ends of their keys
+    """
+    rank = next((shapes[kind.needs[0]][0] for kind in LORAS if shapes.get(kind.needs[0])), 0)
+    return deft_formats.recorded_alpha(metadata, stem, rank) if rank and ".alpha" not in shapes else None
+
+
+def _check_recorded(file: Outline, names: Known, reading: Reading) -> None:
+    """Layers whose scale is in diffusers' record alone, which no other program looks into."""
+    for stem, rests in grouped(reading.matched).items():
+        shapes = {rest: file.shapes[key] for rest, key in rests.items()}
+        alpha = recorded_alpha(file.metadata, stem, shapes)
+        rank = next((shapes[kind.needs[0]][0] for kind in LORAS if shapes.get(kind.needs[0])), 0)
+        if alpha is not None and alpha != rank and stem in names:
+            reading.factors[stem] = rank / alpha
+    if reading.factors:
+        largest = max(reading.factors.values(), key=lambda factor: abs(math.log(factor)))
+        reading.wrong.append(
+            f"scales {len(reading.factors)} layers by 1, not as {deft_formats.PEFT_KEY} has it: deltas up to "
+            f"{largest:.3g} times the right ones"
+        )
 
 
 def _check_shapes(client: Client, file: Outline, names: Known, reading: Reading) -> None:

@@ -36,6 +36,7 @@ VERSION = "0.3.0"  # of the project, as CHANGELOG.md has it; here, since network
 VERSION_KEY = "deft_version"  # for people: reading does not depend on it
 OPTIONS_KEY = "deft_options"  # JSON of DeftConfig
 LAYERS_KEY = "deft_layers"  # JSON: layer -> [rank without padding, s of the training, exponent of balancing_exponent]
+PEFT_KEY = "lora_adapter_metadata"  # of diffusers: JSON of peft's configurations, "unet.r" and the like
 BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
 EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 reads from a LoRA's file
 KEPT_KEY = "deft_kept_layers"  # JSON: layer -> tensor

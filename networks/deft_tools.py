@@ -99,7 +99,8 @@ def is_same_file(one: Path, other: Path) -> bool:
 def carried(metadata: Mapping[str, str], tool: str, done: Mapping[str, object]) -> dict[str, str]:
     """The metadata of what a tool makes of a file: the file's own, with what was done added.
 
-    The hashes `sshs_*` go, being of other tensors: `write_adapter` makes them anew.
+    The hashes `sshs_*` go, being of other tensors: `write_adapter` makes them anew. So does diffusers' record of ranks
+    and alphas, by which it reads a file rather than by the file's own tensors.
 
     :param metadata: of the input that the output mostly is
     :param tool: the tool's name
@@ -110,7 +111,7 @@ def carried(metadata: Mapping[str, str], tool: str, done: Mapping[str, object]) 
     except (TypeError, ValueError, RecursionError):
         history = []
     history.append({"tool": tool, "version": deft_io.VERSION, **done})
-    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_") and key != deft_io.PEFT_KEY}
     return kept | {HISTORY_KEY: json.dumps(history)}
 
 

@@ -187,6 +187,8 @@ def odd(name: str) -> dict[str, Tensors]:
         "Diffusers' paths": dotted(name, plain, "diffusers"),
         "ComfyUI's paths": dotted(name, without(plain, "^lora_te"), "comfy"),
         "half of a text encoder's attention": without(plain, "self_attn_(q|k)"),
+        "a text encoder's attention without outputs": without(plain, "self_attn_out"),
+        "a text encoder's queries alone": without(plain, "lora_te.*(self_attn_out|_k_|_v_|mlp)"),
     }  # fmt: skip
     if name == "sdxl":
         found["Diffusers' block names"] = in_diffusers_blocks(plain)

@@ -35,9 +35,26 @@ def reading(client: str, name: str, tensors: Mapping[str, Tensor], **metadata: s
 
 CASES = [(name, case) for name in NAMES for case in ODD if name == "sdxl" or "block name" not in case]
 QUICK = {
-    "sd1": ("plain", "no alpha in attention", "mixed alphas in attention", "an unknown part", "DoRA", "T5", "LoHa"),
-    "sdxl": ("one Diffusers' block name", "mixed ranks"),
-    "flux": ("layers outside of blocks too", "no alpha", "T5", "DoRA", "LoHa", "no up"),
+    "sd1": (
+        "plain",
+        "no alpha in attention",
+        "mixed alphas in attention",
+        "an unknown part",
+        "DoRA",
+        "T5",
+        "LoHa",
+        "a text encoder's queries alone",
+    ),
+    "sdxl": ("one Diffusers' block name", "mixed ranks", "a text encoder's attention without outputs"),
+    "flux": (
+        "layers outside of blocks too",
+        "no alpha",
+        "T5",
+        "DoRA",
+        "LoHa",
+        "no up",
+        "a text encoder's attention without outputs",
+    ),
 }
 if os.environ.get("CLIENTS") != "all":  # that takes minutes
     CASES = [(name, case) for name, case in CASES if case in QUICK.get(name, ())]
