@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -75,6 +76,7 @@ def output_path(option: str, path: str | os.PathLike, inputs: Iterable[str | os.
     :param option: how errors name it
     :raises DeftError: for one of the inputs, a folder, or another ending than .safetensors
     """
+    check_native(option, path)
     found = Path(path)
     if found.suffix.lower() != ".safetensors":
         raise DeftError(f"{option} {path}: give a file that ends in .safetensors")
@@ -89,6 +91,12 @@ def output_path(option: str, path: str | os.PathLike, inputs: Iterable[str | os.
         if inside or is_same_file(found, other):
             raise DeftError(f"{option} {path}: this is an input, which is never overwritten; give another file")
     return found
+
+
+def check_native(option: str, path: str | os.PathLike) -> None:
+    """:raises DeftError: for a drive's path elsewhere than on Windows, where it would be one long file name"""
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", str(path)):
+        raise DeftError(f"{option} {path}: a path of Windows; write it as this system has it (in WSL /mnt/c/...)")
 
 
 def is_same_file(one: Path, other: Path) -> bool:
