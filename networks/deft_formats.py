@@ -456,7 +456,10 @@ def recorded_alpha(metadata: Mapping[str, str], layer: str, rank: int) -> float 
     if PEFT_KEY not in metadata:
         return None
     _, model, path = deft_names.model_of(layer)
-    config = _configs(metadata, PEFT_KEY).get(model, {})
+    try:
+        config = _configs(metadata, "").get(model, {})
+    except DeftError:  # which reading the file tells
+        return None
     parts = {"lora_down.weight": torch.empty(rank, 0)}
     found = _with_alpha(parts, config, rank, path).get("alpha")
     return None if found is None else float(found)

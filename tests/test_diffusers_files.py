@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from networks import convert_deft, deft_formats, extract_deft, merge_deft, resize_deft
+from networks import convert_deft, deft_formats, extract_deft, inspect_deft, merge_deft, resize_deft
 from networks.deft_clients import Outline, readings
 from networks.deft_factors import Factors
 from networks.deft_inventory import inventory
@@ -125,6 +125,16 @@ def test_who_does_not_look_into_that_record_is_told():
     assert found["diffusers"] is not None
     assert not found["diffusers"].wrong
     assert not readings(Outline.of(plain, {}), inventory("sd1"))["Forge"].wrong
+
+
+@pytest.mark.parametrize("record", ["[[", "null", "[" * 5000])
+def test_a_record_that_cannot_be_read_is_one_line(record, tmp_path, capsys):
+    plain = dotted("sd1", lora("sd1", lambda layer: few(layer) and layer.part == "unet"), "diffusers")
+    save_file(plain, tmp_path / "a.safetensors", metadata={PEFT_KEY: record})
+    for tool, options in ((inspect_deft, []), (convert_deft, ["--save_to", str(tmp_path / "b.safetensors")])):
+        assert tool.main([str(tmp_path / "a.safetensors"), *options]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: {tmp_path / 'a.safetensors'}: its {PEFT_KEY} cannot be read")
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
