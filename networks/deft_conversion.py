@@ -104,6 +104,8 @@ def _read_any(file: Path, base: Checkpoint | None, limit: Limit) -> _Read:
     told = deft_tools.left_told(adapter.left)
     read = _Read({}, adapter.metadata, adapter.format, adapter.architecture, adapter.dtype, told)
     _fill(read, adapter, limit, base)
+    if base is not None and not any(isinstance(adapter.changes[name], OnBase) for name in adapter.changes):
+        read.told.append(f"--base {base.source}: made no difference; what this file changes is the same on every model")
     _scale(read, limit)
     return read
 

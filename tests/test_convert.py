@@ -429,6 +429,8 @@ def test_what_takes_nothing_out_does_not_depend_on_the_base(lora, bases, tmp_pat
         ]
         assert convert_deft.main(arguments) == 2
         assert "no DEFT of removal=1, and takes nothing out" in capsys.readouterr().err
+    convert(lora, "--save_to", tmp_path / "w.safetensors", "--base", bases[1])
+    assert "made no difference" in capsys.readouterr().out
     convert(lora, "--save_to", tmp_path / "z.safetensors", "--to", "kohya", "--injection", 0.25)
     quarter = {name: delta / 4 for name, delta in products(lora).items()}
     assert largest_error(products(tmp_path / "z.safetensors"), quarter) < 1e-12
