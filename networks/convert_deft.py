@@ -120,6 +120,7 @@ def _output(save_to: str | None, file: Path, to: str | None) -> Path | None:
         return None
     if to != "peft":
         return deft_tools.output_path("--save_to", save_to, [file])
+    deft_tools.check_native("--save_to", save_to)
     found = Path(save_to)
     if found.exists() and (not found.is_dir() or any(found.iterdir())):
         raise DeftError(f"--save_to {save_to}: with --to peft, give a folder that is not there yet or empty")

@@ -333,6 +333,8 @@ def _of_folder(folder: Path) -> list[tuple[str, Path]]:
         pickles = [path for path in sorted(part.iterdir()) if path.suffix.lower() in PICKLES]
         if pickles and not files and part.name in COMPONENTS:
             _check_kind(pickles[0])  # which says what to do
+    if not found and next(folder.glob("**/adapter_config.json"), None):
+        raise DeftError(f"{folder}: {deft_layouts.AN_ADAPTER}")
     if not found:
         raise DeftError(f"{folder}: no Diffusers folder: neither it nor a folder in it has *model*.safetensors")
     return found

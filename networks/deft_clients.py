@@ -8,6 +8,8 @@ the programs' own code: Automatic1111 82a973c0, Forge dfdcbab6, ComfyUI 17358c8f
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from networks import deft_formats
 from networks.deft_inventory import NAMES, Inventory, Layer, flat, inventory
 
 Known = Mapping[str, Layer]  # what a client calls a layer -> the layer
@@ -312,7 +315,17 @@ def _forge(file: Outline, known: Inventory, names: Known, reading: Reading) -> N
         raise Refused(f"{unmatched} keys that it does not know; more than 12, and it drops the whole file")
 
 
-_A1111_KINDS = (LORA, PEFT, LOHA, IA3, OFT, OLD_OFT, LOKR, FULL, NORM, GLORA)
+_HALVES = tuple(
+    itertools.product(((".lokr_w1",), (".lokr_w1_a", ".lokr_w1_b")), ((".lokr_w2",), (".lokr_w2_a", ".lokr_w2_b")))
+)
+_A1111_KINDS = (  # in its order: each with the tensors of which all have to be there, for LoKr in one of several ways
+    *((kind, ((*kind.signs, *kind.needs),)) for kind in (LORA, PEFT, LOHA, IA3)),
+    (LOKR, tuple((*one, *other) for one, other in _HALVES)),
+    (FULL, ((".diff",),)),
+    (NORM, ((".w_norm", ".b_norm"),)),
+    (GLORA, ((*GLORA.signs, *GLORA.needs, *GLORA.may, ".alpha"),)),
+    *((kind, (kind.signs,)) for kind in (OFT, OLD_OFT)),
+)
 
 
 def _first_dot(file: Outline) -> dict[str, dict[str, str]]:
@@ -329,14 +342,15 @@ def _a1111(file: Outline, known: Inventory, names: Known, reading: Reading) -> N
     for stem, rests in _first_dot(file).items():
         if stem == "bundle_emb":
             reading.matched |= set(rests.values())
+        if stem == "diffusion_model":
+            raise Refused("AssertionError: it takes diffusion_model for one layer's name")
         layer = names.get(stem.replace("oft_unet", "lora_unet", 1))
-        if layer is None:
+        if layer is None or (stem.startswith("oft_unet") and not stem.endswith(flat(layer.path))):
             continue
-        complete = [k for k in _A1111_KINDS if any(s in rests for s in k.signs) and all(n in rests for n in k.needs)]
-        complete = [k for k in complete if k is not NORM or ".b_norm" in rests]
-        if not complete:
-            raise Refused(f"AssertionError: {stem} is of no kind that it knows")
-        reading.matched |= {rests[rest] for rest in (*complete[0].all, *SCALES) if rest in rests}
+        kind = _a1111_kind(stem, layer, rests)
+        if kind is LORA and not _a1111_builds(file.shapes[rests[".lora_down.weight"]], layer):
+            raise Refused(f"RuntimeError: {stem} has another kernel than the model's layer")
+        reading.matched |= {rests[rest] for rest in (*kind.all, *SCALES) if rest in rests}
         if ".self_attn." in layer.path and (layer.part == "te2" or known.name == "sd2"):
             block = layer.path.rpartition(".")[0]
             halves[block] = halves.get(block, 0) + 1
@@ -346,6 +360,21 @@ def _a1111(file: Outline, known: Inventory, names: Known, reading: Reading) -> N
     version = file.metadata.get("ss_base_model_version", "")
     if known.name == "sdxl" and file.metadata and not version.startswith("sdxl_"):
         reading.remarks.append("listed as made for SD 1 or 2: ss_base_model_version does not begin with sdxl_")
+
+
+def _a1111_kind(stem: str, layer: Layer, rests: Collection[str]) -> Kind:
+    """The first of its classes that takes a layer's tensors. Raises Refused, as it gives up the file then."""
+    for kind, ways in _A1111_KINDS:
+        if any(all(rest in rests for rest in way) for way in ways):
+            if layer.is_norm and kind in (LORA, PEFT):
+                raise Refused(f"AssertionError: {stem} is a LoRA of a norm")
+            return kind
+    raise Refused(f"AssertionError: {stem} is of no kind that it knows")
+
+
+def _a1111_builds(down: tuple[int, ...], layer: Layer) -> bool:
+    """Whether it can make a convolution of a LoRA's `lora_down`; it does so before it looks at anything else."""
+    return len(layer.shape) != 4 or len(down) != 4 or down[2:] in ((1, 1), layer.shape[2:])
 
 
 def _tower(known: Inventory) -> str:
@@ -364,6 +393,7 @@ def _diffusers_read(file: Outline, known: Inventory, names: Known, reading: Read
         _diffusers_kohya(file, keys, known, names, reading)
     else:
         _diffusers_own(keys, known, names, reading)
+    _diffusers_texts(names, reading)
     if len(keys) < len(file.shapes):
         reading.wrong.append("drops the magnitudes of a DoRA and applies the rest as a LoRA, with a warning")
 
@@ -393,6 +423,20 @@ def _diffusers_flux(keys: list[str], names: Known, reading: Reading) -> None:
     left = [key for key in left if key.startswith(("lora_unet_", "diffusion_model.")) and ".diff_b" not in key]
     if left:
         raise Refused(f"Incompatible keys detected: {left[0]} and so on, {len(left)} of them")
+
+
+def _diffusers_texts(names: Known, reading: Reading) -> None:
+    """As `convert_state_dict_to_peft`, which knows a text encoder's old names by `to_out_lora` alone."""
+    stems = {split(key)[0] for key in reading.matched if key.startswith("lora_te")}
+    for part in ("te1", "te2"):
+        of_part = {stem for stem in stems if names[stem].part == part}
+        attention = {stem for stem in of_part if ".self_attn." in names[stem].path}
+        if not attention or any(names[stem].path.endswith(".out_proj") for stem in attention):
+            continue
+        if attention == of_part:
+            raise Refused("ValueError: Could not automatically infer state dict type (a text encoder without out_proj)")
+        reading.matched -= {key for key in reading.matched if split(key)[0] in attention}
+        reading.wrong.append(f"leaves out {len(attention)} layers of a text encoder's attention, as it has no out_proj")
 
 
 def _diffusers_kohya(file: Outline, keys: list[str], known: Inventory, names: Known, reading: Reading) -> None:
@@ -651,6 +695,8 @@ def read_by(client: Client, file: Outline, known: Inventory) -> Reading:
     try:
         client.read(file, known, names, reading)
         _check_shapes(client, file, names, reading)
+        if deft_formats.PEFT_KEY in file.metadata and client.name != "diffusers":
+            _check_recorded(file, names, reading)
     except Refused as refusal:
         reading = Reading(refused=str(refusal), remarks=reading.remarks)
     if known.name == "flux" and client.name == "diffusers":
@@ -658,6 +704,31 @@ def read_by(client: Client, file: Outline, known: Inventory) -> Reading:
         if any(key.startswith(old) for key in file.shapes):
             reading.remarks.append("0.32 refuses the file: T5, or layers outside of the blocks")
     return reading
+
+
+def recorded_alpha(metadata: Mapping[str, str], stem: str, shapes: Mapping[str, tuple[int, ...]]) -> float | None:
+    """A LoRA's alpha where diffusers has put it into a file's metadata.
+
+    :param shapes: of the layer's tensors, by the ends of their keys
+    """
+    rank = next((shapes[kind.needs[0]][0] for kind in LORAS if shapes.get(kind.needs[0])), 0)
+    return deft_formats.recorded_alpha(metadata, stem, rank) if rank and ".alpha" not in shapes else None
+
+
+def _check_recorded(file: Outline, names: Known, reading: Reading) -> None:
+    """Layers whose scale is in diffusers' record alone, which no other program looks into."""
+    for stem, rests in grouped(reading.matched).items():
+        shapes = {rest: file.shapes[key] for rest, key in rests.items()}
+        alpha = recorded_alpha(file.metadata, stem, shapes)
+        rank = next((shapes[kind.needs[0]][0] for kind in LORAS if shapes.get(kind.needs[0])), 0)
+        if alpha is not None and alpha != rank and stem in names:
+            reading.factors[stem] = rank / alpha
+    if reading.factors:
+        largest = max(reading.factors.values(), key=lambda factor: abs(math.log(factor)))
+        reading.wrong.append(
+            f"scales {len(reading.factors)} layers by 1, not as {deft_formats.PEFT_KEY} has it: deltas up to "
+            f"{largest:.3g} times the right ones"
+        )
 
 
 def _check_shapes(client: Client, file: Outline, names: Known, reading: Reading) -> None:

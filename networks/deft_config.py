@@ -19,7 +19,9 @@ class DeftError(ValueError):
 
 
 def reason_of(error: BaseException) -> str:
-    """What another program's error says, in one line."""
+    """What another program's error says, in one line; of a disk's the reason alone, its paths being our own."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = [line for line in str(error).strip().split("\n") if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 

@@ -26,7 +26,7 @@ from networks import (
     deft_tools,
 )
 from networks.deft_checkpoint import Checkpoint, open_checkpoint
-from networks.deft_config import DeftError, naming
+from networks.deft_config import DeftError, naming, reason_of
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter, Dense, OnBase
 from networks.deft_io import DeftLayer
@@ -104,6 +104,8 @@ def _read_any(file: Path, base: Checkpoint | None, limit: Limit) -> _Read:
     told = deft_tools.left_told(adapter.left)
     read = _Read({}, adapter.metadata, adapter.format, adapter.architecture, adapter.dtype, told)
     _fill(read, adapter, limit, base)
+    if base is not None and not any(isinstance(adapter.changes[name], OnBase) for name in adapter.changes):
+        read.told.append(f"--base {base.source}: made no difference; what this file changes is the same on every model")
     _scale(read, limit)
     return read
 
@@ -298,6 +300,7 @@ def _read_back(
     :returns: the largest relative difference, in words
     :raises DeftError: when they are something else
     """
+    _check_fits(tensors, dtype)
     again = deft_formats.parse(tensors, metadata, "what would be written").changes
     generator = torch.Generator().manual_seed(0)
     errors = dict.fromkeys(changes.keys() ^ again.keys(), 1.0)
@@ -306,13 +309,28 @@ def _read_back(
         if isinstance(found, Factors) and change.up.any():
             x = torch.randn(change.down.shape[1], 8, generator=generator, dtype=torch.float64)
             before, after = (f.up.double() @ (f.down.double() @ x) for f in (change, found))
-            errors[name] = float((after - before).norm() / before.norm().clamp(min=1e-300))
+            errors[name] = float(((after - before).norm() / before.norm().clamp(min=1e-300)).nan_to_num(torch.inf))
     worst = max(errors, key=errors.__getitem__, default="")
     if errors.get(worst, 0.0) > (1e-3 if dtype == torch.float32 else 0.5):
+        if worst in changes and not _multiplies(changes[worst]):
+            raise DeftError(f"not written: the change of {worst}, up @ down, is too large for float32")
         raise DeftError(f"not written: {worst} would be another change than in the input; please report this file")
     kind, error = str(dtype).removeprefix("torch."), errors.get(worst, 0.0)
     what = f"the same up to {error:.1e} of it" if error else "exactly the same"
     return f"read back: every layer's change is {what}, in {kind}"
+
+
+def _check_fits(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """:raises DeftError: for values that are infinite in the dtype of what is written; the input's are finite"""
+    for key, tensor in tensors.items():
+        if not deft_factors.is_finite(tensor):
+            name = str(dtype).removeprefix("torch.")
+            raise DeftError(f"not written: {key} is too large for {name}; give --save_precision float or bf16")
+
+
+def _multiplies(change: Factors) -> bool:
+    """Whether float32 has the product of a layer's matrices."""
+    return bool((change.up.double() @ change.down.double()).abs().max() < torch.finfo(torch.float32).max)
 
 
 def _recorded(text: str) -> dict[str, list[float]]:
@@ -371,8 +389,10 @@ def _write_peft(output: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if output.exists():
             output.rmdir()  # empty: `_output` has seen to it
         partial.replace(output)
+    except DeftError as error:  # of a file in it, which is not there any more
+        raise DeftError(str(error).replace(str(partial), str(output))) from None
     except OSError as error:
-        raise DeftError(f"{output}: could not be saved ({error})") from None
+        raise DeftError(f"{output}: could not be saved ({reason_of(error)})") from None
     finally:
         if partial is not None:
             deft_partial.remove(partial)

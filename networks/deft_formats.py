@@ -41,7 +41,7 @@ __all__ = [
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 AUTHORS_FILE, AUTHORS_CONFIG = "knowledge_injection_state.bin", "knowledge_injection_config"
-PEFT_KEY = "lora_adapter_metadata"  # of diffusers: JSON of peft's configurations, "unet.r" and the like
+PEFT_KEY = deft_io.PEFT_KEY
 
 
 # The end of a key -> the tensor's name in `deft_kinds`; adapters of peft have a name of their own in states.
@@ -174,8 +174,16 @@ def _peft_folders(path: Path) -> list[tuple[str, Path]]:
         return [(_model_in(path.name), path)]
     found = [(_model_in(folder.name), folder) for folder in sorted(path.iterdir()) if (folder / PEFT_CONFIG).is_file()]
     if not found:
-        raise DeftError(f"{path}: a folder without {PEFT_CONFIG}; give a file, or a folder that peft has written")
+        raise no_adapter_in(path)
     return found
+
+
+def no_adapter_in(folder: Path) -> DeftError:
+    """What to say of a folder without one."""
+    models = ("model_index.json", "diffusion_pytorch_model*", "model*.safetensors")
+    if any(next(folder.glob(name), None) for name in models):
+        return DeftError(f"{folder}: this is a model in Diffusers' form, where an adapter is to be given")
+    return DeftError(f"{folder}: a folder without {PEFT_CONFIG}; give a file, or a folder that peft has written")
 
 
 def _model_in(folder: str) -> str:
@@ -337,7 +345,8 @@ def _makers(
             raise DeftError(f"{source}: {layer} is of a model whose names are not known here")
         config = configs.get(model, {})
         kernel = _kernel(name, first_generation)
-        rank = _pattern_value(config, "rank_pattern", "r", path)
+        said = _pattern_value(config, "rank_pattern", "r", path)
+        rank = None if said is None else int(said)
         facts = Facts(config, path, rank, str(metadata.get("ss_network_module", "")), recorded.get(layer), kernel)
         make = _maker(layer, _with_alpha(parts, config, rank, path), facts, source)
         make()  # which finds what is wrong with it
@@ -438,7 +447,25 @@ def _configs(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, ob
     return configs
 
 
-def _pattern_value(config: Mapping[str, object], patterns: str, default: str, path: str) -> int | None:
+def recorded_alpha(metadata: Mapping[str, str], layer: str, rank: int) -> float | None:
+    """A layer's alpha where `save_lora_weights` of diffusers has put it: into the metadata, beside no tensor.
+
+    :param layer: as its keys begin
+    :param rank: its rank in the file
+    """
+    if PEFT_KEY not in metadata:
+        return None
+    _, model, path = deft_names.model_of(layer)
+    try:
+        config = _configs(metadata, "").get(model, {})
+    except DeftError:  # which reading the file tells
+        return None
+    parts = {"lora_down.weight": torch.empty(rank, 0)}
+    found = _with_alpha(parts, config, rank, path).get("alpha")
+    return None if found is None else float(found)
+
+
+def _pattern_value(config: Mapping[str, object], patterns: str, default: str, path: str) -> float | None:
     """peft's value for a layer: that of the first pattern that fits the end of its path, or the one for all."""
     found = config.get(patterns)
     value = config.get(default)
@@ -449,7 +476,7 @@ def _pattern_value(config: Mapping[str, object], patterns: str, default: str, pa
                 break
         except re.error:
             continue
-    return int(value) if isinstance(value, int | float) and 0 < value < 1e6 else None
+    return value if isinstance(value, int | float) and 0 < value < 1e6 else None
 
 
 def _with_alpha(

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from networks import deft_factors, deft_math, deft_partial
+from networks import deft_factors, deft_layouts, deft_math, deft_partial
 from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_factors import Factors
 from networks.deft_names import looks_made_for
@@ -36,6 +36,7 @@ VERSION = "0.3.0"  # of the project, as CHANGELOG.md has it; here, since network
 VERSION_KEY = "deft_version"  # for people: reading does not depend on it
 OPTIONS_KEY = "deft_options"  # JSON of DeftConfig
 LAYERS_KEY = "deft_layers"  # JSON: layer -> [rank without padding, s of the training, exponent of balancing_exponent]
+PEFT_KEY = "lora_adapter_metadata"  # of diffusers: JSON of peft's configurations, "unet.r" and the like
 BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
 EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 reads from a LoRA's file
 KEPT_KEY = "deft_kept_layers"  # JSON: layer -> tensor
@@ -170,6 +171,8 @@ def _part(fused: LoraLayer, target: Target) -> LoraLayer:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Any]:
     path = Path(path)
+    if path.is_dir():
+        raise DeftError(f"{path}: this is a folder; give a .safetensors file")
     if not path.is_file():
         raise DeftError(f"no such adapter file: {path}")
     if path.suffix.lower() != ".safetensors":
@@ -187,6 +190,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     :raises DeftError: when it is missing, cut off, of a kind that would have to be unpickled, or of complex numbers
     """
     with _opened(path) as file:
+        deft_layouts.refuse_model(file.keys(), str(path))  # before gigabytes are read
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         metadata = file.metadata() or {}
     for key, tensor in tensors.items():
@@ -198,6 +202,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """`read_tensors` without the tensors."""
     with _opened(path) as file:
+        deft_layouts.refuse_model(file.keys(), str(path))
         return file.metadata() or {}
 
 
@@ -490,7 +495,7 @@ def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> No
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise DeftError(f"{path}: could not be saved, what was there is untouched ({error})") from None
+        raise DeftError(f"{path}: could not be saved, what was there is untouched ({reason_of(error)})") from None
     finally:
         if partial is not None:
             deft_partial.remove(partial)

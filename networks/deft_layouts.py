@@ -251,6 +251,10 @@ LAYOUTS = (
 )
 
 
+_ADAPTER = r"lora_(up|down)\.|lora_[AB]\.|lora\.(up|down)\.|hada_w|lokr_w|\.oft_|\.deft_E0|\.diff$"
+AN_ADAPTER = "this is an adapter (LoRA or the like), where a model's checkpoint is to be given"
+
+
 def recognise(keys: Collection[str], pipeline: str, source: str) -> Layout:
     """The layout of a checkpoint.
 
@@ -263,10 +267,22 @@ def recognise(keys: Collection[str], pipeline: str, source: str) -> Layout:
     for layout in LAYOUTS:
         if layout.pipeline and pipeline.startswith(layout.pipeline):
             return layout
-    if _any(r"lora_(up|down)\.|lora_[AB]\.|hada_w|lokr_w|\.oft_|\.deft_E0", keys, whole=False, anywhere=True):
-        raise DeftError(f"{source}: this is an adapter (LoRA or the like), where a model's checkpoint is to be given")
+    if _any(_ADAPTER, keys, whole=False, anywhere=True):
+        raise DeftError(f"{source}: {AN_ADAPTER}")
     known = ", ".join(dict.fromkeys(f"{layout.architecture} ({layout.name})" for layout in LAYOUTS))
     raise DeftError(f"{source}: its keys are in no layout of a checkpoint that is known here: {known}")
+
+
+def refuse_model(keys: Collection[str], source: str) -> None:
+    """:raises DeftError: when these are keys of a checkpoint, where an adapter was to be given"""
+    if _any(_ADAPTER, keys, whole=False, anywhere=True):
+        return
+    for layout in LAYOUTS:
+        if all(_any(sign, keys) for sign in layout.signs):
+            raise DeftError(
+                f"{source}: this is a model's checkpoint ({layout.architecture}, {layout.name}), where an adapter "
+                "(LoRA or the like) is to be given"
+            )
 
 
 def _any(pattern: str, keys: Collection[str], whole: bool = True, anywhere: bool = False) -> bool:

@@ -63,6 +63,8 @@ def repaired(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Repaired:
     if adapter.architecture == "SDXL":
         changes, lines = _with_whole_attention(changes)
         done += lines
+    changes, lines = _with_an_output(changes)
+    done += lines
     metadata, lines = base_named(adapter.metadata, adapter.architecture, changes)
     return Repaired(changes, metadata, (*done, *lines, *_nothing_learnt(changes)))
 
@@ -187,6 +189,19 @@ def _with_whole_attention(changes: Mapping[str, Factors]) -> tuple[dict[str, Fac
             added[f"{layer}_{part}_proj"] = Factors(torch.zeros(m, 1), torch.zeros(1, n), (n,))
     line = "CLIP-G: {} zero layers added, since A1111 applies its attention only where q, k, v and out are all there"
     return {**changes, **dict(sorted(added.items()))}, [line.format(len(added))] if added else []
+
+
+def _with_an_output(changes: Mapping[str, Factors]) -> tuple[dict[str, Factors], list[str]]:
+    """With one out_proj that changes nothing in a text encoder whose attention has none: diffusers knows it by that."""
+    added = {}
+    for prefix in ("lora_te_", "lora_te1_", "lora_te2_"):
+        layers = [name for name in changes if name.startswith(prefix) and "_self_attn_" in name]
+        if layers and not any(name.endswith("_out_proj") for name in layers):
+            m, n = changes[layers[0]].shape[:2]
+            name = re.sub(r"_[qkv]_proj$", "_out_proj", layers[0])
+            added[name] = Factors(torch.zeros(m, 1), torch.zeros(1, n), (n,))
+    line = "text encoder: a zero {} added, since diffusers leaves out attention that has no out_proj"
+    return {**changes, **added}, [line.format(name) for name in added]
 
 
 def base_named(

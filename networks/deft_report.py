@@ -159,7 +159,7 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         found, metadata = deft_io.read_tensors(file)
         tensors |= {f"{file.parent.name}/{key}" if len(files) > 1 else key: t for key, t in found.items()}
     if not tensors:
-        raise DeftError(f"{path}: a folder without an adapter; give a file, or a folder that peft has written")
+        raise deft_formats.no_adapter_in(Path(path))
     return tensors, metadata
 
 
@@ -186,7 +186,10 @@ def _measure(
         found.errors = {name: Error() for name, reading in found.readings.items() if reading and not reading.refused}
     with Bar(len(changes), Path(found.path).name, "layer") as bar:
         for name, change in changes.items():
-            parts = {rest: tensors[key] for rest, key in groups.get(stems.get(name, ""), {}).items()}
+            stem = stems.get(name, "")
+            parts = {rest: tensors[key] for rest, key in groups.get(stem, {}).items()}
+            alpha = deft_clients.recorded_alpha(found.adapter.metadata, stem, {r: t.shape for r, t in parts.items()})
+            parts |= {} if alpha is None else {".alpha": torch.tensor(alpha)}
             W = None
             if base is not None and name in places and _same_size(places[name].shape, change.shape):
                 W = base.weight(name)

@@ -126,7 +126,7 @@ def _check_space(output: Path, size: int) -> None:
     with contextlib.suppress(OSError):  # some file systems do not tell
         free = shutil.disk_usage(output.parent).free
         if free < size:
-            raise DeftError(f"{output}: needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+            raise DeftError(f"{output}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there")
 
 
 def _other_files(checkpoint: Checkpoint) -> list[Path]:

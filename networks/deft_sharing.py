@@ -286,9 +286,10 @@ def _picture(path: Path, metadata: Mapping[str, str], given: Path | None) -> tup
 
 
 def _webui_fields(path: Path, metadata: Mapping[str, str], picture: str) -> dict[str, Any]:
+    base = base_of(metadata)  # a written "Unknown" would be taken instead of what the program sees itself
     return {
         "description": metadata.get(FRIENDLY["description"], ""),
-        "sd version": base_of(metadata).webui,
+        **({} if base is UNKNOWN else {"sd version": base.webui}),
         "activation text": metadata.get(FRIENDLY["trigger"], ""),
         "preferred weight": _weight(metadata) or 0.0,
         "negative text": "",

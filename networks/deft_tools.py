@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -33,11 +34,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(work: Callable[[], None]) -> int:
-    """Runs a tool's work: 0, or one line and 2 for a user's mistake, one line and 130 after Ctrl-C."""
+    """Runs a tool's work: 0, or one line and 2 for a mistake or a failing disk, one line and 130 after Ctrl-C."""
     try:
         work()
     except DeftError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that fails while it is read, a file that goes
+        print(f"error: {error.filename or 'the disk'}: {reason_of(error)}", file=sys.stderr)
         return 2
     except MemoryError as error:
         print(f"error: not enough memory ({reason_of(error)})", file=sys.stderr)
@@ -72,6 +76,7 @@ def output_path(option: str, path: str | os.PathLike, inputs: Iterable[str | os.
     :param option: how errors name it
     :raises DeftError: for one of the inputs, a folder, or another ending than .safetensors
     """
+    check_native(option, path)
     found = Path(path)
     if found.suffix.lower() != ".safetensors":
         raise DeftError(f"{option} {path}: give a file that ends in .safetensors")
@@ -88,6 +93,12 @@ def output_path(option: str, path: str | os.PathLike, inputs: Iterable[str | os.
     return found
 
 
+def check_native(option: str, path: str | os.PathLike) -> None:
+    """:raises DeftError: for a drive's path elsewhere than on Windows, where it would be one long file name"""
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", str(path)):
+        raise DeftError(f"{option} {path}: a path of Windows; write it as this system has it (in WSL /mnt/c/...)")
+
+
 def is_same_file(one: Path, other: Path) -> bool:
     """Whether both are there, and are one file under whatever names."""
     return one.exists() and other.exists() and os.path.samefile(one, other)
@@ -96,7 +107,8 @@ def is_same_file(one: Path, other: Path) -> bool:
 def carried(metadata: Mapping[str, str], tool: str, done: Mapping[str, object]) -> dict[str, str]:
     """The metadata of what a tool makes of a file: the file's own, with what was done added.
 
-    The hashes `sshs_*` go, being of other tensors: `write_adapter` makes them anew.
+    The hashes `sshs_*` go, being of other tensors: `write_adapter` makes them anew. So does diffusers' record of ranks
+    and alphas, by which it reads a file rather than by the file's own tensors.
 
     :param metadata: of the input that the output mostly is
     :param tool: the tool's name
@@ -107,7 +119,7 @@ def carried(metadata: Mapping[str, str], tool: str, done: Mapping[str, object]) 
     except (TypeError, ValueError, RecursionError):
         history = []
     history.append({"tool": tool, "version": deft_io.VERSION, **done})
-    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_") and key != deft_io.PEFT_KEY}
     return kept | {HISTORY_KEY: json.dumps(history)}
 
 

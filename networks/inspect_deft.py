@@ -56,6 +56,8 @@ def inspect(files: Sequence[str], base: str | None, as_json: str | None, plot: s
     :raises DeftError: for the first file that cannot be read, when the others are done
     """
     for option, path in (("--json", as_json if as_json != "-" else None), ("--plot", plot)):
+        if path is not None:
+            deft_tools.check_native(option, path)
         if path is not None and any(deft_tools.is_same_file(Path(path), Path(file)) for file in [*files, base or ""]):
             raise DeftError(f"{option} {path}: this is an input, which is never overwritten; give another file")
     pyplot = _pyplot(plot)

@@ -185,6 +185,7 @@ def merge(
     :param read: reads the adapters
     """
     check_options(sd_model, rank, seed, ignore_unmatched)
+    deft_tools.check_native("--save_to", save_to)
     folder = sd_model is not None and Path(sd_model).is_dir()
     output = (
         Path(save_to) if folder else deft_tools.output_path("--save_to", save_to, [*inputs, *filter(None, [sd_model])])

@@ -108,6 +108,38 @@ def lokr(name: str) -> Tensors:
     return {f"{stem}.{part}": tensor for stem in sorted(stems) for part, tensor in parts.items()}
 
 
+def odder(name: str) -> dict[str, Tensors]:
+    """What A1111's loader tells apart by more than the kinds' first names."""
+    plain, known = lora(name, few), inventory(name)
+    layer = next(la for la in known.layers if la.part == "unet" and la.inside and len(la.shape) == 2)
+    conv = next(la for la in known.layers if la.inside and la.shape[2:] == (3, 3))
+    norm = next(la for la in known.layers if la.is_norm and la.inside)
+    key, block = known.key(layer), known.key(conv)
+    size = layer.shape[0]
+    glora = {f"{key}.{p}.weight": torch.ones(1) for p in ("a1", "a2", "b1", "b2")}
+    oft = {"oft_blocks": torch.zeros(4, size // 4, size // 4)}
+    return {
+        "GLoRA": without(plain, f"^{key}") | glora | {f"{key}.alpha": torch.tensor(1.0)},
+        "GLoRA, no alpha": without(plain, f"^{key}") | glora,
+        "half a LoKr": without(plain, f"^{key}") | {f"{key}.lokr_w1": torch.ones(4, 4)},
+        "half a LoKr, the other in two": without(plain, f"^{key}")
+        | {f"{key}.{p}": torch.ones(1, 1) for p in ("lokr_w1", "lokr_w2_a")},
+        "LoRA and OFT at once": plain | {f"{key}.{p}": t for p, t in oft.items()},
+        "OFT": {f"{key}.{p}": t for p, t in oft.items()},
+        "OFT, kohya's name": {f"oft_unet_{flat(layer.path)}.{p}": t for p, t in oft.items()},
+        "OFT, kohya's name for Diffusers": {f"oft_unet_{flat(layer.diffusers[0])}.{p}": t for p, t in oft.items()},
+        "a LoRA of a norm": plain | {f"{known.key(norm)}.lora_{p}.weight": torch.ones(1, 1) for p in ("up", "down")},
+        "a norm": plain | {f"{known.key(norm)}.{p}_norm": torch.ones(norm.shape) for p in "wb"},
+        "half a norm": plain | {f"{known.key(norm)}.w_norm": torch.ones(norm.shape)},
+        "another kernel": plain | {f"{block}.lora_up.weight": torch.ones(conv.shape[0], 1, 1, 1),
+                                   f"{block}.lora_down.weight": torch.ones(1, conv.shape[1], 5, 5)},
+        "bias of a difference alone": plain | {f"{key}.diff_b": torch.ones(size)},
+        "a difference": without(plain, f"^{key}") | {f"{key}.diff": torch.ones(layer.shape)},
+        "(IA)^3": without(plain, f"^{key}") | {f"{key}.weight": torch.ones(size), f"{key}.on_input": torch.tensor(0.0)},
+        "(IA)^3, no side": without(plain, f"^{key}") | {f"{key}.weight": torch.ones(size)},
+    }  # fmt: skip
+
+
 def odd(name: str) -> dict[str, Tensors]:
     """What goes wrong in practice, by what it is."""
     plain = lora(name, few)
@@ -155,6 +187,8 @@ def odd(name: str) -> dict[str, Tensors]:
         "Diffusers' paths": dotted(name, plain, "diffusers"),
         "ComfyUI's paths": dotted(name, without(plain, "^lora_te"), "comfy"),
         "half of a text encoder's attention": without(plain, "self_attn_(q|k)"),
+        "a text encoder's attention without outputs": without(plain, "self_attn_out"),
+        "a text encoder's queries alone": without(plain, "lora_te.*(self_attn_out|_k_|_v_|mlp)"),
     }  # fmt: skip
     if name == "sdxl":
         found["Diffusers' block names"] = in_diffusers_blocks(plain)

@@ -81,12 +81,16 @@ def arguments(model_folder, photos, tmp_path, **changes) -> list[str]:
 
 @pytest.fixture
 def fresh_accelerator():
-    """accelerate keeps one state for the whole process; it is reset behind a test."""
+    """accelerate keeps one state for the whole process; it is reset before and behind a test."""
     from accelerate.state import AcceleratorState, GradientState
 
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset()
 
 
 @pytest.fixture

@@ -87,7 +87,9 @@ def test_without_upscaling_nothing_grows_and_less_than_a_step_is_cut_off(options
     if width * height <= area:
         assert fit.resized == (width, height)
     else:
-        assert (math.isqrt(fit.bucket[0] * fit.bucket[1])) <= math.sqrt(area) + 1
+        exact = [side * math.sqrt(area / (width * height)) for side in (width, height)]
+        rounding = 1 + 0.5 / min(exact)  # of the side that is made whole steps, which the other one follows
+        assert all(bucket <= side * rounding + 0.5 for bucket, side in zip(fit.bucket, exact, strict=True))
         assert fit.resized[0] % steps == 0 or fit.resized[1] % steps == 0
 
 

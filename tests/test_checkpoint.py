@@ -800,7 +800,7 @@ def test_what_cannot_be_written_is_said_and_nothing_is_left(models, tmp_path, mo
     refused("img_in.weight would hold", lambda found, shape: torch.full(shape, 1e5) if found == name else None)
     refused("img_in.weight would hold", lambda found, shape: torch.full(shape, torch.nan) if found == name else None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("U", "free")(1000))
-    refused("GB are free")
+    refused("MB are free")
     monkeypatch.undo()
     if hasattr(os, "pwrite"):
         monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from networks.deft_clients import CLIENTS, Outline, Reading, made_for, read_by, readings, split
 from networks.deft_inventory import NAMES, inventory
-from tests.client_files import ODD, few, lora, odd
+from tests.client_files import ODD, few, lora, odd, odder
+from tests.real_a1111 import loaded_by_a1111
 from tests.real_clients import COMPONENTS, loaded_by_diffusers
 
 BY_NAME = {client.name: client for client in CLIENTS}
@@ -34,9 +35,26 @@ def reading(client: str, name: str, tensors: Mapping[str, Tensor], **metadata: s
 
 CASES = [(name, case) for name in NAMES for case in ODD if name == "sdxl" or "block name" not in case]
 QUICK = {
-    "sd1": ("plain", "no alpha in attention", "mixed alphas in attention", "an unknown part", "DoRA", "T5", "LoHa"),
-    "sdxl": ("one Diffusers' block name", "mixed ranks"),
-    "flux": ("layers outside of blocks too", "no alpha", "T5", "DoRA", "LoHa", "no up"),
+    "sd1": (
+        "plain",
+        "no alpha in attention",
+        "mixed alphas in attention",
+        "an unknown part",
+        "DoRA",
+        "T5",
+        "LoHa",
+        "a text encoder's queries alone",
+    ),
+    "sdxl": ("one Diffusers' block name", "mixed ranks", "a text encoder's attention without outputs"),
+    "flux": (
+        "layers outside of blocks too",
+        "no alpha",
+        "T5",
+        "DoRA",
+        "LoHa",
+        "no up",
+        "a text encoder's attention without outputs",
+    ),
 }
 if os.environ.get("CLIENTS") != "all":  # that takes minutes
     CASES = [(name, case) for name, case in CASES if case in QUICK.get(name, ())]
@@ -133,6 +151,24 @@ def test_forges_own_code_matches_the_same_keys(name):
             assert "do not fit" in said.refused, case
 
 
+# Automatic1111's own loader: A1111_DIR=/path/to/stable-diffusion-webui
+
+A1111 = os.environ.get("A1111_DIR", "")
+
+
+@pytest.mark.skipif(not A1111, reason="A1111_DIR is not set")
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_a1111s_own_code_matches_the_same_keys(name):
+    for case, tensors in (files(name) | odder(name)).items():
+        said = reading("A1111", name, tensors)
+        done = refused_or(lambda tensors=tensors: loaded_by_a1111(A1111, name, tensors))
+        assert (done is None) == bool(said.refused), (case, said.refused)
+        if done is not None:
+            assert said.matched == done[0], case
+            told = next((line for line in said.wrong if "q, k, v and out" in line), "leaves out 0 ")
+            assert int(told.split()[2]) == done[1], case
+
+
 # Facts, of which docs/clients.md and the clients' code tell
 
 
@@ -182,6 +218,19 @@ def test_who_refuses_what():
         assert word in reading(client, "flux", flux[case]).refused, (client, case)
     assert not reading("Forge", "flux", lora("flux", few) | {"x": torch.ones(1)}).refused
     assert not reading("diffusers", "flux", flux["T5"]).refused
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_what_a1111_gives_up_a_file_for(name):
+    """Found with its own loader, which the test above runs."""
+    found = {"ComfyUI's paths": files(name)["ComfyUI's paths"], **odder(name)}
+    refused = {case for case, tensors in found.items() if reading("A1111", name, tensors).refused}
+    assert refused == {
+        "ComfyUI's paths", "GLoRA, no alpha", "half a LoKr", "half a LoKr, the other in two", "a LoRA of a norm",
+        "half a norm", "another kernel", "(IA)^3, no side",
+    }  # fmt: skip
+    assert not reading("A1111", name, found["OFT, kohya's name for Diffusers"]).matched
+    assert reading("A1111", name, found["OFT, kohya's name"]).matched
 
 
 def test_an_sdxl_file_without_its_label_is_told_in_a1111():

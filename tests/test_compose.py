@@ -224,7 +224,7 @@ def test_several_files_to_keep(tmp_path):
         assert relative_error(U @ U.mT @ V, V) < 1e-6
     assert together["another"].shape == (8, 2)
     many = [written(tmp_path / f"more{i}.safetensors", {NAME: made(8)}) for i in range(4)]
-    with pytest.raises(DeftError, match=f"take all 32 inputs of {NAME}; name fewer"):
+    with pytest.raises(DeftError, match=f"{NAME}: together all 32 inputs of it are taken; name fewer"):
         deft_keep.read_kept(",".join(many))
     with pytest.raises(DeftError, match=r"keep=nowhere.safetensors: no such file"):
         deft_keep.read_kept(f"{files[0]},nowhere.safetensors")

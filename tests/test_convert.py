@@ -19,7 +19,9 @@ from torch import Tensor
 
 from networks import convert_deft, deft, deft_io, deft_rebase, deft_targets
 from networks.deft_checkpoint import open_checkpoint
-from tests import small_flux, small_models
+from networks.deft_clients import CLIENTS, Outline, read_by
+from networks.deft_inventory import inventory
+from tests import client_files, small_flux, small_models
 from tests.conftest import ROOT, deltas, largest_error, loaded, network_of, relative_error
 
 CONVOLUTIONS = {"conv_dim": "2", "conv_alpha": "2"}
@@ -317,6 +319,21 @@ def test_projections_are_convolutions_in_stable_diffusion_1_alone(tmp_path, widt
     assert largest_error(products(tmp_path / "good.safetensors"), products(tmp_path / "bad.safetensors")) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "flux"])
+def test_a_text_encoder_without_outputs_is_repaired_for_diffusers(name, tmp_path):
+    broken = client_files.without(client_files.lora(name, client_files.few), "self_attn_out")
+    save_file(broken, tmp_path / "broken.safetensors")
+    paths = [str(tmp_path / "broken.safetensors"), "--save_to", str(tmp_path / "a.safetensors")]
+    assert convert_deft.main([*paths, "--repair"]) == 0
+    (client,) = (client for client in CLIENTS if client.name == "diffusers")
+    before, after = broken, load_file(tmp_path / "a.safetensors")
+    said = [read_by(client, Outline.of(tensors, {}), inventory(name)) for tensors in (before, after)]
+    assert any("no out_proj" in line for line in said[0].wrong)
+    assert not said[1].wrong
+    assert said[1].matched == set(after)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
 def test_repair_changes_nothing_where_nothing_is_wrong(lora, tmp_path, capsys):
     convert(lora, "--save_to", tmp_path / "x.safetensors", "--repair")
     assert "nothing to mend" in capsys.readouterr().out
@@ -412,6 +429,8 @@ def test_what_takes_nothing_out_does_not_depend_on_the_base(lora, bases, tmp_pat
         ]
         assert convert_deft.main(arguments) == 2
         assert "no DEFT of removal=1, and takes nothing out" in capsys.readouterr().err
+    convert(lora, "--save_to", tmp_path / "w.safetensors", "--base", bases[1])
+    assert "made no difference" in capsys.readouterr().out
     convert(lora, "--save_to", tmp_path / "z.safetensors", "--to", "kohya", "--injection", 0.25)
     quarter = {name: delta / 4 for name, delta in products(lora).items()}
     assert largest_error(products(tmp_path / "z.safetensors"), quarter) < 1e-12

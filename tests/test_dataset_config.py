@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import toml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from library.options.dataset_config import named_folders
@@ -400,6 +400,7 @@ name = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prefix=text, rate=st.floats(0, 1), steps=st.integers(1, 10**6), words=st.lists(name, max_size=3))
+@example(prefix='"', rate=0.0, steps=1, words=[])
 def test_what_is_written_reads_back_the_same(data, tmp_path, prefix, rate, steps, words):
     arguments = [
         *MODEL, "--train_data_dir", "DATA/train", f"--caption_prefix={prefix}", f"--caption_dropout_rate={rate!r}",

@@ -73,3 +73,79 @@ def test_a_tool_ends_in_one_line_and_leaves_everything_as_it_was(command, fault,
     else:
         assert (code, len(errors)) == (2, 1)
         assert not written
+
+
+MODELS = {
+    "LDM": lambda: save(*SGM),
+    "FLUX": lambda: save(*fuzz.whole_files()[9]),
+    "Diffusers": None,
+}
+OF_ADAPTERS = {name: command for name, command in COMMANDS.items() if name not in ("merge into a bad model", "extract")}
+OF_ADAPTERS["metadata"] = (convert_deft, "BAD --set title=x --save_to out.safetensors", False)
+OF_MODELS = {
+    "merge": (merge_deft, "--sd_model BAD --models good --save_to out.safetensors"),
+    "extract, tuned": (extract_deft, "--model_org model --model_tuned BAD --dim 1 --save_to out.safetensors"),
+    "extract, base": (extract_deft, "--model_org BAD --model_tuned model --dim 1 --save_to out.safetensors"),
+    "extract of a DoRA": (extract_deft, "--adapter good --model_org BAD --dim 1 --save_to out.safetensors"),
+    "convert": (convert_deft, "good --base BAD --save_to out.safetensors"),
+    "inspect": (inspect_deft, "good --base BAD"),
+}
+
+
+def told(tool, arguments: str, names: dict[str, str], capsys) -> str:
+    """The one line that a tool ends in."""
+    assert tool.main([names.get(argument, argument) for argument in arguments.split()]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch) -> dict[str, str]:
+    monkeypatch.chdir(tmp_path)
+    for name, content in {"good": save(*WHOLE), "model": save(*SGM)}.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    return {name: f"{name}.safetensors" for name in ("good", "model", "BAD")}
+
+
+@pytest.mark.parametrize("form", MODELS)
+@pytest.mark.parametrize("command", OF_ADAPTERS)
+def test_a_model_given_as_an_adapter_is_said_to_be_one(command, form, names, tmp_path, capsys):
+    make = MODELS[form]
+    if make is None:
+        (tmp_path / "BAD" / "unet").mkdir(parents=True)
+        (tmp_path / "BAD" / "model_index.json").write_text("{}")
+        (tmp_path / "BAD" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+        names["BAD"] = "BAD"
+    else:
+        (tmp_path / "BAD.safetensors").write_bytes(make())
+    tool, arguments, _ = OF_ADAPTERS[command]
+    line = told(tool, arguments, names, capsys)
+    assert "this is a model" in line or (command == "metadata" and "this is a folder" in line)
+    assert names["BAD"] in line
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5, 7, "peft"])
+@pytest.mark.parametrize("command", OF_MODELS)
+def test_an_adapter_given_as_a_model_is_said_to_be_one(command, number, names, tmp_path, capsys):
+    """LoRA, DEFT, LoHa, LoKr, OFT, full differences; of peft a folder."""
+    if number == "peft":
+        (tmp_path / "BAD").mkdir()
+        (tmp_path / "BAD" / "adapter_config.json").write_text("{}")
+        names["BAD"] = "BAD"
+    else:
+        (tmp_path / "BAD.safetensors").write_bytes(save(*fuzz.whole_files()[number]))
+    assert "this is an adapter" in told(*OF_MODELS[command], names, capsys)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("BAD --to deft --save_to out.safetensors", "up @ down, is too large for float32"),
+        ("BAD --save_precision fp16 --save_to out.safetensors", "is too large for float16; give --save_precision"),
+    ],
+)
+def test_products_and_values_that_do_not_fit_are_said_to(arguments, said, names, tmp_path, capsys):
+    (tmp_path / "BAD.safetensors").write_bytes(save(HUGE))
+    assert said in told(convert_deft, arguments, names, capsys)

@@ -110,6 +110,15 @@ def test_without_pillow_a_picture_is_refused_in_words(lora, picture, monkeypatch
     assert deft_sharing.edited(metadata_of(lora), ["trigger=x"], [])["modelspec.trigger_phrase"] == "x"
 
 
+def test_a_model_that_is_not_named_is_left_to_what_the_ui_sees(lora):
+    """Forge and A1111 take any "sd version" that they know the word of, Unknown too, before their own look."""
+    for version, expected in (("", None), ("chroma", "Unknown"), ("sd_v1", "SD1")):
+        deft_sharing.write_sidecars(lora, {"ss_base_model_version": version}, None)
+        webui = json.loads(lora.with_suffix(".json").read_text(encoding="utf-8"))
+        assert webui.get("sd version") == expected
+        lora.with_suffix(".json").unlink()
+
+
 # what ComfyUI-Lora-Manager's LoraMetadata has no default for (py/utils/models.py, commit 003ee55)
 NEEDED = {"file_name", "model_name", "file_path", "size", "modified", "sha256", "base_model", "preview_url"}
 

@@ -83,6 +83,34 @@ def test_it_runs_among_a_trainers_own_networks(tool, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["networks"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="of other systems")
+@pytest.mark.parametrize("path", [r"C:\loras\new.safetensors", "d:/loras/new.safetensors"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "resize --model a.safetensors --save_to",
+        "merge --models a.safetensors --save_to",
+        "merge --sd_model folder --models a.safetensors --save_to",
+        "extract --adapter a.safetensors --dim 1 --save_to",
+        "compose --models a.safetensors a.safetensors --save_to",
+        "convert a.safetensors --save_to",
+        "convert a.safetensors --to peft --save_to",
+        "inspect a.safetensors --json",
+    ],
+)
+def test_a_path_of_windows_makes_no_file_of_that_name(command, path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file({f"{layer}.lora_up.weight": torch.ones(4, 1), f"{layer}.lora_down.weight": torch.ones(1, 4)},
+              "a.safetensors")  # fmt: skip
+    name, *arguments = command.split()
+    assert importlib.import_module(f"networks.{name}_deft").main([*arguments, path]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "a path of Windows" in told
+    assert sorted(os.listdir()) == ["a.safetensors", "folder"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

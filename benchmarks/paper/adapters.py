@@ -124,6 +124,19 @@ class PeftAdapter:
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in found.items()}
         deft_io.write_safetensors(tensors, path, metadata)
 
+    def apart(self, path: Path) -> tuple[str, float]:
+        """See `Adapter`; of the tensors."""
+        read = deft_io.read_tensors(path)[0]
+        found = peft.get_peft_model_state_dict(self.denoiser, save_embedding_layers=False)
+        if missing := found.keys() - read.keys():
+            raise DeftError(f"{path}: lacks {min(missing)}")
+        shares = {
+            name: float((read[name].double() - tensor.cpu().double()).norm() / tensor.double().norm().clamp(min=1e-30))
+            for name, tensor in found.items()
+        }
+        worst = max(shares, key=lambda name: shares[name])
+        return worst, shares[worst]
+
 
 def _inject(config: peft.PeftConfig, denoiser: nn.Module) -> list[BaseTunerLayer]:
     """Its layers, their parameters in float32; in place."""

@@ -132,6 +132,8 @@ def _toml(value: Any) -> str:
     """A switch, number or text, or a list of such; JSON's texts are TOML's."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str) and set(value) == {'"'}:
+        return f"'{value}'"  # of which the toml package would read nothing between double ones
     if isinstance(value, (bool, str)):
         return json.dumps(value, ensure_ascii=False)
     return repr(value)

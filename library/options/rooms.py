@@ -292,6 +292,7 @@ class SaveOptions:
     output_name: str
     save_precision: str
     no_metadata: bool
+    verify_saves: bool
     save_every_n_epochs: int | None
     save_every_n_steps: int | None
     save_n_epoch_ratio: int | None

@@ -373,6 +373,9 @@ OPTIONS: list[Option] = [
         ),
         *always("--resume goes on where its state was saved", "skip_until_initial_step"),
         Option("no_metadata", bool, False, "keep the training's settings out of the file"),
+        Option(
+            "verify_saves", bool, False, "compare every saved file with what was trained, also where it takes over 5 s"
+        ),
         Option("training_comment", str, None, "goes into the file's metadata", metadata="ss_training_comment"),
         Option("save_model_as", str, "safetensors", "the one format that is written", ("safetensors",)),
         *[

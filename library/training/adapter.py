@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +20,8 @@ from library.models.family import Family
 from library.options.rooms import NetworkOptions, OptimizerOptions
 from library.prompts import Prompt
 from library.training.given import Given
-from networks import deft, deft_io, deft_keep
+from networks import deft, deft_factors, deft_io, deft_keep
+from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,14 @@ class Adapter(Protocol):
         """Whole or not at all.
 
         :raises DeftError: when it is not finite or cannot be written
+        """
+        ...
+
+    def apart(self, path: Path) -> tuple[str, float]:
+        """The layer of a saved file that is furthest from what this computes with, and how far: a share of the layer's
+        own change, or of a thousandth of the largest one's, where that is more.
+
+        :raises DeftError: when the file cannot be read, or lacks a layer
         """
         ...
 
@@ -143,6 +153,25 @@ class DeftAdapter:
     def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         """See `Adapter`."""
         self.module.save_weights(str(path), dtype, metadata)
+
+    @torch.no_grad()
+    def apart(self, path: Path) -> tuple[str, float]:
+        """See `Adapter`."""
+        file = deft_io.read_adapter(path)
+        sizes, errors = {}, {}
+        for module in self.module.all_modules:
+            layer = file.layer_of(module.target)
+            if layer is None:
+                raise DeftError(f"{path}: lacks {module.lora_name}")
+            up, down = (part.cpu().double() for part in module.lora_factors())
+            read_up, read_down = (p.cpu().double() for p in deft_io.factors_of(layer, module.base_weight))
+            sizes[module.lora_name] = float(deft_factors.norm(up, down))
+            difference = torch.cat([read_up, -up], 1), torch.cat([read_down, down])
+            errors[module.lora_name] = float(deft_factors.norm(*difference))
+        least = max(sizes.values()) / 1000
+        shares = {name: error / (max(sizes[name], least) or 1.0) for name, error in errors.items()}
+        worst = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
+        return worst, shares[worst]
 
 
 def _directions(prompts: list[Prompt], source: str, model: Family, accelerator: Accelerator, folder: Path) -> Path:

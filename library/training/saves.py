@@ -21,6 +21,9 @@ from networks.deft_config import DeftError
 logger = logging.getLogger(__name__)
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# what a change may lose by being saved; rounding leaves 1e-7, 3e-4 and 2e-3 of it
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+LONG = 5.0  # seconds above which files are checked only where it is asked for
 
 
 class TrainingStopped(RuntimeError):
@@ -54,6 +57,7 @@ class Saves:
         self.every_n_epochs = options.save_every_n_epochs
         if options.save_n_epoch_ratio:
             self.every_n_epochs = length.epochs // options.save_n_epoch_ratio or 1
+        self.verifies = True
         self.last_good: Path | None = None
         self.last_state = None if options.resume is None else Path(options.resume)
 
@@ -151,9 +155,26 @@ class Saves:
             fields = {**self.metadata, **{key: str(value) for key, value in now.items()}}
             with self.evaluated():
                 self.adapter.save(path, self.dtype, fields)
+                if self.verifies:
+                    self._verify(path)
             logger.info(f"saved {path}")
         self.last_good = path
         return path
+
+    def _verify(self, path: Path) -> None:
+        """:raises DeftError: when the file is not what was trained"""
+        start = time.perf_counter()
+        layer, apart = self.adapter.apart(path)
+        if not apart <= TOLERANCES[self.dtype]:
+            raise DeftError(
+                f"{path}: is NOT what was trained: {layer} is {apart:.1e} of its change away (rounding leaves at most "
+                f"{TOLERANCES[self.dtype]:g}); the disk or the memory may be failing, take an earlier file"
+            )
+        taken = time.perf_counter() - start
+        if taken > LONG and not self.options.verify_saves:
+            self.verifies = False
+            logger.info(f"{path.name} is what was trained; that took {taken:.0f} s, so later files are not compared "
+                        f"(--verify_saves compares them all)")  # fmt: skip
 
     def _write_state(self, name: str, position: Position) -> Path:
         folder = self.folder / f"{name}-state"
