@@ -118,6 +118,9 @@ def mistakes() -> dict[str, tuple[object, str]]:
     return {
         "no JSON": ('{"instruction": "a"', "not JSON"),
         "a path of Windows": (r'{"output_image": "C:\data\x.png"}', "backslashes have to be doubled"),
+        "a path of Windows that is JSON": (
+            r'{"instruction": "a", "output_image": "C:\new.png"}', "backslashes have to be doubled",
+        ),
         "a list": ([good], "must be an object"),
         "a number": ("1" * 5000, "not JSON"),
         "no instruction": ({"output_image": "out/0.png"}, "no instruction"),

@@ -77,6 +77,8 @@ class _Files:
                 if _is_file(path):
                     self._found[name] = path
                     return path
+            if not name.isprintable():  # C:\new.png, where \n is a line's end
+                raise DeftError(f"no such file: {name!r}; backslashes have to be doubled")
             raise DeftError(f"no such file: {self.folder / name}")
         return self._found[name]
 
