@@ -53,7 +53,7 @@ def test_a_sample_on_a_full_disk_is_lost_and_nothing_else(run, tmp_path, with_sa
     assert run(output_name="undisturbed") == 0
     full_within(Samples, "_draw", 1000)
     assert run(**with_samples) == 0
-    assert [line.split("(")[1] for line in of(caplog, "ERROR")] == ["[Errno 27] File too large)"] * 3
+    assert [line.split("(")[1] for line in of(caplog, "ERROR")] == ["File too large)"] * 3
     assert list((tmp_path / "out" / "sample").iterdir()) == []
     out = tmp_path / "out"
     assert_equal(load_file(out / "cat.safetensors"), load_file(out / "undisturbed.safetensors"))
