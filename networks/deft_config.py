@@ -19,9 +19,11 @@ class DeftError(ValueError):
 
 
 def reason_of(error: BaseException) -> str:
-    """What another program's error says, in one line; of a disk's the reason alone, its paths being our own."""
+    """What another program's error says, in one line; of a disk's the reason and the file's name, unless that is the
+    hidden one under which a file is written."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        path = str(error.filename or "")
+        return error.strerror if not path or ".partial" in path else f"{error.strerror}: {os.path.basename(path)}"
     lines = [line for line in str(error).strip().split("\n") if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
