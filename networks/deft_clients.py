@@ -105,12 +105,6 @@ def grouped(keys: Collection[str]) -> dict[str, dict[str, str]]:
     return groups
 
 
-def kinds_of(rests: Collection[str]) -> list[Kind]:
-    """The kinds of adapter that a layer with these tensors has."""
-    found = [kind for kind in KINDS if any(sign in rests for sign in kind.signs)]
-    return [kind for kind in found if not (kind is BIAS and FULL in found)]
-
-
 class Refused(Exception):
     """A client does not take the file; why, in words."""
 

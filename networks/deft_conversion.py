@@ -397,12 +397,3 @@ def _write_peft(output: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if partial is not None:
             deft_partial.remove(partial)
     print(f"{output}: peft, {' and '.join(sorted(models)) or 'the original model'}, {_dtype_of(tensors)}")
-
-
-def _peft_config(tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """By whole paths, but where one is also the end of others."""
-    config = deft_formats.peft_config(tensors)
-    names = config["target_modules"]
-    if isinstance(names, list) and any("." not in name for name in names):  # proj_out, of FLUX.1
-        return config | {"target_modules": "|".join(map(re.escape, names))}
-    return config

@@ -129,12 +129,19 @@ class Family(ABC):
         """What of a caption is cut, and the number of tokens that are read."""
 
     def drawing_inputs(self, prompt: Text, negative: Text | None) -> dict[str, Tensor]:
-        """What the pipeline's call takes instead of `prompt` and `negative_prompt`; of families without own `draw`."""
+        """What the pipeline's call takes instead of `prompt` and `negative_prompt`; of families without own
+        `conditions`."""
         raise NotImplementedError
 
     def guidance(self, prompt: Prompt) -> dict[str, float]:
         """The pipeline's arguments for it."""
         return {"guidance_scale": GUIDANCE if prompt.guidance is None else prompt.guidance}
+
+    def conditions(
+        self, prompt: Prompt, text: Text, negative: Text | None, inputs: Sequence[Tensor]
+    ) -> Mapping[str, Any]:
+        """The pipeline's arguments for what is asked for and how strongly; parameters as `draw` has them."""
+        return {**self.drawing_inputs(text, negative), **self.guidance(prompt)}
 
     @abstractmethod
     def names(self) -> Mapping[str, str]:
@@ -194,10 +201,9 @@ class Family(ABC):
         self.pipeline.scheduler = self.sampler(sampler)
         try:
             latents = self.pipeline(
-                **self.drawing_inputs(text, negative),
+                **self.conditions(prompt, text, negative, inputs),
                 width=prompt.width,
                 height=prompt.height,
-                **self.guidance(prompt),
                 num_inference_steps=prompt.steps,
                 generator=prompt.generator(),
                 output_type="latent",

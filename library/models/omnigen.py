@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, OmniGenTransformer2DModel
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -26,11 +25,9 @@ from library.models.reading import check_whole, index_of, part_of_folder, shapes
 from library.models.vae import load_vae, own_vae
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
-from library.sampling import counted_by
 from networks import deft_targets
 from networks.deft_config import DeftError, read_text, reason_of
 from networks.deft_names import renamed
-from networks.deft_progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -81,16 +78,7 @@ class OmniGen(Family):
         samplers.tell_euler_alone(name, "OmniGen")
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
-    @torch.no_grad()
-    def draw(
-        self,
-        prompt: Prompt,
-        text: Text,
-        negative: Text | None,
-        sampler: str | None = None,
-        bar: Bar | None = None,
-        inputs: Sequence[Tensor] = (),
-    ) -> Image.Image:
+    def conditions(self, prompt: Prompt, text: Text, negative: Text | None, inputs: Sequence[Tensor]) -> dict[str, Any]:
         """See `Family`: `--l` is the guidance by the text, 2.5 by default, `--g` that by its pictures, 1.6; an empty
         negative prompt is that of diffusers' and the original's pipeline."""
         if not prompt.negative or negative is None:
@@ -102,20 +90,7 @@ class OmniGen(Family):
         own = omnigen_drawing.GUIDANCE, omnigen_drawing.PICTURE_GUIDANCE
         asked = prompt.guidance, prompt.embedded_guidance
         guidance = [default if given is None else given for given, default in zip(asked, own, strict=True)]
-        trained_with = self.pipeline.scheduler
-        self.pipeline.scheduler = self.sampler(sampler)
-        try:
-            latents = self.pipeline(
-                terms=omnigen_drawing.guided(text, negative, alone, *guidance),
-                width=prompt.width,
-                height=prompt.height,
-                num_inference_steps=prompt.steps,
-                generator=prompt.generator(),
-                callback_on_step_end=None if bar is None else counted_by(bar),
-            ).images
-        finally:
-            self.pipeline.scheduler = trained_with
-        return self.decode(latents, prompt)
+        return {"terms": omnigen_drawing.guided(text, negative, alone, *guidance)}
 
     def names(self) -> dict[str, str]:
         """See `Family`; sd-scripts has no such model, the fields are those that it gives to others."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.omnigen.processor_omnigen import OmniGenMultiModalProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from library.models import omnigen_sequence
@@ -53,7 +53,7 @@ class Pipeline(DiffusionPipeline):
         guidance_scale: float = GUIDANCE,
         output_type: str = "latent",
         callback_on_step_end: Callable[..., Any] | None = None,
-    ) -> SimpleNamespace:
+    ) -> ImagePipelineOutput:
         """`images`: latents (b, c, h, w), float32.
 
         :param prompt: captions without pictures; else `terms`
@@ -80,7 +80,7 @@ class Pipeline(DiffusionPipeline):
             latents = self.scheduler.step(sum(answers, torch.zeros_like(latents)), time, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
                 callback_on_step_end(self, i, time, {})
-        return SimpleNamespace(images=latents)
+        return ImagePipelineOutput(images=latents)
 
 
 def guided(
