@@ -29,6 +29,7 @@ from library.training.loop import TrainingLoop
 from library.training.losses import Losses
 from library.training.objective import objective_of
 from library.training.optimizers import evaluated, optimizer_of
+from library.training.record import Record
 from library.training.samples import Samples
 from library.training.saves import Saves, TrainingStopped
 from library.training.schedules import schedule_of
@@ -99,11 +100,12 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     accelerator.register_for_checkpointing(schedule)
     averaged = functools.partial(evaluated, optimizer)
     setting = Setting.of(run, trained, latents.contents, seed, accelerator.num_processes, len(loader))
-    position = Position()
+    position, record = Position(), Record()
     if run.saves.resume and files.resumed:
         position, then = files.resumed
         given.check_left(run, position, length.steps)
         state.restore(run.saves.resume, then, setting, accelerator)
+        record = Record.read(Path(run.saves.resume))
 
     losses = Losses(model, adapter, texts, objective, run.preservation, accelerator)
     validation = None
@@ -114,10 +116,10 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
             loading(kept, noise, shuffle=False), losses, adapter, noise, options.max_validation_steps
         )
     fields = metadata.of_training(run, model, adapter, trained, length, seed)
-    saves = Saves(run.saves, adapter, fields, setting, length, averaged, accelerator)
+    saves = Saves(run.saves, adapter, fields, setting, length, record, averaged, accelerator)
     samples = Samples(
         files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler,
-        shown,
+        shown, record,
     )  # fmt: skip
     start.start_trackers(accelerator, run.logs, run.recorded)
 
@@ -125,7 +127,7 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     logger.info(f"training {parameters:,} parameters for {length.steps} steps in {length.epochs} epochs")
     loop = TrainingLoop(
         run.loop, accelerator, losses, seed, adapter, loader, optimizer, schedule, names, averaged, saves, samples,
-        validation, length, position, signals,
+        validation, length, position, record, signals,
     )  # fmt: skip
     signals.hold(saves.described)
     try:

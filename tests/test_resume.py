@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.training import state
+from library.training.record import Record
 from networks.deft_config import DeftError
 from tests.conftest import ROOT, arguments, in_two_processes
 
@@ -241,7 +242,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
     large, small = torch.nn.Linear(200, 200), torch.nn.Linear(2, 2)
     accelerator.prepare_model(small)
     optimizer = accelerator.prepare(torch.optim.AdamW(small.parameters()))
-    state.write(folder, state.Position(3, 1, 3, [0.5]), setting, accelerator)
+    state.write(folder, state.Position(3, 1, 3, [0.5]), setting, Record(), accelerator)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for part in ("model", "optimizer", "position"):
         if part == "model":
@@ -255,7 +256,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
         try:
             with pytest.raises(DeftError, match="a-state: not saved"):
-                state.write(folder, position, setting, accelerator)
+                state.write(folder, position, setting, Record(), accelerator)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert state.read(str(folder)) == (state.Position(3, 1, 3, [0.5]), setting)

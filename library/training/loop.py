@@ -22,6 +22,7 @@ from library.training.adapter import Adapter
 from library.training.interrupts import Interrupted, Interrupts
 from library.training.losses import Losses
 from library.training.randoms import Randoms
+from library.training.record import Record
 from library.training.samples import Samples
 from library.training.saves import Saves, TrainingStopped
 from library.training.state import Length, Position
@@ -38,6 +39,7 @@ class TrainingLoop:
     :param group_names: of the optimizer's parameter groups, for the logs
     :param evaluated: within which the adapter is as it is to be used, where the optimizer averages weights
     :param position: where the training begins
+    :param record: that is told of all that is logged
     :param signals: that have come
     """
 
@@ -56,6 +58,7 @@ class TrainingLoop:
     validation: Validation | None
     length: Length
     position: Position
+    record: Record
     signals: Interrupts
     ending: int = 0  # the signal that all processes have agreed to end by
     accumulated: int = 0  # batches of the step that is under way
@@ -218,7 +221,7 @@ class TrainingLoop:
         self.adapter.after_step()
         self.position.recent = list(self.recent_losses)
         self._show()
-        start.log(self.accelerator, self._meters(loss), step)
+        self._log(self._meters(loss))
         if self.ending and step < self.length.steps:  # before what may take longer than a shutdown waits
             raise Interrupted(self.ending, self.saves.interrupted(self.position), self.saves.described())
         if options.sample_every_n_steps and step % options.sample_every_n_steps == 0:
@@ -238,7 +241,7 @@ class TrainingLoop:
         options, epoch = self.options, self.position.epoch
         if options.validate_every_n_epochs is None or epoch % options.validate_every_n_epochs == 0:
             self._validate("epoch")
-        start.log(self.accelerator, {"loss/epoch_average": self.average_loss}, self.position.step)
+        self._log({"loss/epoch_average": self.average_loss})
         self.saves.at_epoch(self.position)
         if options.sample_every_n_epochs and epoch % options.sample_every_n_epochs == 0:
             self._draw(f"e{epoch:06d}")
@@ -256,7 +259,11 @@ class TrainingLoop:
         logger.info(f"step {self.position.step}: validation loss {found:.5f}")
         values = {"average": found, "divergence": found - self.average_loss}
         named = {f"loss/validation/{when}_{key}": value for key, value in values.items()}
-        start.log(self.accelerator, named, self.position.step)
+        self._log(named)
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.record.log(values, self.position.step)
+        start.log(self.accelerator, values, self.position.step)
 
     def _memory(self) -> dict[str, str]:
         """The most that was taken of the GPU's, for the bar."""

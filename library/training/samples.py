@@ -17,6 +17,7 @@ from torch import Tensor
 from library.models.family import Family
 from library.prompts import Prompt
 from library.training.adapter import Adapter
+from library.training.record import Drawn, Record
 from library.training.texts import Texts
 from networks.deft_config import reason_of
 from networks.deft_progress import Bar
@@ -49,6 +50,7 @@ class Samples:
     :param name: the adapter's
     :param sampler: of `--sample_sampler`
     :param inputs: of each prompt, see `inputs.encoded`
+    :param record: that is told of the pictures
     """
 
     prompts: Sequence[Prompt]
@@ -60,6 +62,7 @@ class Samples:
     name: str
     sampler: str | None
     inputs: Sequence[Sequence[Tensor]]
+    record: Record
 
     def __post_init__(self) -> None:
         """:raises DeftError: for a sampler that the model does not have"""
@@ -92,6 +95,7 @@ class Samples:
         with Bar(prompt.steps, "drawing", "steps") as bar:
             image = self.model.draw(prompt, text, negative, prompt.sampler or self.sampler, bar, inputs)
         image.save(path)
+        self.record.samples.append(Drawn(path.relative_to(self.folder).as_posix(), step, number))
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from library.options.rooms import SaveOptions
 from library.training import state
 from library.training.adapter import Adapter
+from library.training.record import Record, Saved
 from library.training.state import Length, Position, Setting
 from networks.deft_config import DeftError
 
@@ -38,6 +39,7 @@ class Saves:
     :param metadata: of `library.training.metadata`
     :param evaluated: within which the adapter is as it is to be used
     :param length: of the whole training, whose end has files of its own
+    :param record: that is told of the files
     """
 
     def __init__(
@@ -47,12 +49,13 @@ class Saves:
         metadata: Mapping[str, str],
         setting: Setting,
         length: Length,
+        record: Record,
         evaluated: Callable[[], AbstractContextManager[None]],
         accelerator: Accelerator,
     ):
         self.options, self.folder, self.name = options, Path(options.output_dir), options.output_name
         self.dtype, self.adapter, self.metadata = SAVE_DTYPES[options.save_precision], adapter, metadata
-        self.setting, self.length = setting, length
+        self.setting, self.length, self.record = setting, length, record
         self.evaluated, self.accelerator = evaluated, accelerator
         self.every_n_epochs = options.save_every_n_epochs
         if options.save_n_epoch_ratio:
@@ -159,6 +162,7 @@ class Saves:
                     self._verify(path)
             logger.info(f"saved {path}")
         self.last_good = path
+        self.record.saved(Saved(path.name, position.step, position.epoch))
         return path
 
     def _verify(self, path: Path) -> None:
@@ -178,7 +182,7 @@ class Saves:
 
     def _write_state(self, name: str, position: Position) -> Path:
         folder = self.folder / f"{name}-state"
-        state.write(folder, position, self.setting, self.accelerator)
+        state.write(folder, position, self.setting, self.record, self.accelerator)
         self.last_state = folder
         logger.info(f"saved {folder}")
         return folder

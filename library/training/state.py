@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from library.data.plan import Plan, fingerprint
 from library.options.rooms import LoopOptions, OptimizerOptions, Run
 from library.training import optimizers
+from library.training.record import Record
 from networks.deft_config import DeftError, read_text, reason_of
 
 logger = logging.getLogger(__name__)
@@ -123,8 +124,8 @@ def optimizer_of(options: OptimizerOptions) -> str:
     return f"{kind.module}.{kind.class_name}"
 
 
-def write(folder: Path, position: Position, setting: Setting, accelerator: Accelerator) -> None:
-    """All that accelerate has prepared, and the position, whole or not at all; every process has to call.
+def write(folder: Path, position: Position, setting: Setting, record: Record, accelerator: Accelerator) -> None:
+    """All that accelerate has prepared, the position and the record, whole or not at all; every process has to call.
 
     :raises DeftError: in every process, when one of them cannot write
     """
@@ -139,6 +140,7 @@ def write(folder: Path, position: Position, setting: Setting, accelerator: Accel
         if accelerator.is_main_process:
             content = {**asdict(position), **asdict(setting)}
             (unfinished / FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            record.write(unfinished)
 
     try:
         for action, by_all in ((make_room, False), (write_all, True), (lambda: _replace(unfinished, folder), False)):
