@@ -32,6 +32,7 @@ from library.models.family import Family, Text
 from library.models.outline import Encoder, Outline, config_of, pixels_per_latent
 from library.models.reading import (
     CONFIGS,
+    blank,
     find_tokenizer,
     other_than,
     part_of_folder,
@@ -209,7 +210,7 @@ _NOT_ADAPTED = (
 )
 
 
-def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
+def load(location: Path, options: ModelOptions, dtype: torch.dtype, empty: bool = False) -> Flux:
     """See `library.models.loading.load`; --clip_l, --t5xxl and --ae replace what a folder or file holds."""
     if options.vae:
         raise DeftError("--vae: FLUX.1's is given by --ae")
@@ -220,8 +221,9 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> Flux:
     _check_parts(location, files)
     try:
         more = _rest_of_folder if location.is_dir() else _rest_of_file
-        rest = more(location, options, dtype, files.keys())
-        pipeline = FluxPipeline(**rest, **{name: _given_part(name, path, dtype) for name, path in files.items()})
+        rest = more(location, options, dtype, files.keys(), empty)
+        given = {name: _given_part(name, path, dtype, empty) for name, path in files.items()}
+        pipeline = FluxPipeline(**rest, **given)
     except DeftError:
         raise
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
@@ -327,20 +329,24 @@ def _check_widths(location: Path, pipeline: FluxPipeline) -> None:
 
 
 def _rest_of_folder(
-    location: Path, options: ModelOptions, dtype: torch.dtype, there: Collection[str]
+    location: Path, options: ModelOptions, dtype: torch.dtype, there: Collection[str], empty: bool
 ) -> dict[str, Any]:
-    """:param there: parts that are there already"""
+    """:param there: parts that are there already
+    :param empty: see `reading.blank`
+    """
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(
             str(location / "scheduler"), local_files_only=True
         ),
         **_tokenizers(location, options),
-        **{name: _of_folder(name, location / name, dtype) for name in _KINDS if name not in there},
+        **{name: _of_folder(name, location / name, dtype, empty) for name in _KINDS if name not in there},
     }
 
 
-def _rest_of_file(location: Path, options: ModelOptions, dtype: torch.dtype, there: Collection[str]) -> dict[str, Any]:
-    """:param there: parts that are there already"""
+def _rest_of_file(
+    location: Path, options: ModelOptions, dtype: torch.dtype, there: Collection[str], empty: bool
+) -> dict[str, Any]:
+    """As `_rest_of_folder`."""
     held = shapes_of(location)
     wanted = {name: place for name, place in _PARTS.items() if name not in there}
     prefix = next(key for key in held if key.endswith(_CHANNELS)).removesuffix(_CHANNELS)
@@ -350,12 +356,12 @@ def _rest_of_file(location: Path, options: ModelOptions, dtype: torch.dtype, the
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler.from_config(schedule),
         **_tokenizers(location, options),  # before what takes long
-        "transformer": _transformer(location, prefix, dtype),
-        **{name: _PART_FROM[name](location, prefix, dtype) for name, (_, prefix) in wanted.items()},
+        "transformer": _transformer(location, prefix, dtype, empty),
+        **{name: _of_file(name, location, prefix, dtype, empty) for name, (_, prefix) in wanted.items()},
     }
 
 
-def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
+def _given_part(name: str, path: str, dtype: torch.dtype, empty: bool) -> nn.Module:
     """A text encoder or the VAE that an option names, a folder with a config.json or a file.
 
     :raises DeftError: when it cannot be read
@@ -363,16 +369,22 @@ def _given_part(name: str, path: str, dtype: torch.dtype) -> nn.Module:
     option, location = f"--{_PARTS[name][0]}", Path(path)
     try:
         if location.is_file():
-            return _PART_FROM[name](location, "", dtype)
-        return _of_folder(name, location, dtype)
+            return _of_file(name, location, "", dtype, empty)
+        return _of_folder(name, location, dtype, empty)
     except DeftError as error:
         raise DeftError(f"{option}: {error}") from None
     except Exception as error:  # of many kinds
         raise DeftError(f"{option} {path}: not readable ({reason_of(error)})") from error
 
 
-def _of_folder(name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
-    return part_of_folder(_KINDS[name], folder, torch.float32 if name == "vae" else dtype)
+def _of_folder(name: str, folder: Path, dtype: torch.dtype, empty: bool) -> nn.Module:
+    make = blank if empty else part_of_folder
+    return make(_KINDS[name], folder, torch.float32 if name == "vae" else dtype)
+
+
+def _of_file(name: str, file: Path, prefix: str, dtype: torch.dtype, empty: bool) -> nn.Module:
+    """A part as it was published."""
+    return _of_folder(name, CONFIG / name, dtype, True) if empty else _PART_FROM[name](file, prefix, dtype)
 
 
 class _Tensors:
@@ -454,7 +466,7 @@ _PART_FROM = {
 }
 
 
-def _transformer(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
+def _transformer(file: Path, prefix: str, dtype: torch.dtype, empty: bool) -> nn.Module:
     """In black-forest-labs' layout; its sizes are those of the tensors."""
     with _opened(file, prefix, dtype) as tensors:
         config = json.loads((CONFIG / "transformer" / "config.json").read_text(encoding="utf-8"))
@@ -470,6 +482,8 @@ def _transformer(file: Path, prefix: str, dtype: torch.dtype) -> nn.Module:
             "pooled_projection_dim": tensors.shape("vector_in.in_layer.weight")[1],
             "guidance_embeds": "guidance_in.in_layer.weight" in tensors.names,
         }
+        if empty:
+            return blank(Transformer, config, dtype)
         with init_empty_weights():
             transformer = Transformer.from_config(config)
         _, part = deft_targets.recognise(transformer)

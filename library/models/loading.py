@@ -49,16 +49,17 @@ _OTHERS = {
 }  # fmt: skip
 
 
-def load(options: ModelOptions, dtype: torch.dtype = torch.float32) -> Family:
+def load(options: ModelOptions, dtype: torch.dtype = torch.float32, empty: bool = False) -> Family:
     """A Diffusers folder or a single-file checkpoint, frozen, on the CPU, asking no hub.
 
     :param dtype: of all parts but the VAE, which has float32
+    :param empty: made of its configurations alone, in a second or two; its weights are on the meta device
 
     :raises DeftError: when the model or, for a single file, its tokenizer cannot be found or read, or its family is not
         trained here
     """
     family, location = _recognised(options)
-    return family.load(location, options, dtype)
+    return family.load(location, options, dtype, empty)
 
 
 def outline_of(options: ModelOptions) -> Outline:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, OmniGenTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, OmniGenTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +21,7 @@ from library import placeholders
 from library.models import omnigen_drawing, omnigen_sequence, samplers
 from library.models.family import Family, Text
 from library.models.outline import Encoder, Outline, config_of, pixels_per_latent
-from library.models.reading import check_whole, index_of, part_of_folder, shapes_of, tokenizer_from, whole
+from library.models.reading import blank, check_whole, index_of, part_of_folder, shapes_of, tokenizer_from, whole
 from library.models.vae import load_vae, own_vae
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
@@ -145,7 +145,7 @@ def is_known(location: Path) -> bool:
     return is_original(location)
 
 
-def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> OmniGen:
+def load(location: Path, options: ModelOptions, dtype: torch.dtype, empty: bool = False) -> OmniGen:
     """See `library.models.loading.load`; a Diffusers folder, or one of the original's."""
     unused = [f"--{name}" for name in _OF_OTHERS if getattr(options, name)]
     if unused:
@@ -153,22 +153,29 @@ def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> OmniGen:
     options = replace(options, xformers=False)  # whose attention of diffusers' leaves positions out
     original = is_original(location)
     try:
-        vae = own_vae(location, location)
-        pipeline: DiffusionPipeline = omnigen_drawing.Pipeline(
-            transformer=(
+        if empty:
+            vae = blank(AutoencoderKL, location / "vae", torch.float32)
+            sizes = _sizes(_config(location), shapes_of(location / _ORIGINAL)) if original else location / "transformer"
+            transformer = blank(OmniGenTransformer2DModel, sizes, dtype)
+        else:
+            vae = own_vae(location, location)
+            transformer = (
                 _original_transformer(location, dtype)
                 if original
                 else part_of_folder(OmniGenTransformer2DModel, location / "transformer", dtype)
-            ),
+            )
+        pipeline: DiffusionPipeline = omnigen_drawing.Pipeline(
+            transformer=transformer,
             scheduler=_scheduler(location / "scheduler"),
-            vae=load_vae(options.vae, vae) if options.vae else vae,
+            vae=load_vae(options.vae, vae) if options.vae and not empty else vae,
             tokenizer=_tokenizer(location, options),
         )
     except DeftError:
         raise
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
         raise DeftError(f"{location}: not a readable OmniGen model ({reason_of(error)})") from error
-    check_whole(location, pipeline, {"vae": ""})
+    if not empty:
+        check_whole(location, pipeline, {"vae": ""})
     pipeline.set_progress_bar_config(disable=True)
     for name in ("transformer", "vae"):
         getattr(pipeline, name).requires_grad_(False).eval()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -95,6 +99,45 @@ def part_of_folder(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     )
     without_value = {name for name, weight in model.named_parameters() if weight.is_meta}  # a shard that lacks it
     return whole(model, folder, without_value | set(found["missing_keys"]))
+
+
+def blank(kind: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A part without values, on the meta device.
+
+    :param kind: diffusers' or transformers' class
+    :param config: its folder, or what is in it
+    """
+    with torch.device("meta"), _no_values():
+        if hasattr(kind, "load_config"):  # diffusers'
+            model = kind.from_config(kind.load_config(str(config)) if isinstance(config, Path) else config)
+        else:
+            model = kind(kind.config_class.from_pretrained(str(config)))
+    return model.to(dtype)
+
+
+@contextlib.contextmanager
+def _no_values() -> Iterator[None]:
+    """Weights are not drawn, which takes its time on the meta device too."""
+    with contextlib.ExitStack() as stack:
+        for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "constant_"):
+            stack.enter_context(mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
+        yield
+
+
+def blank_parts(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """All parts with weights of a Diffusers folder or of one of `CONFIGS`, see `blank`; the VAE in float32."""
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    listed = {name: entry for name, entry in index_of(folder).items() if isinstance(entry, list)}
+    kinds = {
+        name: getattr(libraries.get(entry[0]), str(entry[1]), None)
+        for name, entry in listed.items()
+        if (folder / name / "config.json").is_file()
+    }
+    return {
+        name: blank(kind, folder / name, torch.float32 if name == "vae" else dtype)
+        for name, kind in kinds.items()
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and name != "safety_checker"
+    }
 
 
 def whole(model: nn.Module, source: Path, missing: Iterable[str]) -> nn.Module:

@@ -17,6 +17,7 @@ from library.models.family import Family, Text
 from library.models.outline import Encoder, Outline, config_of, pixels_per_latent
 from library.models.reading import (
     CONFIGS,
+    blank_parts,
     check_tokenizer,
     check_whole,
     of_folder,
@@ -129,13 +130,14 @@ class StableDiffusion(Family):
         }
 
 
-def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> StableDiffusion:
+def load(location: Path, options: ModelOptions, dtype: torch.dtype, empty: bool = False) -> StableDiffusion:
     """See `library.models.loading.load`."""
     v2 = location.is_file() and any(key.startswith("cond_stage_model.model.") for key in shapes_of(location))
     config, others = (CONFIGS / "sd2", [clip.SD2]) if v2 else (CONFIGS / "sd15", [])
     given = tokenizers_of(location, options, ["tokenizer"], others) | {"safety_checker": None}
-    pipeline = load_pipeline(StableDiffusionPipeline, location, config, options, dtype, given)
-    check_whole(location, pipeline, {"unet": "", "text_encoder": "text_model."})
+    pipeline = load_pipeline(StableDiffusionPipeline, location, config, options, dtype, given, empty)
+    if not empty:
+        check_whole(location, pipeline, {"unet": "", "text_encoder": "text_model."})
     encoder, unet = pipeline.text_encoder.config, pipeline.unet.config
     v2 = unet.cross_attention_dim == 1024
     if options.v2 and not v2:
@@ -174,31 +176,44 @@ def clip_outline(
 
 
 def load_pipeline(
-    kind: Any, location: Path, config: Path, options: ModelOptions, dtype: torch.dtype, given: Mapping[str, Any]
+    kind: Any,
+    location: Path,
+    config: Path,
+    options: ModelOptions,
+    dtype: torch.dtype,
+    given: Mapping[str, Any],
+    empty: bool,
 ) -> DiffusionPipeline:
     """A pipeline with its parts frozen and in evaluation mode: all in `dtype` from the start, the VAE in float32.
 
     :param kind: diffusers' class
     :param config: a folder of `configs/`, for single files
     :param given: parts and options of the pipeline
+    :param empty: see `library.models.loading.load`
     :raises DeftError: when it cannot be read, or is for inpainting
     """
-    how = of_folder(location) if location.is_dir() else {"config": str(config), "local_files_only": True}
-    make = kind.from_pretrained if location.is_dir() else kind.from_single_file
+    folder = location if location.is_dir() else config
     try:
-        vae = own_vae(location, config)
-        pipeline = make(str(location), dtype=dtype, **(how | {"vae": vae} | dict(given)))
+        if empty or location.is_dir():
+            parts = blank_parts(folder, dtype) if empty else {"vae": own_vae(location, config)}
+            how = (of_folder(folder) if location.is_dir() else {"local_files_only": True}) | parts | dict(given)
+            pipeline = kind.from_pretrained(str(folder), dtype=dtype, **how)
+        else:
+            how = {"config": str(config), "local_files_only": True, "vae": own_vae(location, config)} | dict(given)
+            pipeline = kind.from_single_file(str(location), dtype=dtype, **how)
+        vae = pipeline.vae
     except Exception as error:  # what the libraries raise for files that are no model is of many kinds
         raise DeftError(f"{location}: not a readable Stable Diffusion model ({reason_of(error)})") from error
     for name in pipeline.components.keys() & {"tokenizer", "tokenizer_2"}:
         check_tokenizer(getattr(pipeline, name), location)
-    check_whole(location, pipeline, {"vae": ""})
+    if not empty:
+        check_whole(location, pipeline, {"vae": ""})
     channels = pipeline.unet.config.in_channels
     if channels != vae.config.latent_channels:
         raise DeftError(
             f"{location}: its U-Net takes {channels} channels, as for inpainting, which is not trained here"
         )
-    if options.vae:
+    if options.vae and not empty:  # which is of the same sizes
         pipeline.vae = load_vae(options.vae, vae)
         logger.info(f"VAE: {options.vae}")
     pipeline.set_progress_bar_config(disable=True)

@@ -55,15 +55,16 @@ class StableDiffusionXL(StableDiffusion):
         return self._names("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", False) | implementation
 
 
-def load(location: Path, options: ModelOptions, dtype: torch.dtype) -> StableDiffusionXL:
+def load(location: Path, options: ModelOptions, dtype: torch.dtype, empty: bool = False) -> StableDiffusionXL:
     """See `library.models.loading.load`."""
     if options.v2:
         raise DeftError(f"--v2: {location} is SDXL; leave the option out")
     if options.clip_skip not in (None, 1):
         logger.warning("--clip_skip has no effect: SDXL is always trained on the last layer but one, in sd-scripts too")
     given = tokenizers_of(location, options, ["tokenizer", "tokenizer_2"], [clip.BIG_G]) | {"add_watermarker": False}
-    pipeline = load_pipeline(StableDiffusionXLPipeline, location, CONFIGS / "sdxl", options, dtype, given)
-    check_whole(location, pipeline, {"unet": "", "text_encoder": "text_model.", "text_encoder_2": "text_model."})
+    pipeline = load_pipeline(StableDiffusionXLPipeline, location, CONFIGS / "sdxl", options, dtype, given, empty)
+    if not empty:
+        check_whole(location, pipeline, {"unet": "", "text_encoder": "text_model.", "text_encoder_2": "text_model."})
     velocity, zero_snr = prediction_of(location, pipeline, options)
     pipeline.tokenizer_2.pad_token_id = clip.OPEN_CLIP_PADDING
     paddings = pipeline.tokenizer.eos_token_id, clip.OPEN_CLIP_PADDING

@@ -1,0 +1,1 @@
+"""What a training takes, found out without taking it: memory, time, disk."""
