@@ -19,6 +19,7 @@ if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "lib
 from library.data import advice
 from library.data.advice import Facts
 from library.data.plan import divided
+from library.estimate import page, phases, rates, relief
 from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
@@ -66,6 +67,32 @@ def show(run: Run) -> None:
             print(file)
 
 
+def dry_run(run: Run) -> None:
+    """--dry_run: a page of what a training would take, in its place.
+
+    :raises DeftError: for mistakes in options, data or files
+    """
+    start.log_messages(run.logs)
+    files = given.read(run)
+    if not start.is_main_process():
+        return
+    trained, _ = divided(files.plan, run.process.seed or 0)
+    batches = sum(sum(dataset.batches().values()) for dataset in trained)
+    length = Length.of(run.loop, batches)
+    found = rates.measured(prepare.WEIGHT_DTYPES[run.process.mixed_precision])
+    estimate = phases.estimate(run, files, found, length, _drawings(run, length))
+    for line in page.lines(run, files, estimate, found, length):
+        print(line)
+
+
+def _drawings(run: Run, length: Length) -> int:
+    """How often all samples are drawn."""
+    loop = run.loop
+    steps = length.steps // loop.sample_every_n_steps if loop.sample_every_n_steps else 0
+    epochs = length.epochs // loop.sample_every_n_epochs if loop.sample_every_n_epochs else 0
+    return steps + epochs + loop.sample_at_first
+
+
 def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     start.log_messages(run.logs)
     files, folder = given.read(run), Path(run.saves.output_dir)
@@ -78,13 +105,16 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     prepare.tell_what_is_cut(model, files.texts())
     prepare.tell_what_is_rounded(model, files.samples)
 
-    shown = inputs.encoded(files.samples, model, run.data, accelerator.device)
-    plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
+    with relief.told(run, files, "caching latents", lambda: "nothing is trained yet"):
+        shown = inputs.encoded(files.samples, model, run.data, accelerator.device)
+        plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
     adapter = adapter_of(run.network, files, model, accelerator, folder)
     caches = run.data.caches
     if caches.cache_text_encoder_outputs:
-        texts.keep(files.texts_encoded(run.preservation), dtype, caches)
-    model.place(accelerator.device, dtype, encoders=not caches.cache_text_encoder_outputs)
+        with relief.told(run, files, "caching texts", lambda: "nothing is trained yet"):
+            texts.keep(files.texts_encoded(run.preservation), dtype, caches)
+    with relief.told(run, files, "placing the model", lambda: "nothing is trained yet"):
+        model.place(accelerator.device, dtype, encoders=not caches.cache_text_encoder_outputs)
     accelerator.prepare_model(adapter.module, evaluation_mode=True)
 
     trained, kept = divided(plan, seed)
@@ -131,7 +161,8 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     )  # fmt: skip
     signals.hold(saves.described)
     try:
-        loop.run()
+        with relief.told(run, files, "training", saves.described):
+            loop.run()
         file = saves.final(position)  # a signal that came in the last step or comes now changes nothing
         loop.warn_where_nothing_moved()
     except Exception:
@@ -146,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         run = parse(argv)
-        (show if run.data.debug_dataset else train)(run)
+        (dry_run if run.process.dry_run else show if run.data.debug_dataset else train)(run)
         return 0
     except DeftError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)

@@ -123,7 +123,9 @@ def estimate(run: Run, given: Given, rates: Rates, length: Length, drawings: int
 def _phase(name: str, ledger: Ledger, times: int) -> Phase:
     parts = {what: size for what, size in ledger.at_peak.items() if size > 0}
     parts["cuBLAS"] = WORKSPACE
-    return Phase(name, ledger.peak + WORKSPACE, dict(sorted(parts.items(), key=lambda one: -one[1])), ledger.work, times)
+    return Phase(
+        name, ledger.peak + WORKSPACE, dict(sorted(parts.items(), key=lambda one: -one[1])), ledger.work, times
+    )
 
 
 class _Trial:
@@ -137,7 +139,7 @@ class _Trial:
         self.adapter = _adapter(run, given, model, self.process)
         modules = self.adapter.module.all_modules
         self.modules = len(modules)
-        with mock.patch.object(metadata, "sha256_of", lambda file: "0" * 64):  # of the model's file, which takes long
+        with mock.patch.object(metadata, "sha256_of", return_value="0" * 64):  # of the model's file, which takes long
             self.fields = metadata.of_training(run, model, self.adapter, given.plan, length, 0)
         self.file = self.parameters = self.state = 0
         self.batch_of = _largest(given.plan)
@@ -197,7 +199,7 @@ class _Trial:
         network.to(CARD)
         ledger.claim("adapter", _tensors(network))
         groups, _ = adapter.groups(run.optimizer)
-        trained = [one for one in adapter.parameters()]
+        trained = list(adapter.parameters())
         self.parameters = sum(one.numel() for one in trained)
         self.file = _saved(adapter, run, self.fields)
         for parameter in trained:
@@ -282,7 +284,8 @@ class _Largest:
         masked = any(one.mask is not None or one.subset.alpha_mask for one in self.pictures)
         shape = _latents_of(model, width, height)
         inputs = [
-            tuple(torch.zeros(*_latents_of(model, *one.crop.size)) for one in picture.inputs) for picture in self.pictures
+            tuple(torch.zeros(*_latents_of(model, *one.crop.size)) for one in picture.inputs)
+            for picture in self.pictures
         ]
         return Batch(
             latents=None if varies else torch.zeros(b, *shape),
@@ -325,7 +328,7 @@ def _adapter(run: Run, given: Given, model: Family, process: Accelerator) -> Def
         torch.device("meta"),
         mock.patch.object(deft_math, "positive_qr", lambda A: (A, A)),
         mock.patch.object(DeftModule, "left_and_eraser", lambda module: (module.P, module.P)),
-        mock.patch.object(DeftNetwork, "load_adapter", lambda network, adapter: None),
+        mock.patch.object(DeftNetwork, "load_adapter", return_value=None),
     ):
         adapter = DeftAdapter(options, without_values, model, process, Path())
         for module in adapter.module.all_modules if given.to_keep else ():
@@ -339,15 +342,18 @@ def _saved(adapter: DeftAdapter, run: Run, fields: Mapping[str, str]) -> int:
     sizes = []
 
     def written(tensors: Mapping[str, Tensor], file: str, metadata: Mapping[str, str]) -> None:
-        header = {name: {"dtype": "F16", "shape": list(one.shape), "data_offsets": [10**8] * 2} for name, one in tensors.items()}
+        header = {
+            name: {"dtype": "F16", "shape": list(one.shape), "data_offsets": [10**8] * 2}
+            for name, one in tensors.items()
+        }
         data = sum(one.numel() * one.element_size() for one in tensors.values())
         sizes.append(8 + len(json.dumps(header | {"__metadata__": dict(metadata)}, separators=(",", ":"))) + data)
 
     with (
-        mock.patch.object(DeftNetwork, "_check_finite", lambda network, file: None),
-        mock.patch.object(DeftNetwork, "_warn_of_nothing_learnt", lambda network, file, dtype: None),
-        mock.patch.object(DeftNetwork, "_base_metadata", lambda network: {}),
-        mock.patch.object(deft_io, "webui_hashes", lambda tensors, metadata: {}),
+        mock.patch.object(DeftNetwork, "_check_finite", return_value=None),
+        mock.patch.object(DeftNetwork, "_warn_of_nothing_learnt", return_value=None),
+        mock.patch.object(DeftNetwork, "_base_metadata", return_value={}),
+        mock.patch.object(deft_io, "webui_hashes", return_value={}),
         mock.patch.object(deft_io, "write_safetensors", written),
         torch.no_grad(),
     ):
@@ -365,7 +371,9 @@ class _optimizer:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
             self()
-            states = [value for state in self.optimizer.state.values() for value in torch.utils._pytree.tree_leaves(state)]
+            states = [
+                value for state in self.optimizer.state.values() for value in torch.utils._pytree.tree_leaves(state)
+            ]
             self.kept = [value for value in states if isinstance(value, Tensor)]
         except Exception:  # kernels that read memory, as those of 8 bits
             self.optimizer = None
@@ -422,5 +430,5 @@ def _silence() -> Iterator[None]:
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
     """One bar is enough."""
-    with mock.patch.object(Bar, "add", lambda bar, number=1: None):
+    with mock.patch.object(Bar, "add", return_value=None):
         yield

@@ -13,6 +13,7 @@ without CUDA is added here, for as long as `card` lasts:
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,8 +31,8 @@ CARD = torch.device("cuda:0")
 
 # CUDA's lists of torch.autocast (torch 2.13, aten/src/ATen/autocast_mode.h), as far as models call them
 LOWER = frozenset((
-    "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv",
-    "addmm", "addbmm", "baddbmm", "einsum", "prelu", "scaled_dot_product_attention",
+    "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm",
+    "mv", "addmm", "addbmm", "baddbmm", "einsum", "prelu", "scaled_dot_product_attention",
 ))  # fmt: skip
 FULL = frozenset((
     "layer_norm", "native_layer_norm", "group_norm", "exp", "log", "pow", "__pow__", "__rpow__", "rsqrt", "reciprocal",
@@ -44,7 +45,7 @@ FULL_RESULT = frozenset(("softmax", "log_softmax", "cumsum", "cumprod", "prod", 
 @contextlib.contextmanager
 def card() -> Iterator[None]:
     """Within it, tensors that are made have no values, on the CPU and on `CARD` alike."""
-    functions, backward = _Functions(), torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    functions, backward = _Functions(), torch.autograd._engine_run_backward
 
     def run_backward(*given: Any, **named: Any) -> Any:  # functions that are called on the way, by checkpoints for one
         with functions:
@@ -64,7 +65,7 @@ def card() -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         for name in ("cuda", "cpu", "meta"):
-            is_so = property(lambda tensor, name=name: tensor.device.type == name)
+            is_so = property(functools.partial(_is_on, name))
             stack.enter_context(mock.patch.object(FakeTensor, f"is_{name}", is_so, create=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(functions)
@@ -80,6 +81,10 @@ def on_the_card(kwargs: dict[str, Any]) -> dict[str, Any]:
 def filled(module: nn.Module, device: torch.device) -> None:
     """Takes a module from the meta device to one that `card` knows; weights that are one stay one."""
     _applied(module, lambda one: torch.empty_strided(one.size(), one.stride(), dtype=one.dtype, device=device))
+
+
+def _is_on(kind: str, tensor: Tensor) -> bool:
+    return tensor.device.type == kind
 
 
 def _unlike(make: Callable[..., Any]) -> Callable[..., Any]:

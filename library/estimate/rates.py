@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ def measured(dtype: torch.dtype) -> Rates:
     flops = {}
     for kind in dict.fromkeys((torch.float32, dtype)):
         a = torch.randn(side, side, device=device).to(kind)
-        flops[kind] = 2 * side**3 / _seconds(lambda a=a: a @ a, device)
+        flops[kind] = 2 * side**3 / _seconds(functools.partial(torch.matmul, a, a), device)
     block = torch.zeros(size, dtype=torch.uint8, device=device)
     other, small = torch.empty_like(block), torch.zeros(_SMALL, device=device)
     copied = 2 * size / _seconds(lambda: other.copy_(block), device)

@@ -282,6 +282,7 @@ class ProcessOptions:
     cuda_allow_tf32: bool
     cuda_cudnn_benchmark: bool
     seed: int | None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)

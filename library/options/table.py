@@ -443,6 +443,7 @@ OPTIONS: list[Option] = [
     ),
     *group(
         "speed and memory",
+        Option("dry_run", bool, False, "tell what a training would take of memory, time and disk, and end"),
         Option("full_bf16", bool, False, "the model in bf16, with --mixed_precision bf16; the adapter stays float32"),
         Option("full_fp16", bool, False, "the model in fp16, with --mixed_precision fp16; the adapter stays float32"),
         Option("ddp_timeout", int, None, "minutes that processes wait for each other", check=AT_LEAST_1),

@@ -1,0 +1,96 @@
+"""What --dry_run prints: one page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from library.data import plan
+from library.estimate.ledger import Rates, Work
+from library.estimate.phases import Estimate
+from library.options.rooms import Run
+from library.training.given import Given
+from library.training.state import Length
+
+# of the time that operations would take at the rates of large products and copies: SDXL's step on an H100 takes 1.7
+# times as long, small models' more (docs/performance.md)
+SLOWEST = 3.0
+
+
+def lines(run: Run, given: Given, found: Estimate, rates: Rates, length: Length) -> Iterator[str]:
+    """In 80 columns."""
+    pictures = list(plan.pictures(given.plan))
+    sizes = {one.fit.bucket for one in pictures}
+    repeated = sum(dataset.appearances for dataset in given.plan)
+    yield f"pictures     {len(pictures)}, {repeated} with repeats, in {len(sizes)} size{'s' * (len(sizes) > 1)}"
+    yield f"steps        {length.steps} in {length.epochs} epoch{'s' * (length.epochs > 1)}"
+    yield f"adapter      {found.parameters:,} parameters in {found.modules} layers; a file of {_size(found.file)}"
+    yield ""
+    deciding = found.deciding
+    yield "memory of a card, at most (what CUDA itself takes, about 0.5 GiB, is not in it)"
+    for phase in found.phases:
+        mark = "  <- decides" if phase is deciding else ""
+        yield f"  {phase.name:<18}{_size(phase.peak):>10}{mark}"
+    yield f"of {deciding.name}:"
+    for what, size in deciding.parts.items():
+        if size > 2**20:
+            yield f"  {what:<18}{_size(size):>10}"
+    yield from _beside_the_card(deciding.peak)
+    yield ""
+    files, states = saves_of(run, length)
+    yield f"disk         {files} file{'s' * (files > 1)} of {_size(found.file)}, together {_size(files * found.file)}"
+    if states:
+        yield f"             {states} state{'s' * (states > 1)} of {_size(found.state)} each"
+    yield ""
+    yield "time         " + ("on this machine's card" if torch.cuda.is_available() else "on this machine's processor")
+    for phase in found.phases:
+        low, high = seconds_of(phase.work, rates)
+        yield f"  {phase.name:<18}{_time(low * phase.times)} to {_time(high * phase.times)}"
+
+
+def seconds_of(work: Work, rates: Rates) -> tuple[float, float]:
+    """The least and the most that it may take: what bounds each operation, and what starting them takes."""
+    starting = work.operations / rates.operations
+    return max(work.busy, starting), SLOWEST * max(work.busy, 2 * starting)
+
+
+def saves_of(run: Run, length: Length) -> tuple[int, int]:
+    """How many adapter files and states there are at most at the end."""
+    saves = run.saves
+    steps = (length.steps - 1) // saves.save_every_n_steps if saves.save_every_n_steps else 0
+    if saves.save_every_n_steps and saves.save_last_n_steps is not None:
+        steps = min(steps, saves.save_last_n_steps // saves.save_every_n_steps + 1)
+    every = saves.save_every_n_epochs
+    if saves.save_n_epoch_ratio:
+        every = length.epochs // saves.save_n_epoch_ratio or 1
+    epochs = (length.epochs - 1) // every if every else 0
+    kept = min(epochs, saves.save_last_n_epochs or math.inf)
+    number = int(steps + kept)
+    states = number if saves.save_state else 0
+    return number + 1, states + bool(saves.save_state or saves.save_state_on_train_end)
+
+
+def _beside_the_card(peak: int) -> Iterator[str]:
+    if torch.cuda.is_available():
+        free, whole = torch.cuda.mem_get_info()
+        if peak > free:
+            yield f"this card has {_size(whole)}, of which {_size(free)} are free: TOO LITTLE"
+        else:
+            yield f"this card has {_size(whole)}, of which {_size(free)} are free"
+    else:
+        yield "this machine has no CUDA card"
+
+
+def _size(number: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 2**10:.0f} KiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,0 +1,69 @@
+"""A training that runs out of memory: one message, what is saved stays, exit code 1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.estimate import relief
+from library.models.family import Family
+from library.training.losses import Losses
+
+
+@pytest.fixture(autouse=True)
+def _without_figures(monkeypatch):
+    def fail(*_):
+        raise ValueError("no estimate here")
+
+    monkeypatch.setattr(relief, "_peak", fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_step_that_finds_no_memory(run, tmp_path, monkeypatch, capsys, error):
+    real, calls = Losses.__call__, []
+
+    def at_the_third(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Losses, "__call__", at_the_third)
+    assert run(save_every_n_steps=1, train_batch_size=2) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    saved = tmp_path / "out" / "cat-step00000002.safetensors"
+    assert "out of memory while training" in told
+    assert f"last good save: {saved}" in told
+    assert all(
+        option in told for option in ("--gradient_checkpointing", "--mixed_precision bf16", "--train_batch_size 1")
+    )
+    assert load_file(saved)
+    assert not (tmp_path / "out" / "cat.safetensors").exists()
+
+
+def test_pictures_that_find_no_memory(run, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Family, "encode_image", fail)
+    assert run(gradient_checkpointing=True) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "out of memory while caching latents" in told
+    assert "--gradient_checkpointing" not in told
+
+
+def test_other_errors_stay_what_they_are(run, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Losses, "__call__", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        run()
