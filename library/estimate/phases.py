@@ -37,7 +37,7 @@ from library.training.randoms import Randoms
 from library.training.saves import SAVE_DTYPES
 from library.training.state import Length
 from library.training.texts import Texts
-from networks import deft_io, deft_math
+from networks import deft, deft_io, deft_math
 from networks.deft import DeftNetwork
 from networks.deft_module import DeftModule
 from networks.deft_progress import Bar
@@ -430,5 +430,5 @@ def _silence() -> Iterator[None]:
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
     """One bar is enough."""
-    with mock.patch.object(Bar, "add", return_value=None):
+    with mock.patch.object(Bar, "add"), mock.patch.object(deft, "progress", lambda items, *_: items):
         yield

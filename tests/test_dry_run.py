@@ -1,0 +1,52 @@
+"""--dry_run: what it says is what the training then does, and nothing is written."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from library.estimate import page, pretending
+from library.estimate.ledger import BLOCK, Ledger, Rates
+
+RATES = Rates({torch.float32: 1e12}, 1e12, 1e6)
+
+
+def test_bytes_of_a_network_that_can_be_counted_by_hand():
+    """Two layers of 256 x 256 numbers: their weights, what is alive when the backward pass begins, and gradients."""
+    ledger = Ledger(RATES)
+    with pretending.card(), ledger:
+        one, other = (torch.nn.Parameter(torch.empty(256, 256, device="cuda:0")) for _ in range(2))
+        ledger.claim("weights", [one, other])
+        x = torch.empty(64, 256, device="cuda:0")
+        ledger.start()
+        hidden = x @ one
+        y = hidden @ other
+        matrix, batch = 256 * 256 * 4, 64 * 256 * 4
+        assert ledger.now["weights"] == 2 * matrix
+        assert ledger.total == 2 * matrix + 3 * batch
+        assert sum(ledger.work.flops.values()) == 2 * 2 * 64 * 256 * 256
+        y.sum().backward()
+        assert one.grad is not None
+        del y, hidden
+        assert ledger.total <= 4 * matrix + batch + 2 * BLOCK  # and a sum, of one number
+        assert ledger.peak >= 3 * matrix + 3 * batch
+
+
+def test_the_page_is_what_the_training_does(run, tmp_path, capsys, caplog):
+    options = {"network_dim": 4, "save_every_n_steps": 1}
+    assert run(**options, dry_run=True) == 0
+    told = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert all(len(line) <= 80 for line in told.splitlines())
+    assert len(told.splitlines()) <= 50
+    parameters = int(re.search(r"([\d,]+) parameters", told)[1].replace(",", ""))
+    size = re.search(r"a file of ([\d.]+ \w+)", told)[1]
+    with caplog.at_level("INFO"):
+        assert run(**options) == 0
+    assert f"training {parameters:,} parameters for 3 steps in 1 epochs" in caplog.text
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert f"{len(files)} files" in told
+    written = (tmp_path / "out" / "cat.safetensors").stat().st_size
+    assert page._size(round(written)).split()[1] == size.split()[1]
+    assert abs(float(page._size(written).split()[0]) / float(size.split()[0]) - 1) < 0.01
