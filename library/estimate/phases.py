@@ -144,7 +144,7 @@ class _Trial:
         self.file = self.parameters = self.state = 0
         self.batch_of = _largest(given.plan)
         self.passes = {LATENTS: self.latents, TEXTS: self.encode, TRAINING: self.step, SAMPLES: self.draw}
-        self.kept: dict[str, Text] = {}
+        self.kept: Text = {}
 
     def times(self, steps: int, drawings: int) -> tuple[int, int, int, int]:
         """How often each pass is gone through in the training."""
@@ -294,7 +294,7 @@ class _Largest:
             sizes=torch.zeros(b, 6),
             masks=torch.ones(b, 1, *shape[1:]) if masked else None,
             preserved=tuple(i for i, one in enumerate(self.pictures) if one.subset.preserved),
-            inputs=inputs if any(inputs) and model.takes_pictures else (),
+            inputs=tuple(inputs) if any(inputs) and model.takes_pictures else (),
         )
 
 
