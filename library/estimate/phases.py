@@ -204,7 +204,7 @@ class _Trial:
         self.file = _saved(adapter, run, self.fields)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda one: ledger.claim("gradients", _given([one.grad])))
-        update = _optimizer(run, groups, trained, ledger)
+        self.update = update = _optimizer(run, groups, trained, ledger)  # whose state stays for what follows
         self.state = sum(one.numel() * one.element_size() for one in _tensors(network)) + update.bytes
         ledger.start()
         losses = Losses(model, adapter, self._texts(), self.objective, run.preservation, self.process)
