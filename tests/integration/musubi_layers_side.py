@@ -1,5 +1,8 @@
-"""Runs in musubi-tuner's own Python: `python musubi_layers_side.py FILE` writes, for every architecture and many options,
-the layers and ranks that its own network and networks.deft adapt on a model of the real shapes (meta device)."""
+"""Runs in musubi-tuner's own Python: `python musubi_layers_side.py FILE` writes, for every architecture and many
+options, the layers and ranks that its own network and networks.deft adapt on a model of the real shapes (meta device).
+
+A rank above a layer's size is that size: Krea 2 has a layer with one output.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def main(file: Path, names: list[str]) -> None:
             except Exception as error:
                 raise RuntimeError(f"{name} {options}") from error
             found[f"{name} {options}"] = [
-                [[m.lora_name, m.lora_dim, float(m.scale)] for m in theirs],
+                [[m.lora_name, min(m.lora_dim, *m.org_module.weight.shape), float(m.scale)] for m in theirs],
                 [[m.lora_name, m.rank, m.scale] for m in ours],
             ]
             print("---", name, options, len(theirs), flush=True)
