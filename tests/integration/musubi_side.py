@@ -1,4 +1,5 @@
-"""Runs in musubi-tuner's own Python, for models of its real widths with one block of each kind and random weights.
+"""Runs in musubi-tuner's own Python, for models with one block of each kind and random weights: of two heads, or with
+MUSUBI_LARGE set in the environment of the real widths.
 
 `python musubi_side.py world KIND FOLDER` writes the checkpoint, what its scripts cache of two pictures, by its own
 functions, and the data set's TOML; `python musubi_side.py train KIND ...` is that kind's own training script, and
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from musubi_tuner.dataset.image_video_dataset import ItemInfo
 # the letters of each architecture in names of cached files
 KINDS = {"zimage": "zi", "flux_kontext": "fk", "flux_2": "f2k4b", "qwen_image": "qi", "wan": "wan"}
 SIDE = 64  # of the pictures, in pixels
+LARGE = bool(os.environ.get("MUSUBI_LARGE"))
+HEADS, WIDTH = 2, 256
 
 
 def make(kind: str) -> nn.Module:
@@ -35,37 +39,50 @@ def make(kind: str) -> nn.Module:
             from musubi_tuner.zimage import zimage_config, zimage_model
 
             zimage_config.DEFAULT_TRANSFORMER_N_LAYERS = zimage_config.DEFAULT_TRANSFORMER_N_REFINER_LAYERS = 1
+            if not LARGE:
+                zimage_config.DEFAULT_TRANSFORMER_N_HEADS = zimage_config.DEFAULT_TRANSFORMER_N_KV_HEADS = HEADS
+                zimage_config.DEFAULT_TRANSFORMER_DIM = WIDTH
             return zimage_model.create_model("torch", False, torch.bfloat16)
         if kind == "flux_kontext":
             from musubi_tuner.flux import flux_models
 
             params = flux_models.configs_flux_dev_context.params
             params.depth = params.depth_single_blocks = 1
+            if not LARGE:
+                params.hidden_size, params.num_heads = WIDTH, HEADS
             return flux_models.Flux(params, "torch").bfloat16()
         if kind == "flux_2":
             from musubi_tuner.flux_2 import flux2_models, flux2_utils
 
             params = flux2_utils.FLUX2_MODEL_INFO["klein-base-4b"].params
             params.depth = params.depth_single_blocks = 1
+            if not LARGE:
+                params.hidden_size, params.num_heads = WIDTH, HEADS
             return flux2_models.Flux2(params, "torch").bfloat16()
         if kind == "qwen_image":
             from musubi_tuner.qwen_image import qwen_image_model
 
+            own = qwen_image_model.QwenImageTransformer2DModel
+            if not LARGE and isinstance(own, type):  # that function's widths are fixed
+                few: Any = lambda **sizes: own(**sizes | {"num_attention_heads": HEADS})  # noqa: E731
+                qwen_image_model.QwenImageTransformer2DModel = few
             return qwen_image_model.create_model("torch", False, False, False, False, torch.bfloat16, 1)
         from musubi_tuner.wan.configs import WAN_CONFIGS
         from musubi_tuner.wan.modules.model import WanModel
 
         config = WAN_CONFIGS["t2v-1.3B"]
         config.num_layers = 1
+        if not LARGE:
+            config.dim, config.num_heads, config.ffn_dim = WIDTH, HEADS, 2 * WIDTH
         sizes = {name: config[name] for name in ("dim", "ffn_dim", "freq_dim", "num_heads", "num_layers")}
-        return WanModel("t2v", **sizes).bfloat16()
+        return WanModel("t2v", **sizes)  # in float32: its embedding of times wants an autocast that CPUs do not have
 
 
 def world(kind: str, folder: Path) -> None:
     torch.manual_seed(0)
     tensors = {}
     for key, tensor in make(kind).state_dict().items():
-        new = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        new = torch.empty(tensor.shape, dtype=tensor.dtype)
         tensors[key] = new.fill_(1) if "norm" in key and tensor.dim() == 1 else new.normal_(0, 0.02)
     save_file(tensors, folder / f"{kind}.safetensors")
     (folder / "images").mkdir()
