@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[tuple[str, ...], int, str]] = {
     "zimage": ((), 7, "z_image"),
     "flux_kontext": ((), 10, "flux_kontext"),
     "flux_2": (("--model_version", "klein-base-4b"), 10, "flux_2_klein_4b"),
-    "qwen_image": (("--num_layers", "1"), 12, "qwen_image"),
+    "qwen_image": (("--num_layers", "1"), 14, "qwen_image"),
     "wan": (("--task", "t2v-1.3B"), 10, "wan"),
 }
 
