@@ -33,6 +33,7 @@ from library.training.record import Record
 from library.training.samples import Samples
 from library.training.saves import Saves, TrainingStopped
 from library.training.schedules import schedule_of
+from library.training.sharing import sharing_of
 from library.training.state import Length, Position, Setting
 from library.training.texts import Texts
 from library.training.validation import Validation
@@ -116,7 +117,8 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
             loading(kept, noise, shuffle=False), losses, adapter, noise, options.max_validation_steps
         )
     fields = metadata.of_training(run, model, adapter, trained, length, seed)
-    saves = Saves(run.saves, adapter, fields, setting, length, record, averaged, accelerator)
+    shared = sharing_of(run, record, files.samples, fields)
+    saves = Saves(run.saves, adapter, fields, setting, length, record, shared, averaged, accelerator)
     samples = Samples(
         files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler,
         shown, record,

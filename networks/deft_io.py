@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from networks import deft_factors, deft_layouts, deft_math, deft_partial
+from networks import deft_factors, deft_layouts, deft_math, deft_partial, deft_pictures
 from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_factors import Factors
 from networks.deft_names import looks_made_for
@@ -447,6 +447,18 @@ def header_of(fields: Mapping[str, object]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def fitted_header(fields: Mapping[str, object], metadata: Mapping[str, str], path: str | os.PathLike) -> bytes:
+    """`header_of` with metadata whose pictures are as small as it needs, see `deft_pictures.fitted`.
+
+    :param fields: of the tensors
+    :param path: of the file, for what is told
+    """
+    found, told = deft_pictures.fitted(metadata, len(header_of(fields)))
+    if told:
+        logger.warning(f"{path}: {told}")
+    return header_of({"__metadata__": found, **fields})
+
+
 def write_hashed(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
     """`write_safetensors` with `webui_hashes` in the metadata: the tensors are put together once for both.
 
@@ -457,7 +469,7 @@ def write_hashed(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadat
     start = 8 + int.from_bytes(content[:8], "little")
     fields = json.loads(content[8:start])
     fields.pop("__metadata__", None)
-    header = header_of({"__metadata__": {**metadata, **_hashes_of(content)}, **fields})
+    header = fitted_header(fields, {**metadata, **_hashes_of(content)}, path)
     write_whole(Path(path), [header, memoryview(content)[start:]])
 
 
@@ -468,7 +480,14 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     """
     _check_finite(tensors, path)
     # not save_file, whose files only their owner may read (safetensors 0.8)
-    write_whole(Path(path), save(dict(tensors), dict(metadata)))
+    content = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    if start - 8 < deft_pictures.HEADER_LIMIT:
+        write_whole(Path(path), content)
+        return
+    fields = json.loads(content[8:start])
+    fields.pop("__metadata__", None)
+    write_whole(Path(path), [fitted_header(fields, metadata, path), memoryview(content)[start:]])
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:

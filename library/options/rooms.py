@@ -293,6 +293,8 @@ class SaveOptions:
     save_precision: str
     no_metadata: bool
     verify_saves: bool
+    sidecars: bool
+    model_card: bool
     save_every_n_epochs: int | None
     save_every_n_steps: int | None
     save_n_epoch_ratio: int | None

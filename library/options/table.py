@@ -372,10 +372,17 @@ OPTIONS: list[Option] = [
             "--resume goes on where its state was saved, in the middle of an epoch too", "initial_epoch", "initial_step"
         ),
         *always("--resume goes on where its state was saved", "skip_until_initial_step"),
-        Option("no_metadata", bool, False, "keep the training's settings out of the file"),
+        Option("no_metadata", bool, False, "keep settings, captions and samples out of the file"),
         Option(
             "verify_saves", bool, False, "compare every saved file with what was trained, also where it takes over 5 s"
         ),
+        Option(
+            "sidecars",
+            bool,
+            False,
+            "beside the last file, what UIs read there: a picture, NAME.json, NAME.metadata.json",
+        ),
+        Option("model_card", bool, False, "beside the last file, NAME.README.md: a page for Civitai and the Hub"),
         Option("training_comment", str, None, "goes into the file's metadata", metadata="ss_training_comment"),
         Option("save_model_as", str, "safetensors", "the one format that is written", ("safetensors",)),
         *[

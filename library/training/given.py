@@ -16,9 +16,9 @@ from library.data.remarks import Remarks
 from library.models import samplers
 from library.options.rooms import NetworkOptions, OptimizerOptions, PreservationOptions, Run
 from library.prompts import Prompt, read_prompts
-from library.training import inputs, optimizers, schedules, start, state
+from library.training import inputs, optimizers, schedules, sharing, start, state
 from library.training.state import Position, Setting
-from networks import deft_io, deft_keep
+from networks import deft_io, deft_keep, deft_pictures
 from networks.deft_config import DeftError, parse_options, user_options
 from networks.deft_io import AdapterFile
 
@@ -81,6 +81,8 @@ def _read(run: Run) -> Given:
     _check_writable("output_dir", run.saves.output_dir)
     _check_writable("logging_dir", run.logs.logging_dir)
     start.check_trackers(run.logs)
+    if thumbnail := run.recorded.get(deft_pictures.THUMBNAIL):
+        sharing.thumbnail_fields(thumbnail)
     file = finished_file(run)
     if file.is_dir():
         raise DeftError(f"--output_name {run.saves.output_name}: {file} is a folder")

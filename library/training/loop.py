@@ -242,9 +242,9 @@ class TrainingLoop:
         if options.validate_every_n_epochs is None or epoch % options.validate_every_n_epochs == 0:
             self._validate("epoch")
         self._log({"loss/epoch_average": self.average_loss})
-        self.saves.at_epoch(self.position)
         if options.sample_every_n_epochs and epoch % options.sample_every_n_epochs == 0:
             self._draw(f"e{epoch:06d}")
+        self.saves.at_epoch(self.position)  # behind the samples, which files show
 
     def _draw(self, label: str) -> None:
         with self.evaluated():

@@ -16,6 +16,7 @@ from library.options.rooms import SaveOptions
 from library.training import state
 from library.training.adapter import Adapter
 from library.training.record import Record, Saved
+from library.training.sharing import Sharing
 from library.training.state import Length, Position, Setting
 from networks.deft_config import DeftError
 
@@ -40,6 +41,7 @@ class Saves:
     :param evaluated: within which the adapter is as it is to be used
     :param length: of the whole training, whose end has files of its own
     :param record: that is told of the files
+    :param sharing: their pictures
     """
 
     def __init__(
@@ -50,13 +52,14 @@ class Saves:
         setting: Setting,
         length: Length,
         record: Record,
+        sharing: Sharing,
         evaluated: Callable[[], AbstractContextManager[None]],
         accelerator: Accelerator,
     ):
         self.options, self.folder, self.name = options, Path(options.output_dir), options.output_name
         self.dtype, self.adapter, self.metadata = SAVE_DTYPES[options.save_precision], adapter, metadata
         self.setting, self.length, self.record = setting, length, record
-        self.evaluated, self.accelerator = evaluated, accelerator
+        self.sharing, self.evaluated, self.accelerator = sharing, evaluated, accelerator
         self.every_n_epochs = options.save_every_n_epochs
         if options.save_n_epoch_ratio:
             self.every_n_epochs = length.epochs // options.save_n_epoch_ratio or 1
@@ -111,9 +114,12 @@ class Saves:
         if self.options.save_state or self.options.save_state_on_train_end:
             self._tried(self._write_state, self.name, position)
         try:
-            return self._write(self.name, position)
+            file = self._write(self.name, position)
         except DeftError as error:
             raise TrainingStopped(f"{error}; {self.described()}") from error
+        if self.accelerator.is_main_process:
+            self.sharing.beside({file: position.step})
+        return file
 
     def _of_epoch(self, epoch: int) -> str:
         return f"{self.name}-{epoch:06d}"
@@ -156,6 +162,7 @@ class Saves:
         if self.accelerator.is_main_process:
             now = {"ss_steps": position.step, "ss_epoch": position.epoch, "ss_training_finished_at": time.time()}
             fields = {**self.metadata, **{key: str(value) for key, value in now.items()}}
+            fields |= self.sharing.cover(path.name, position.step)
             with self.evaluated():
                 self.adapter.save(path, self.dtype, fields)
                 if self.verifies:
