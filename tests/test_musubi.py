@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks import deft, deft_io, deft_keep, deft_names
+from networks import deft, deft_io, deft_keep, deft_names, deft_report
 from networks.deft_config import DeftError, parse_options
 from networks.deft_targets import recognise
 from tests.conftest import relative_error
@@ -114,6 +114,10 @@ def test_the_calls_of_a_training(tmp_path):
         "attn_qkv": 3, "attn_proj": 4, "mlp_0": 2,
     }  # fmt: skip
     assert metadata(file)["ss_base_model_version"] == "flux_2_klein_4b"
+    found = deft_report.report(str(file), None)
+    assert found.known is None  # FLUX.1's layers have the same names
+    assert found.adapter is not None
+    assert found.adapter.architecture == "FLUX.2"
 
     weights = load_file(file)
     other = copy.deepcopy(model)
