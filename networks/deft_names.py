@@ -123,6 +123,12 @@ def named(name: str) -> Architecture | None:
     return next((row for row in ARCHITECTURES if row.name == name), None)
 
 
+def said(metadata: Mapping[str, str]) -> str:
+    """The architecture that a file's metadata names, of those whose layers have other models' names, too; else ""."""
+    version = str(metadata.get("ss_base_model_version", "")).lower()
+    return next((name for name, pattern in _SAID if re.match(pattern, version)), "")
+
+
 def recognised(layers: Iterable[tuple[str, str]], text_widths: Collection[int], metadata: Mapping[str, str]) -> str:
     """The name of the architecture that layers belong to, "" if it cannot be seen.
 
@@ -135,7 +141,9 @@ def recognised(layers: Iterable[tuple[str, str]], text_widths: Collection[int], 
     of_xl = any(re.match("text_encoder_2_|denoiser_(input|middle|output)_block", name) for name in names)  # mislabelled
     if re.match("sd_v[12]", facts[0]) and not of_xl and any(re.match("denoiser_(down|mid|up)_b", n) for n in names):
         return "Stable Diffusion 1.x or 2.x"  # a smaller U-Net can have attention where SDXL alone has it
-    for rows, texts in ((_SAID, facts[:1]), (_CERTAIN, names), (_IN_METADATA, facts), (_LIKELY, names)):
+    if of_musubi := said(metadata):
+        return of_musubi
+    for rows, texts in ((_CERTAIN, names), (_IN_METADATA, facts), (_LIKELY, names)):
         for architecture, pattern in rows:
             if any(re.search(pattern, text) for text in texts):
                 return architecture

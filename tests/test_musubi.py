@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks import deft, deft_names
+from networks import deft, deft_io, deft_keep, deft_names, deft_report
 from networks.deft_config import DeftError, parse_options
 from networks.deft_targets import recognise
 from tests.conftest import relative_error
@@ -60,13 +60,19 @@ def split_as_the_trainer(network_args: list[str]) -> dict[str, str]:
     return options
 
 
-def made(model: nn.Module, network_args: list[str], dropout: float | None = None) -> deft.DeftNetwork:
+NO_SAMPLES = {"sample_prompts": None, "sample_at_first": False, "logging_dir": None, "log_with": None}
+
+
+def made(
+    model: nn.Module, network_args: list[str], dropout: float | None = None, **options: object
+) -> deft.DeftNetwork:
     """As `_build_network` does it."""
+    args = argparse.Namespace(**NO_SAMPLES | options)
     module = importlib.import_module("networks.deft")
-    options = split_as_the_trainer(network_args)
-    network = module.create_arch_network(1.0, 4, 2.0, None, None, model, neuron_dropout=dropout, **options)
+    given = split_as_the_trainer(network_args)
+    network = module.create_arch_network(1.0, 4, 2.0, None, None, model, neuron_dropout=dropout, **given)
     if hasattr(module, "prepare_network"):
-        network.prepare_network(argparse.Namespace(sample_prompts=None, logging_dir=None, log_with=None))
+        network.prepare_network(args)
     network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
     network.enable_gradient_checkpointing()
     return network
@@ -108,6 +114,10 @@ def test_the_calls_of_a_training(tmp_path):
         "attn_qkv": 3, "attn_proj": 4, "mlp_0": 2,
     }  # fmt: skip
     assert metadata(file)["ss_base_model_version"] == "flux_2_klein_4b"
+    found = deft_report.report(str(file), None)
+    assert found.known is None  # FLUX.1's layers have the same names
+    assert found.adapter is not None
+    assert found.adapter.architecture == "FLUX.2"
 
     weights = load_file(file)
     other = copy.deepcopy(model)
@@ -121,6 +131,26 @@ def test_the_calls_of_a_training(tmp_path):
         up, down = module.lora_factors()
         change = dict(other.named_parameters())[f"{path}.weight"] - before[f"{path}.weight"]
         assert relative_error(change, 0.5 * up @ down) < 1e-3
+
+
+def test_samples_before_the_first_step_are_kept(tmp_path):
+    """`--sample_at_first` draws between `apply_to` and `on_epoch_start`."""
+    model, keep, file = Flux2(), tmp_path / "keep.safetensors", tmp_path / "trained.safetensors"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a thing\n" * deft_keep.FEWEST, encoding="utf-8")
+    with pytest.raises(DeftError, match="--sample_at_first"):
+        made(Flux2(), [f"keep={keep}"])
+    network = made(model, [f"keep={keep}"], sample_prompts=str(prompts), sample_at_first=True)
+    with torch.no_grad():
+        for _ in range(deft_keep.FEWEST):
+            model(torch.randn(1, 5, WIDTH))
+    trained(model, network)
+    network.save_weights(str(file), torch.float32, {})
+    directions, adapter = deft_keep.read_kept(str(keep)), deft_io.read_adapter(file)
+    assert adapter.layers.keys() == directions.keys()
+    for name, layer in adapter.layers.items():
+        assert bool(layer.up.any()), name
+        assert float((layer.down @ directions[name]).norm()) < 1e-5 * float(layer.down.norm()), name
 
 
 def test_from_weights_says_what_is_missing():

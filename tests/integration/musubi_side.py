@@ -150,8 +150,7 @@ def read(kind: str, file: str, result: Path) -> None:
         parameter.data.zero_()
     merging = module.create_arch_network_from_weights(1.0, weights, unet=plain, for_inference=True)
     merging.merge_to(None, plain, weights, torch.float32, "cpu", non_blocking=True)
-    merged = {key: value for key, value in plain.state_dict().items() if value.any()}
-    save_file({key: value.contiguous() for key, value in merged.items()}, result)
+    save_file({key: value.contiguous() for key, value in plain.state_dict().items() if value.dim() == 2}, result)
     print("--- " + json.dumps([list(told.missing_keys), list(told.unexpected_keys)]))
 
 

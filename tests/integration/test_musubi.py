@@ -81,6 +81,12 @@ def tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "out" / f"{name}.safetensors")
 
 
+def key_name(key: str) -> str:
+    """Of a model's weight, or of a matrix with ComfyUI's names."""
+    path = key.removeprefix("diffusion_model.").removesuffix(".weight").removesuffix(".lora_B")
+    return f"lora_unet_{path.replace('.', '_')}"
+
+
 def metadata(folder: Path, name: str) -> dict[str, str]:
     with safe_open(str(folder / "out" / f"{name}.safetensors"), framework="pt") as file:
         return file.metadata()
@@ -103,7 +109,8 @@ def test_trains_and_saves(worlds, kind):
     assert len(found) == 3 * number
     assert {value.dtype for value in found.values()} == {torch.float32}  # its default
     assert all(value.isfinite().all() for value in found.values())
-    assert min(delta_norms(found)) > 0
+    moved = sum(norm > 0 for norm in delta_norms(found))
+    assert moved > 0.6 * number  # what the text becomes in a last block is not used
     assert known["ss_network_module"] == "networks.deft"
     assert known["ss_base_model_version"] == called
     assert json.loads(known["deft_options"])["alpha"] == 2.0
@@ -111,17 +118,30 @@ def test_trains_and_saves(worlds, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_musubis_own_network_reads_and_merges_the_file(worlds, kind, tmp_path):
-    """No name is unknown to it or missing, and what its own merge adds to a weight is the file's up @ down."""
+    """No name is unknown to it or missing, and what its own merge adds to a weight is the file's up @ down; so are the
+    matrices that its convert_lora.py writes."""
     folder, merged = worlds(kind), tmp_path / "merged.safetensors"
     output = run(SIDE, "read", kind, folder / "out" / "base.safetensors", merged)
     told = next(line for line in output.splitlines() if line.startswith("--- "))
     assert json.loads(told.removeprefix("--- ")) == [[], []]
     adapter = deft_io.read_adapter(folder / "out" / "base.safetensors")
-    weights = {f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}": w for key, w in load_file(merged).items()}
-    assert weights.keys() == adapter.layers.keys()
+    weights = {key_name(key): weight.double() for key, weight in load_file(merged).items()}
+    converted = tmp_path / "converted.safetensors"
+    script = Path(MUSUBI or "") / "src" / "musubi_tuner" / "convert_lora.py"
+    run(script, "--input", folder / "out" / "base.safetensors", "--output", converted, "--target", "other")
+    matrices = {key: value.double() for key, value in load_file(converted).items()}
+    products = {key_name(key): matrices[key] @ matrices[key.replace("lora_B", "lora_A")]
+                for key in matrices if "lora_B" in key}  # fmt: skip
+    assert (
+        products.keys()
+        == adapter.layers.keys()
+        == {name for name, weight in weights.items() if weight.any()}
+        | {name for name, layer in adapter.layers.items() if not layer.up.any()}
+    )
     for name, layer in adapter.layers.items():
-        delta = layer.up.double() @ layer.down.double() * layer.scale
-        assert float((weights[name].double() - delta).norm()) < 1e-6 * float(delta.norm()), name
+        delta = layer.up.double() @ layer.down.double()
+        for found in (weights[name], products[name]):
+            assert float((found - delta).norm()) <= 1e-6 * float(delta.norm()), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,8 +155,8 @@ def test_goes_on_from_weights_and_merges_base_weights(worlds, kind):
     before, after = deft_io.read_adapter(file), deft_io.read_adapter(folder / "out" / "further.safetensors")
     assert before.layers.keys() == after.layers.keys()
     for name, layer in before.layers.items():
-        own, again = (found.up.double() @ found.down.double() * found.scale for found in (layer, after.layers[name]))
-        assert float((own - again).norm()) < 1e-5 * float(own.norm()), name
+        own, again = (found.up.double() @ found.down.double() for found in (layer, after.layers[name]))
+        assert float((own - again).norm()) <= 1e-5 * float(own.norm()), name
     output = train(kind, folder, "merged", "--base_weights", file, "--base_weights_multiplier", "0.5")
     assert "weights are merged" in output
     hashes = {metadata(folder, name)["deft_base_hash"] for name in ("base", "further", "merged")}
