@@ -10,7 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops, ImageStat
+from safetensors.torch import save_file
 
 import train_network_deft
 from library.options.parse import parse
@@ -126,6 +128,16 @@ def test_a_sample_that_is_gone_or_damaged_is_told_in_a_line_and_nothing_ends(sha
     (told,) = caplog.messages
     assert told.startswith("cat.safetensors: without a picture, sample/x.png cannot be read")
     assert "\n" not in told
+
+
+def test_a_training_that_goes_on_with_fewer_prompts_shows_what_there_is(sharing, tmp_path):
+    sharing.record.samples[:] = [Drawn("sample/x.png", 1, 4)]
+    Image.new("RGB", (16, 16)).save(tmp_path / "sample" / "x.png")
+    file = tmp_path / "cat.safetensors"
+    save_file({"lora_unet_a.lora_up.weight": torch.zeros(2, 2)}, str(file), {"modelspec.trigger_phrase": "sks cat"})
+    assert COVER in sharing.cover(file.name, 1)
+    sharing.beside({file: 1})
+    assert '- text: "sks cat"' in (tmp_path / "cat.README.md").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_written_beside_a_file_is_told_and_nothing_ends(run, tmp_path, caplog):
