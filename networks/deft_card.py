@@ -60,9 +60,11 @@ class _Facts:
     """:param name: of the file, without its extension
     :param picture: the file's name of the one beside it, "" for none
     :param prompt: what is shown with the picture
+    :param keys: of its tensors
     """
 
     name: str
+    keys: tuple[str, ...]
     metadata: Mapping[str, str]
     picture: str
     prompt: str
@@ -117,7 +119,11 @@ def page(path: Path, metadata: Mapping[str, str], picture: str = "", prompt: str
     :param picture: its file's name
     :raises DeftError: when the file cannot be read
     """
-    facts = _Facts(path.stem, metadata, picture, _on_one_line(prompt), deft_sharing.hashes_of(path))
+    hashes = deft_sharing.hashes_of(path)
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    keys = tuple(key for key in header if key != "__metadata__")
+    facts = _Facts(path.stem, keys, metadata, picture, _on_one_line(prompt), hashes)
     parts = (_front(facts), _head(facts), _use(facts), _training(facts), _hashes(facts))
     text = "\n".join(line for part in parts for line in part)
     return f"{text}\n\n{_mark(text)}\n"
@@ -204,22 +210,33 @@ def _head(facts: _Facts) -> Iterator[str]:
 
 
 def _use(facts: _Facts) -> Iterator[str]:
+    """For the programs that read the file's names (docs/clients.md)."""
     file, prompt = f"{facts.name}.safetensors", facts.asked
-    if facts.base.manager == "Other" and not _tags(facts) and "omnigen" in facts.base.hub.lower():
-        yield from _omnigen(facts)
-        return
-    asked = f"{prompt} <lora:{facts.name}:{facts.strength:g}>".strip()
     yield "## Use"
     yield ""
-    yield f"Automatic1111, Forge: put {_code(file)} into `models/Lora`, and write {_code(asked)}."
-    yield ""
+    if any(".deft_P" in key for key in facts.keys):
+        made = f"python networks/convert_deft.py {file} --base MODEL --save_to {facts.name}_lora.safetensors"
+        yield f"No program reads this form. {_code(made)} makes a LoRA of it for a model."
+        yield ""
+        return
+    if facts.base.hub.startswith("Shitao/"):
+        yield from _omnigen(facts)
+        return
+    of_kohya = all(key.startswith("lora_") for key in facts.keys)
+    if of_kohya:
+        asked = f"{prompt} <lora:{facts.name}:{facts.strength:g}>".strip()
+        yield f"Automatic1111, Forge: put {_code(file)} into `models/Lora`, and write {_code(asked)}."
+        yield ""
     yield (
         f"ComfyUI: put it into `models/loras`, add the node Load LoRA with {facts.strength:g} for both strengths"
         f"{f', and write {_code(prompt)}' if prompt else ''}."
     )
     yield ""
-    if not facts.base.hub:
-        return
+    if facts.base.hub and (of_kohya or not any(key.startswith("diffusion_model.") for key in facts.keys)):
+        yield from _diffusers(facts)
+
+
+def _diffusers(facts: _Facts) -> Iterator[str]:
     dtype = "bfloat16" if facts.base.webui == "Flux" else "float16"
     yield "diffusers, where the file lies in the folder `.`, or in a repository of the Hub:"
     yield ""
@@ -228,17 +245,15 @@ def _use(facts: _Facts) -> Iterator[str]:
         "from diffusers import AutoPipelineForText2Image",
         "",
         f"pipe = AutoPipelineForText2Image.from_pretrained({facts.base.hub!r}, torch_dtype=torch.{dtype}).to('cuda')",
-        f"pipe.load_lora_weights('.', weight_name={file!r}, adapter_name='lora')",
+        f"pipe.load_lora_weights('.', weight_name={f'{facts.name}.safetensors'!r}, adapter_name='lora')",
         f"pipe.set_adapters('lora', {facts.strength!r})",
-        f"pipe({prompt!r}).images[0].save('picture.png')",
+        f"pipe({facts.asked!r}).images[0].save('picture.png')",
     )
 
 
 def _omnigen(facts: _Facts) -> Iterator[str]:
     """For which no UI and no loader of diffusers has names."""
     file = f"{facts.name}.safetensors"
-    yield "## Use"
-    yield ""
     yield "In diffusers, with `networks/` of the trainer that made it:"
     yield ""
     yield from _python(

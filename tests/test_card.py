@@ -70,7 +70,7 @@ def test_the_page_says_what_the_file_says(lora):
     assert "base_model" not in unknown
     assert "license" not in unknown
     assert "| licence | not stated |" in unknown
-    assert "python" not in unknown
+    assert "```" not in unknown
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 @given(text, text, text, text)
 def test_whatever_the_words_are_the_page_can_be_read(tmp_path_factory, trigger, title, tags, prompt):
     path = tmp_path_factory.mktemp("x") / "cat.safetensors"
-    save_file({"a": torch.zeros(1)}, str(path))
+    save_file({"lora_unet_a.lora_up.weight": torch.zeros(1)}, str(path))
     metadata = METADATA | {
         "modelspec.trigger_phrase": trigger, "modelspec.title": title, "modelspec.tags": tags,
     }  # fmt: skip
@@ -128,6 +128,22 @@ def test_omnigens_page_has_the_loader_that_there_is(lora):
     text = deft_card.page(lora, {"ss_base_model_version": "omnigen1", "deft_version": "0.3.0"})
     assert "create_network_from_weights(1.0, 'cat.safetensors', None, [], pipe.transformer" in text
     assert "Automatic1111" not in text
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("lora_unet_a.lora_up.weight", {"Automatic1111", "ComfyUI", "diffusers,"}),
+        ("unet.a.lora_A.weight", {"ComfyUI", "diffusers,"}),
+        ("diffusion_model.a.lora_up.weight", {"ComfyUI"}),
+        ("lora_unet_a.deft_P", {"convert_deft.py"}),
+    ],
+)
+def test_it_names_the_programs_that_read_this_form(tmp_path, key, named):
+    path = tmp_path / "cat.safetensors"
+    save_file({key: torch.zeros(1)}, str(path), METADATA)
+    use = deft_card.page(path, METADATA).partition("## Use")[2].partition("## Training")[0]
+    assert {one for one in ("Automatic1111", "ComfyUI", "diffusers,", "convert_deft.py") if one in use} == named
 
 
 def test_what_a_person_has_written_stays_and_our_own_is_made_anew(lora):

@@ -6,11 +6,15 @@ import base64
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops, ImageStat
+from safetensors.torch import save_file
 
+import train_network_deft
 from library.options.parse import parse
 from library.prompts import Prompt
 from library.training import given
@@ -18,7 +22,8 @@ from library.training.record import Drawn, Record
 from library.training.sharing import Sharing, thumbnail_fields
 from networks.deft_config import DeftError
 from networks.deft_pictures import COVER, HEADER_LIMIT, THUMBNAIL
-from tests.conftest import arguments
+from tests import real_uis
+from tests.conftest import PHOTOS, arguments, reset_accelerator
 from tests.test_sharing import metadata_of
 
 ONE_STEP = {"sample_every_n_steps": 1, "max_train_steps": 2, "network_train_unet_only": True}
@@ -125,6 +130,16 @@ def test_a_sample_that_is_gone_or_damaged_is_told_in_a_line_and_nothing_ends(sha
     assert "\n" not in told
 
 
+def test_a_training_that_goes_on_with_fewer_prompts_shows_what_there_is(sharing, tmp_path):
+    sharing.record.samples[:] = [Drawn("sample/x.png", 1, 4)]
+    Image.new("RGB", (16, 16)).save(tmp_path / "sample" / "x.png")
+    file = tmp_path / "cat.safetensors"
+    save_file({"lora_unet_a.lora_up.weight": torch.zeros(2, 2)}, str(file), {"modelspec.trigger_phrase": "sks cat"})
+    assert COVER in sharing.cover(file.name, 1)
+    sharing.beside({file: 1})
+    assert '- text: "sks cat"' in (tmp_path / "cat.README.md").read_text(encoding="utf-8")
+
+
 def test_what_cannot_be_written_beside_a_file_is_told_and_nothing_ends(run, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cat.json").write_text("{", encoding="utf-8")
@@ -149,3 +164,56 @@ def test_a_data_url_is_shown_too_and_another_stays_as_it_is():
     assert found[THUMBNAIL] == url
     assert cover_of(found).size == (40, 30)
     assert thumbnail_fields("data:,hello") == {THUMBNAIL: "data:,hello"}
+
+
+# What UIs' own code shows: FORGE_DIR, COMFYUI_DIR, LORA_MANAGER_DIR, a checkout of each
+
+
+def program(variable: str):
+    return pytest.param(variable, marks=pytest.mark.skipif(not os.environ.get(variable), reason=f"{variable} not set"))
+
+
+@pytest.fixture(scope="module")
+def shared_file(model_folder, tmp_path_factory):
+    """A file that the trainer wrote, its sidecars beside it, and a copy without them."""
+    folder = tmp_path_factory.mktemp("shared")
+    photos = shutil.copytree(PHOTOS / "8_sks cat", folder / "photos" / "1_sks cat")
+    (folder / "p.txt").write_text("sks cat --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
+    reset_accelerator()
+    words = {"metadata_description": "A cat", "metadata_title": "Sks cat", "sample_prompts": folder / "p.txt"}
+    given = arguments(model_folder, photos, folder, sidecars=True, model_card=True, **ONE_STEP | words)
+    assert train_network_deft.main(given) == 0
+    reset_accelerator()
+    (folder / "bare").mkdir()
+    bare = Path(shutil.copy(folder / "out" / "cat.safetensors", folder / "bare"))
+    return folder / "out" / "cat.safetensors", bare
+
+
+@pytest.mark.parametrize("variable", [program("FORGE_DIR")])
+def test_what_forge_shows(shared_file, variable):
+    whole, bare = (real_uis.shown_by_forge(Path(os.environ[variable]), file) for file in shared_file)
+    for shown in (whole, bare):
+        assert (shown.name, shown.model) == ("cat", "SD1")
+        assert shown.picture.size == (64, 64)
+        assert dict(shown.tags)["sks cat"] == 5
+        assert shown.hash == metadata_of(shared_file[0])["sshs_model_hash"][:12]
+    assert (whole.trigger, whole.strength, whole.description) == ("sks cat", 1.0, "A cat")
+    assert bare.trigger is None
+    assert (whole.picture.format, bare.picture.format) == ("PNG", "JPEG")
+
+
+@pytest.mark.parametrize("variable", [program("COMFYUI_DIR")])
+def test_what_comfyui_shows(shared_file, variable):
+    for file, number in zip(shared_file, (2, 1), strict=True):
+        pictures, metadata = real_uis.shown_by_comfyui(Path(os.environ[variable]), file)
+        assert [one.size for one in pictures] == [(64, 64)] * number  # the file beside it, and the embedded one
+        assert metadata["modelspec.trigger_phrase"] == "sks cat"
+
+
+@pytest.mark.parametrize("variable", [program("LORA_MANAGER_DIR")])
+def test_what_comfyui_lora_manager_shows(shared_file, variable):
+    shown = real_uis.shown_by_the_manager(Path(os.environ[variable]), shared_file[0])
+    assert (shown.name, shown.model, shown.description) == ("Sks cat", "SD 1.5", "A cat")
+    assert (shown.trigger, shown.strength) == (["sks cat"], 1.0)
+    assert shown.picture.size == (64, 64)
+    assert shown.tags[0] == ("sks cat", 5)

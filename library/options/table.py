@@ -36,8 +36,8 @@ _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
 MODEL_SPEC = {
     "title": "the model's name (--output_name)", "author": "who made it", "description": "what it is",
     "license": "its licence", "tags": "words to find it by, separated by commas", "usage_hint": "how to use it",
-    "thumbnail": "a picture's file, or a data URL", "merged_from": "models that it is made of",
-    "trigger_phrase": "what calls the concept", "preprocessor": "what its input needs",
+    "thumbnail": "a picture's file, or a data URL (a sample)", "merged_from": "models that it is made of",
+    "trigger_phrase": "what calls the concept (what captions and folders say)", "preprocessor": "what its input needs",
     "is_negative_embedding": "whether it is one",
 }  # fmt: skip
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")

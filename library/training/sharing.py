@@ -198,7 +198,8 @@ class Sharing:
         if self.sidecars:
             yield from deft_sharing.write_sidecars(file, metadata, picture, self.given)
         if self.model_card:
-            prompt = "" if sample is None else self.prompts[sample.prompt].text
+            texts = dict(enumerate(prompt.text for prompt in self.prompts))
+            prompt = "" if sample is None else texts.get(sample.prompt, "")  # before --resume there may have been more
             yield from deft_card.write(file, metadata, picture, prompt)
 
     def _is_kept(self, file: Path) -> bool:
