@@ -530,8 +530,7 @@ class DeftNetwork(nn.Module):
         full |= {deft_io.VERSION_KEY: deft_io.VERSION}
         full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
         full |= self._base_metadata()
-        full |= deft_io.webui_hashes(tensors, full)
-        deft_io.write_safetensors(tensors, file, full)
+        deft_io.write_hashed(tensors, file, full)
 
     def _file_factors(self) -> dict[str, Factors]:
         """Key name -> the change of the weight that files know, parts of one weight put together."""

@@ -84,7 +84,7 @@ def test_before_the_first_step_one_line_and_the_end(run, tmp_path, signal_at, ca
 @pytest.mark.parametrize("number", CODES)
 def test_while_the_last_file_is_written_it_becomes_whole(run, tmp_path, signal_at, capsys, number):
     assert run(output_name="undisturbed") == 0
-    signal_at(deft_io, "write_safetensors", number)
+    signal_at(deft_io, "write_hashed", number)
     capsys.readouterr()
     assert run() == 0
     assert not [line for line in said(capsys) if "interrupted" in line]
