@@ -13,7 +13,7 @@ from library.data import captions, plan
 from library.data.index import Index
 from library.data.plan import Plan
 from library.data.remarks import Remarks
-from library.models import samplers
+from library.models import quantised, samplers
 from library.options.rooms import NetworkOptions, OptimizerOptions, PreservationOptions, Run
 from library.prompts import Prompt, read_prompts
 from library.training import inputs, optimizers, schedules, start, state
@@ -81,6 +81,8 @@ def _read(run: Run) -> Given:
     _check_writable("output_dir", run.saves.output_dir)
     _check_writable("logging_dir", run.logs.logging_dir)
     start.check_trackers(run.logs)
+    if run.model.quantize_base:
+        quantised.check_installed(run.model.quantize_base)
     file = finished_file(run)
     if file.is_dir():
         raise DeftError(f"--output_name {run.saves.output_name}: {file} is a folder")
