@@ -774,9 +774,8 @@ def is_adaptable(layer: nn.Module) -> TypeGuard[Layer]:
     if type(layer).__name__ == "Linear":
         return True
     if isinstance(layer, nn.Linear):
-        return not isinstance(
-            layer, NonDynamicallyQuantizableLinear
-        )  # of nn.MultiheadAttention, which reads its weight
+        # nn.MultiheadAttention's, of which it reads the weight
+        return not isinstance(layer, NonDynamicallyQuantizableLinear)
     if not isinstance(layer, nn.Conv2d) or type(layer).__name__ != "Conv2d":
         return False
     return layer.groups == 1 and layer.padding_mode == "zeros"

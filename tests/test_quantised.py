@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
+import weakref
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import library.models.flux
+import library.models.quantised
 import train_network_deft
 from library.models.quantised import PACKAGES, quantise
 from networks import deft, deft_io, deft_math, deft_weights
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule
+from networks.deft_progress import Bar
 from networks.deft_targets import Target, is_adaptable
 from tests import small_flux
 from tests.conftest import arguments, deltas, largest_error, loaded, perturb, relative_error
@@ -148,6 +151,22 @@ def test_no_dequantised_weight_is_kept(kind, options):
     gc.collect()
     alive = [t for t in gc.get_objects() if type(t) is Tensor and t.is_floating_point() and t.numel() >= W / 2]
     assert not [t for t in alive if t.dtype == torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_layer_s_old_weight_is_gone_before_the_next_but_one(kind, monkeypatch):
+    """Else the whole model would be on the GPU in bf16."""
+    model, alive = flux(None), []
+    old = [weakref.ref(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+    class Counting(Bar):
+        def add(self, number: int) -> None:
+            alive.append(sum(weight() is not None for weight in old))
+
+    monkeypatch.setattr(library.models.quantised, "Bar", Counting)
+    quantise(model, kind, CPU, torch.float32)
+    assert all(left <= len(old) - done + 1 for done, left in enumerate(alive, 1))
+    assert len(alive) > 5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,12 +32,10 @@ def quantise(denoiser: nn.Module, kind: str, device: torch.device, dtype: torch.
     :raises DeftError: where the package does not do it here
     """
     of_kind: dict[str, Callable[[nn.Linear, torch.dtype], nn.Module]] = {"int8": _int8, "fp8": _fp8, "nf4": _nf4}
-    _, part = recognise(denoiser)
-    adaptable = {target.layer for target in targets(denoiser, part, False, part.optional_containers)}
-    layers = [(path, layer) for path, layer in denoiser.named_modules()
-              if layer in adaptable and type(layer) is nn.Linear]  # fmt: skip
-    with Bar(len(layers), f"quantising to {kind}", "layers") as bar:
-        for path, layer in layers:
+    paths = _adaptable(denoiser)  # and no layers, which would keep what has been replaced alive
+    with Bar(len(paths), f"quantising to {kind}", "layers") as bar:
+        for path in paths:
+            layer: Any = denoiser.get_submodule(path)
             try:
                 found = of_kind[kind](layer.to(device, dtype), dtype).to("cpu")
             except Exception as error:  # of many kinds: a device or a release that does not have it
@@ -44,6 +43,12 @@ def quantise(denoiser: nn.Module, kind: str, device: torch.device, dtype: torch.
             if found is not layer:
                 denoiser.set_submodule(path, found)
             bar.add(1)
+
+
+def _adaptable(denoiser: nn.Module) -> list[str]:
+    _, part = recognise(denoiser)
+    layers = {target.layer for target in targets(denoiser, part, False, part.optional_containers)}
+    return [path for path, layer in denoiser.named_modules() if layer in layers and type(layer) is nn.Linear]
 
 
 def _int8(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
