@@ -23,7 +23,7 @@ from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
 from library.training import given, inputs, interrupts, metadata, prepare, preview, start, state
-from library.training.adapter import AdapterOf, DeftAdapter
+from library.training.adapter import AdapterOf, DeftAdapter, merge_base
 from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
 from library.training.loop import TrainingLoop
 from library.training.losses import Losses
@@ -81,6 +81,8 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
 
     shown = inputs.encoded(files.samples, model, run.data, accelerator.device)
     plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
+    merge_base(files, model)
+    model.quantise(accelerator.device, dtype)
     adapter = adapter_of(run.network, files, model, accelerator, folder)
     caches = run.data.caches
     if caches.cache_text_encoder_outputs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from networks.deft_module import DeftModule
 from networks.deft_names import looks_made_for
 from networks.deft_progress import progress
 from networks.deft_ranks import Ranks
-from networks.deft_targets import Part, Target, as_list, base_metadata, recognise
+from networks.deft_targets import Part, Target, as_list, base_metadata, recognise, weight_shape
 from networks.deft_weights import add_to_weight
 
 logger = logging.getLogger(__name__)
@@ -536,7 +536,7 @@ class DeftNetwork(nn.Module):
         """Key name -> the change of the weight that files know, parts of one weight put together."""
         parts: dict[str, list[tuple[Factors, Target]]] = {}
         for module in self.all_modules:
-            (up, down), kernel = module.lora_factors(), tuple(module.target.layer.weight.shape[1:])
+            (up, down), kernel = module.lora_factors(), weight_shape(module.target.layer)[1:]
             pieces = module.target.pieces
             rows = [up] if len(pieces) == 1 else up.split([piece.shape[0] for piece in pieces])
             for piece, some in zip(pieces, rows, strict=True):
@@ -578,16 +578,25 @@ class DeftNetwork(nn.Module):
             )
 
     def _base_metadata(self) -> dict[str, str]:
-        weights = [(m.lora_name, _as_it_is(m.target)) for m in self.all_modules]
-        return {
-            deft_io.BASE_HASH_KEY: deft_io.base_fingerprint(progress(weights, "hashing the base weights")),
-            deft_io.BASE_DTYPE_KEY: ",".join(sorted({str(w.dtype).removeprefix("torch.") for _, w in weights})),
-        }
+        dtypes: set[str] = set()
+
+        def weights() -> Iterator[tuple[str, Tensor]]:  # one at a time: quantised ones are made for it
+            for module in progress(self.all_modules, "hashing the base weights"):
+                weight = deft_weights.held_weight(module.target)
+                dtypes.update(map(deft_weights.dtype_name, module.target.places))
+                yield module.lora_name, weight
+
+        fingerprint = deft_io.base_fingerprint(weights())
+        return {deft_io.BASE_HASH_KEY: fingerprint, deft_io.BASE_DTYPE_KEY: ",".join(sorted(dtypes))}
 
     # --- generating ------------------------------------------------------------------------------------------------
 
     def is_mergeable(self) -> bool:
-        """Whether `merge_to` works."""
+        """Whether `merge_to` works: not into quantised or scaled fp8 weights."""
+        try:
+            deft_weights.check_mergeable(module.target for module in self.all_modules)
+        except DeftError:
+            return False
         return True
 
     def merge_to(
@@ -604,7 +613,9 @@ class DeftNetwork(nn.Module):
         :param dtype: not needed: the weights keep their own
         :param device: not needed: each weight is changed where it is
         :param non_blocking: not needed, since nothing is moved; musubi-tuner gives it
+        :raises DeftError: where `is_mergeable` is not so, before any weight is changed
         """
+        deft_weights.check_mergeable(module.target for module in self.all_modules)
         adapter = deft_io.parse_adapter(weights_sd, {}, "the given weights")
         for module in progress(self.all_modules, "merging"):
             layer = adapter.layer_of(module.target)
@@ -625,7 +636,11 @@ class DeftNetwork(nn.Module):
             module.restore_weight()
 
     def pre_calculation(self) -> None:
-        """Merges the deltas into the base weights that `backup_weights` has kept."""
+        """Merges the deltas into the base weights that `backup_weights` has kept.
+
+        :raises DeftError: where `is_mergeable` is not so, before any weight is changed
+        """
+        deft_weights.check_mergeable(module.target for module in self.all_modules)
         for module in progress(self.all_modules, "merging"):
             module.pre_calculate()
 
@@ -636,12 +651,6 @@ class DeftNetwork(nn.Module):
     def set_current_generation(self, *args: Any, **kwargs: Any) -> None:
         """Called for regional prompts only; see `set_region`."""
         self.set_region(0, True, torch.ones(()))
-
-
-def _as_it_is(target: Target) -> Tensor:
-    """The weights of a target as the model has them, of several layers stacked."""
-    parts = [deft_weights.rows_of(place.layer.weight, place.rows) for place in target.places]
-    return parts[0] if len(parts) == 1 else torch.cat([part.detach() for part in parts])
 
 
 def _of_whole(parts: Sequence[tuple[Factors, Target]]) -> Factors:

@@ -6,6 +6,7 @@ dots as underscores.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from itertools import accumulate
 from typing import TypeAlias, TypeGuard
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from networks.deft_config import DeftError
 
@@ -734,11 +736,19 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n): outputs and inputs, a convolution's kernel counted among its inputs."""
-        weight = self.layer.weight
-        outputs = weight.shape[0] if self.rows is None else self.rows[1] - self.rows[0]
+        all_outputs, *inputs = weight_shape(self.layer)
+        outputs = all_outputs if self.rows is None else self.rows[1] - self.rows[0]
         if len(self.places) > 1:
             outputs = sum(place.shape[0] for place in self.places)
-        return outputs, weight.shape[1:].numel()
+        return outputs, math.prod(inputs)
+
+
+def weight_shape(layer: Layer) -> tuple[int, ...]:
+    """(outputs, inputs, *kernel) of a layer's weight, however it is kept: a quantised one may have another shape."""
+    if isinstance(layer, nn.Conv2d):
+        height, width = layer.kernel_size
+        return layer.out_channels, layer.in_channels // layer.groups, height, width
+    return layer.out_features, layer.in_features
 
 
 def targets(
@@ -795,7 +805,7 @@ def parts_of(path: str, part: Part) -> list[str]:
 def _several(part: Part, path: str, layer: Layer) -> list[Target]:
     """The layers of files that this one is: each some of its outputs."""
     paths = parts_of(path, part)
-    size = layer.weight.shape[0] // max(len(paths), 1)
+    size = weight_shape(layer)[0] // max(len(paths), 1)
     return [replace(_target(part, one, layer), rows=(k * size, (k + 1) * size)) for k, one in enumerate(paths)]
 
 
@@ -854,9 +864,13 @@ def _together(parts: Sequence[Target]) -> Target:
 
 
 def is_adaptable(layer: nn.Module) -> TypeGuard[Layer]:
-    """Linear layers and ungrouped, zero-padded Conv2d layers, by class name as quantised subclasses are not."""
+    """Linear layers, of classes derived from torch's too, as quantised ones are; and ungrouped, zero-padded Conv2d
+    layers."""
     if type(layer).__name__ == "Linear":
         return True
+    if isinstance(layer, nn.Linear):
+        # nn.MultiheadAttention's, of which it reads the weight
+        return not isinstance(layer, NonDynamicallyQuantizableLinear)
     if not isinstance(layer, nn.Conv2d) or type(layer).__name__ != "Conv2d":
         return False
     return layer.groups == 1 and layer.padding_mode == "zeros"

@@ -115,18 +115,13 @@ def test_without_pillow_a_picture_that_is_too_large_goes(tensors, tmp_path, monk
     assert "pip install pillow" in caplog.text
 
 
-@pytest.mark.parametrize("writer", ["write_hashed", "save_weights"])
-def test_hashes_of_the_tensors_do_not_know_of_the_picture(tensors, tmp_path, writer):
+def test_hashes_of_the_tensors_do_not_know_of_the_picture(tensors, tmp_path):
     """sshs_model_hash and sshs_legacy_hash as sd-scripts makes them, AutoV3 as Civitai reads it; SHA-256 does know."""
     some = {key: torch.randn(40, 4000) for key in list(tensors)[:2]}  # beyond 1 MiB, which the old hash begins at
     found = []
     for i, more in enumerate(({}, deft_pictures.fields_of(noise()) | {"modelspec.trigger_phrase": "sks cat"})):
         path = tmp_path / f"{i}.safetensors"
-        if writer == "write_hashed":
-            deft_io.write_hashed(some, path, {"ss_v2": "False"} | more)
-        else:
-            metadata = {"ss_v2": "False"} | more
-            deft_io.write_safetensors(some, path, metadata | deft_io.webui_hashes(some, metadata))
+        deft_io.write_hashed(some, path, {"ss_v2": "False"} | more)
         metadata, hashes = metadata_of(path), deft_sharing.hashes_of(path)
         assert metadata["sshs_model_hash"] == addnet_hash(path)
         assert hashes["AutoV3"] == addnet_hash(path)[:12]

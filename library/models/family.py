@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.models.quantised import quantise
 from library.options.rooms import ModelOptions
 from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
@@ -146,6 +147,14 @@ class Family(ABC):
     @abstractmethod
     def names(self) -> Mapping[str, str]:
         """What a file's metadata calls it: `ss_...` and `modelspec....`."""
+
+    def quantise(self, device: torch.device, dtype: torch.dtype) -> None:
+        """--quantize_base, on the CPU again behind it. What is to be merged into the denoiser has been by now.
+
+        :raises DeftError: where the package for it does not do it here
+        """
+        if self.options.quantize_base:
+            quantise(self.denoiser, self.options.quantize_base, device, dtype)
 
     def place(self, device: torch.device, dtype: torch.dtype, encoders: bool) -> None:
         """The frozen parts that every step needs, in the training's precision, with the memory options.

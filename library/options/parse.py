@@ -147,6 +147,8 @@ def _run(values: dict[str, Any]) -> Run:
     values["fp8_base"] = values["fp8_base"] or values["fp8_base_unet"]
     if values["fp8_base"] and values["mixed_precision"] == "no":
         raise DeftError("--fp8_base needs --mixed_precision bf16 or fp16")
+    if values["fp8_base"] and values["quantize_base"]:
+        raise DeftError("--fp8_base and --quantize_base do not go together: each keeps the denoiser in fewer bits")
     if values["cache_text_encoder_outputs"] and not values["network_train_unet_only"]:
         raise DeftError("--cache_text_encoder_outputs: text encoders that are trained give new outputs in every step; "
                         "add --network_train_unet_only, or leave it out")  # fmt: skip

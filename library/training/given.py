@@ -13,7 +13,7 @@ from library.data import captions, plan
 from library.data.index import Index
 from library.data.plan import Plan
 from library.data.remarks import Remarks
-from library.models import samplers
+from library.models import quantised, samplers
 from library.options.rooms import NetworkOptions, OptimizerOptions, PreservationOptions, Run
 from library.prompts import Prompt, read_prompts
 from library.training import inputs, optimizers, schedules, sharing, start, state
@@ -83,6 +83,8 @@ def _read(run: Run) -> Given:
     start.check_trackers(run.logs)
     if thumbnail := run.recorded.get(deft_pictures.THUMBNAIL):
         sharing.thumbnail_fields(thumbnail)
+    if run.model.quantize_base:
+        quantised.check_installed(run.model.quantize_base)
     file = finished_file(run)
     if file.is_dir():
         raise DeftError(f"--output_name {run.saves.output_name}: {file} is a folder")
