@@ -202,11 +202,11 @@ def test_timesteps_are_spread_evenly_within_the_bounds(given, lowest, highest):
     assert float(timesteps.mean()) == pytest.approx((lowest + highest) / 2, abs=0.02 * (highest - lowest))
 
 
-def test_validation_timesteps():
+def test_timesteps_to_measure_at():
     """sd-scripts' four between the bounds."""
-    assert diffusion().validation_timesteps == [200, 400, 600, 800]
-    assert diffusion(min_timestep=500).validation_timesteps == [600, 700, 800, 900]
-    assert flow().validation_timesteps == [200, 400, 600, 800]
+    assert diffusion().spread(4) == [200, 400, 600, 800]
+    assert diffusion(min_timestep=500).spread(4) == [600, 700, 800, 900]
+    assert flow().spread(4) == [200, 400, 600, 800]
     for objective in (diffusion(**EVERY_NOISE), flow()):
         drawn = objective.draw(Randoms(0, 0, [0, 1]), torch.randn(2, 4, 8, 8), torch.tensor([200, 800]))
         assert drawn.timesteps.tolist() == [200, 800]

@@ -41,7 +41,6 @@ FLOW_ONLY = (
 
 _OF_THE_FAMILY = ("timestep_sampling", "model_prediction_type")  # where they are not given
 _LARGEST_SNR = 1000.0  # in weights that divide by it; sd-scripts' bound
-_VALIDATION_TIMESTEPS = 4
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,9 @@ class Objective(ABC):
     def __init__(self, options: ObjectiveOptions, steps: int):
         self.options, self.steps = options, steps
 
-    @property
     @abstractmethod
-    def validation_timesteps(self) -> list[int]:
-        """Where a validation measures, evenly spaced."""
+    def spread(self, number: int) -> list[int]:
+        """So many timesteps to measure at, evenly spaced over those that are trained."""
 
     def draw(self, randoms: Randoms, latents: Tensor, timesteps: Tensor | None = None) -> Noised:
         """Latents (b, c, h, w) with random noise.
@@ -175,10 +173,9 @@ class Diffusion(Objective):
     def _range(self) -> tuple[int, int]:
         return self.options.min_timestep, min(self.options.max_timestep, self.steps)
 
-    @property
-    def validation_timesteps(self) -> list[int]:
+    def spread(self, number: int) -> list[int]:
         """See `Objective`."""
-        return _between(*self._range)
+        return _between(*self._range, number)
 
     def at(self, latents: Tensor, noise: Tensor, timesteps: Tensor, noise_in: Tensor | None = None) -> Noised:
         """See `Objective`."""
@@ -263,10 +260,9 @@ class Flow(Objective):
         linear = options.timestep_sampling == "shift"
         self.shifting = FlowMatchEulerDiscreteScheduler(time_shift_type="linear" if linear else "exponential")
 
-    @property
-    def validation_timesteps(self) -> list[int]:
-        """See `Objective`; sd-scripts measures at random ones."""
-        return _between(0, self.steps)
+    def spread(self, number: int) -> list[int]:
+        """See `Objective`; sd-scripts validates at random ones."""
+        return _between(0, self.steps, number)
 
     def at(self, latents: Tensor, noise: Tensor, timesteps: Tensor, noise_in: Tensor | None = None) -> Noised:
         """See `Objective`."""
@@ -377,5 +373,5 @@ def _each(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def _between(low: int, high: int) -> list[int]:
-    return np.linspace(low, high, _VALIDATION_TIMESTEPS + 2, dtype=int)[1:-1].tolist()
+def _between(low: int, high: int, number: int) -> list[int]:
+    return np.linspace(low, high, number + 2, dtype=int)[1:-1].tolist()

@@ -23,11 +23,14 @@ class Saved:
     """An adapter's file, which may be gone by now.
 
     :param name: in --output_dir
+    :param drift: of `library.training.meters`, as `learnt`; None where it was not measured
     """
 
     name: str
     step: int
     epoch: int
+    drift: float | None = None
+    learnt: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,65 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 
-from library.data.batches import Loader
+from library.data.batches import Batch, Loader
 from library.training.adapter import Adapter
 from library.training.losses import Losses
 from library.training.randoms import Randoms
 from networks.deft_progress import Bar
+
+TIMESTEPS = 4  # that every picture is measured at
+
+
+class Question(NamedTuple):
+    """A batch with the noise and the timesteps at which it is measured.
+
+    :param timesteps: of each picture
+    """
+
+    batch: Batch
+    randoms: Randoms
+    timesteps: Sequence[int]
+
+
+@contextmanager
+def undisturbed(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Within it dropout is off and nothing learns; the training's random numbers stay as they are."""
+    training, device = network.training, accelerator.device
+    try:
+        network.eval()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            yield
+    finally:
+        network.train(training)
+
+
+def loss_of(questions: Iterable[Question], losses: Losses, bar: Bar, multiplier: float = 1.0) -> float:
+    """The mean over the pictures of all processes, of which every one has to call; within `undisturbed`.
+
+    :param bar: that counts the questions
+    :param multiplier: a factor of the adapter's own
+    """
+    total = torch.zeros(2, dtype=torch.float64)  # of losses, and how many
+    for batch, randoms, timesteps in questions:
+        found = losses(batch, randoms, timesteps, multiplier)
+        total += torch.tensor([float(found.double().sum()), len(batch)])
+        bar.add(1)
+    summed, pictures = over_processes(total, losses.accelerator)
+    return summed / pictures
+
+
+def over_processes(sums: Tensor, accelerator: Accelerator) -> list[float]:
+    """The sums (n,) over all processes; every one has to call."""
+    return accelerator.reduce(sums.float().to(accelerator.device)).tolist()
 
 
 @dataclass(frozen=True)
@@ -27,26 +77,20 @@ class Validation:
     seed: int
     batches: int | None
 
-    @torch.no_grad()
     def measure(self) -> float:
         """The mean over pictures and fixed timesteps; every process has to call."""
-        accelerator, network = self.losses.accelerator, self.adapter.module
-        training, total = network.training, torch.zeros(2, dtype=torch.float64)  # of losses, and how many
-        network.eval()
-        timesteps = self.losses.objective.validation_timesteps
-        number = min(self.batches or len(self.loader), len(self.loader))
-        with Bar(number * len(timesteps), "validating") as bar, torch.random.fork_rng(_devices(accelerator.device)):
-            for i, batch in enumerate(itertools.islice(self.loader.epoch(1), number)):
-                first = (i * accelerator.num_processes + accelerator.process_index) * self.loader.batch_size
-                for timestep in timesteps if len(batch) else ():
-                    randoms = Randoms(self.seed, timestep, range(first, first + len(batch)))
-                    losses = self.losses(batch, randoms, timestep)
-                    total += torch.tensor([float(losses.double().sum()), len(batch)])
-                    bar.add(1)
-        network.train(training)
-        summed, pictures = accelerator.reduce(total.float().to(accelerator.device)).tolist()
-        return summed / pictures
+        accelerator, number = self.losses.accelerator, self._number
+        with Bar(number * TIMESTEPS, "validating") as bar, undisturbed(self.adapter.module, accelerator):
+            return loss_of(self._questions(), self.losses, bar)
 
+    @property
+    def _number(self) -> int:
+        return min(self.batches or len(self.loader), len(self.loader))
 
-def _devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
+    def _questions(self) -> Iterator[Question]:
+        loader, timesteps = self.loader, self.losses.objective.spread(TIMESTEPS)
+        for i, batch in enumerate(itertools.islice(loader.epoch(1), self._number)):
+            first = (i * loader.processes + loader.process) * loader.batch_size
+            for timestep in timesteps if len(batch) else ():
+                randoms = Randoms(self.seed, timestep, range(first, first + len(batch)))
+                yield Question(batch, randoms, [timestep] * len(batch))
