@@ -269,12 +269,15 @@ def test_two_processes_measure_what_one_does(model_folder, photos, tmp_path):
 def test_cached_texts_measure_the_same(model_folder, photos, tmp_path):
     (tmp_path / "keep.txt").write_text("a bear\na boat --d 3\n")
     common = {"max_train_steps": 2, "meter_every_n_steps": 1, "save_state_on_train_end": True, "learning_rate": 1e-3,
-              "network_train_unet_only": True, "network_args": [f"keep={tmp_path / 'keep.txt'}"]}  # fmt: skip
+              "network_train_unet_only": True, "no_metadata": True,
+              "network_args": [f"keep={tmp_path / 'keep.txt'}"]}  # fmt: skip
     found = []
     for cached in (None, True):
         options = {**common, "cache_text_encoder_outputs": cached, "output_name": f"{cached}"}
         assert train_network_deft.main(arguments(model_folder, photos, tmp_path, **options)) == 0
         found.append(curves(tmp_path / "out" / f"{cached}-state"))
+        with safe_open(tmp_path / "out" / f"{cached}.safetensors", "pt") as opened:
+            assert not [key for key in opened.metadata() if key.startswith("ss_meter")]
     for name, (steps, values) in found[0].items():
         assert found[1][name] == (steps, pytest.approx(values, rel=1e-3))
 

@@ -171,14 +171,16 @@ def drawn(prompts: Sequence[Prompt], base: str, losses: Losses, caches: CacheOpt
         ) for one in wanted
     ]  # fmt: skip
     with accelerator.main_process_first():
-        left = [(key, one) for key, one in zip(keys, wanted, strict=True) if not store.has(key)]
+        kept = {key: store.read(key) for key in keys}
+        left = [(key, one) for key, one in zip(keys, wanted, strict=True) if kept[key] is None]
         with Bar(len(left) * STEPS, "drawing with the base model", "steps") as bar:
             for key, one in left:
                 with drawing(model, adapter, accelerator):
                     adapter.set_multiplier(0.0)
-                    latents = model.drawn(one, losses.texts([one.text]), None, None, bar).float()
+                    latents = model.drawn(one, losses.texts([one.text]), None, None, bar).float().cpu()
+                kept[key] = {"latents": latents}
                 store.write(key, {"latents": latents})
-        return [(store.read(key) or {})["latents"] for key in keys]
+    return [(kept[key] or {})["latents"] for key in keys]
 
 
 class Drift:
@@ -301,8 +303,9 @@ def meters_of(
     some = chosen(plan)
     if every is None or not some:
         if run.meters.meter_every_n_steps != 0:
-            why = "a training so short would take over 3% longer" if some else "all pictures are only to be kept"
-            logger.info(f"drift and what is learnt are not measured: {why}; --meter_every_n_steps asks for it")
+            why = "it would take over 3% of so short a training; --meter_every_n_steps asks for it all the same"
+            why = why if some else "all pictures are only to be preserved"
+            logger.info(f"drift and what is learnt are not measured: {why}")
         return None
     logger.info(f"drift and what is learnt are measured every {min(every, steps)} steps, and before each save")
     loader = loading(some, SEED, shuffle=False)
