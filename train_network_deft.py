@@ -22,7 +22,7 @@ from library.data.plan import divided
 from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
-from library.training import given, inputs, interrupts, metadata, prepare, preview, start, state
+from library.training import given, inputs, interrupts, metadata, meters, naming, prepare, preview, start, state
 from library.training.adapter import AdapterOf, DeftAdapter, merge_base
 from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
 from library.training.loop import TrainingLoop
@@ -31,7 +31,7 @@ from library.training.objective import objective_of
 from library.training.optimizers import evaluated, optimizer_of
 from library.training.record import Record
 from library.training.samples import Samples
-from library.training.saves import Saves, TrainingStopped
+from library.training.saves import Saves, TrainingStopped, planned
 from library.training.schedules import schedule_of
 from library.training.sharing import sharing_of
 from library.training.state import Length, Position, Setting
@@ -82,6 +82,7 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     shown = inputs.encoded(files.samples, model, run.data, accelerator.device)
     plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
     merge_base(files, model)
+    base = meters.base_of(model) if files.metered else ""
     model.quantise(accelerator.device, dtype)
     adapter = adapter_of(run.network, files, model, accelerator, folder)
     caches = run.data.caches
@@ -118,9 +119,14 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
         validation = Validation(
             loading(kept, noise, shuffle=False), losses, adapter, noise, options.max_validation_steps
         )
+    an_epoch = loader.steps_an_epoch
+    measuring = meters.meters_of(
+        run, files.metered, base, trained, loading, losses, length.steps, loader.pictures / an_epoch,
+        planned(run.saves, length, an_epoch),
+    )  # fmt: skip
     fields = metadata.of_training(run, model, adapter, trained, length, seed)
     shared = sharing_of(run, record, files.samples, fields)
-    saves = Saves(run.saves, adapter, fields, setting, length, record, shared, averaged, accelerator)
+    saves = Saves(run.saves, adapter, fields, setting, length, record, shared, averaged, accelerator, measuring)
     samples = Samples(
         files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler,
         shown, record,
@@ -131,13 +137,15 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     logger.info(f"training {parameters:,} parameters for {length.steps} steps in {length.epochs} epochs")
     loop = TrainingLoop(
         run.loop, accelerator, losses, seed, adapter, loader, optimizer, schedule, names, averaged, saves, samples,
-        validation, length, position, record, signals,
+        validation, length, position, record, signals, measuring,
     )  # fmt: skip
     signals.hold(saves.described)
     try:
         loop.run()
         file = saves.final(position)  # a signal that came in the last step or comes now changes nothing
-        loop.warn_where_nothing_moved()
+        named = naming.best(record, folder)
+        if named:
+            logger.info(named.line())
     except Exception:
         start.end_trackers(accelerator)
         raise

@@ -160,6 +160,8 @@ def _run(values: dict[str, Any]) -> Run:
         raise DeftError(
             f"--min_timestep={values['min_timestep']}: must not be above --max_timestep, {values['max_timestep']}"
         )
+    if values["stop_at_drift"] is not None and values["meter_every_n_steps"] == 0:
+        raise DeftError("--stop_at_drift needs the meters, which --meter_every_n_steps 0 turns off")
     if values["dim_from_weights"] and not values["network_weights"]:
         raise DeftError("--dim_from_weights needs --network_weights")
     if len(values["base_weights_multiplier"]) > len(values["base_weights"]):

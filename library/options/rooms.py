@@ -326,6 +326,14 @@ class ValidationOptions:
 
 
 @dataclass(frozen=True)
+class MeterOptions:
+    """When drift and what is learnt are measured, and what comes of it."""
+
+    meter_every_n_steps: int | None  # None: as often as costs little; 0: never
+    stop_at_drift: float | None
+
+
+@dataclass(frozen=True)
 class LogOptions:
     """What is told of the training, and to whom."""
 
@@ -359,5 +367,6 @@ class Run:
     saves: SaveOptions
     samples: SampleOptions
     validation: ValidationOptions
+    meters: MeterOptions
     logs: LogOptions
     recorded: Mapping[str, Any]

@@ -449,6 +449,18 @@ OPTIONS: list[Option] = [
         ),
     ),
     *group(
+        "meters",
+        Option(
+            "meter_every_n_steps",
+            int,
+            None,
+            "measure drift and what is learnt, also before each save; 0 is off (where nothing is given, as often as "
+            "takes below 3%% of the time, at most 20 times)",
+            check=AT_LEAST_0,
+        ),
+        Option("stop_at_drift", float, None, "end the training where the drift is as large as this", check=ABOVE_0),
+    ),
+    *group(
         "speed and memory",
         Option("full_bf16", bool, False, "the model in bf16, with --mixed_precision bf16; the adapter stays float32"),
         Option("full_fp16", bool, False, "the model in fp16, with --mixed_precision fp16; the adapter stays float32"),
