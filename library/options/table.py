@@ -376,6 +376,7 @@ OPTIONS: list[Option] = [
         Option(
             "verify_saves", bool, False, "compare every saved file with what was trained, also where it takes over 5 s"
         ),
+        Option("no_report", bool, False, "write no page NAME.html of curves, samples and files"),
         Option("training_comment", str, None, "goes into the file's metadata", metadata="ss_training_comment"),
         Option("save_model_as", str, "safetensors", "the one format that is written", ("safetensors",)),
         *[

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from library.data.batches import Batch, Gone, Loader
 from library.options.rooms import LoopOptions
+from library.report.report import Report
 from library.training import start
 from library.training.adapter import Adapter
 from library.training.interrupts import Interrupted, Interrupts
@@ -41,6 +42,7 @@ class TrainingLoop:
     :param position: where the training begins
     :param record: that is told of all that is logged
     :param signals: that have come
+    :param report: that is written anew with each round of samples
     """
 
     options: LoopOptions
@@ -60,6 +62,7 @@ class TrainingLoop:
     position: Position
     record: Record
     signals: Interrupts
+    report: Report
     ending: int = 0  # the signal that all processes have agreed to end by
     accumulated: int = 0  # batches of the step that is under way
     first_batch: Batch | None = None
@@ -249,6 +252,7 @@ class TrainingLoop:
     def _draw(self, label: str) -> None:
         with self.evaluated():
             self.samples.draw(label, self.position.step)
+        self.report.write()
 
     def _validate(self, when: str) -> None:
         """Under sd-scripts' names."""

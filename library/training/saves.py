@@ -40,6 +40,7 @@ class Saves:
     :param evaluated: within which the adapter is as it is to be used
     :param length: of the whole training, whose end has files of its own
     :param record: that is told of the files
+    :param written: called by the main process after files were written or deleted
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Saves:
         record: Record,
         evaluated: Callable[[], AbstractContextManager[None]],
         accelerator: Accelerator,
+        written: Callable[[], None] = lambda: None,
     ):
         self.options, self.folder, self.name = options, Path(options.output_dir), options.output_name
         self.dtype, self.adapter, self.metadata = SAVE_DTYPES[options.save_precision], adapter, metadata
         self.setting, self.length, self.record = setting, length, record
-        self.evaluated, self.accelerator = evaluated, accelerator
+        self.evaluated, self.accelerator, self.written = evaluated, accelerator, written
         self.every_n_epochs = options.save_every_n_epochs
         if options.save_n_epoch_ratio:
             self.every_n_epochs = length.epochs // options.save_n_epoch_ratio or 1
@@ -141,6 +143,7 @@ class Saves:
                 (self.folder / f"{name_of(old)}.safetensors").unlink(missing_ok=True)
             if state_saved and old_state > 0:
                 shutil.rmtree(self.folder / f"{name_of(old_state)}-state", ignore_errors=True)
+            self.written()
 
     @staticmethod
     def _tried(write: Callable[[str, Position], Path], name: str, position: Position) -> Path | None:
