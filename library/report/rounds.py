@@ -13,9 +13,11 @@ from library.data.building import WORKERS
 from library.data.pixels import read_picture
 from library.pages import data_url
 from library.training.record import Drawn
+from networks.deft_progress import Bar
 
 PROMPTS = 24  # shown at most
 BYTES = 6_000_000  # of all samples in the page
+A_PIXEL = 0.16  # bytes of a photograph there: so many pictures are tried first
 SIDES = ((4, 512), (9, 384), (PROMPTS, 256))  # prompts at most -> pixels of a picture's longer side
 TRAINED_ON, SMALL = 8, 160  # pictures beside the samples, and their longer side
 
@@ -56,8 +58,8 @@ class Pictures:
         while True:
             chosen = sorted({*steps[:: self._every], *steps[-1:]})
             names = {step: [by_step[step].get(one) for one in prompts] for step in chosen}
-            found = self._rounds(names, side)
-            if found is not None:
+            fits = len(chosen) <= 2 or len(chosen) * len(prompts) * side**2 * A_PIXEL <= BYTES
+            if fits and (found := self._rounds(names, side)) is not None:
                 shown = {self.folder / name for of_step in names.values() for name in of_step if name}
                 self._read = {key: value for key, value in self._read.items() if key[1] != side or key[0] in shown}
                 return found
@@ -66,14 +68,16 @@ class Pictures:
     def _rounds(self, names: Mapping[int, Sequence[str | None]], side: int) -> list[Round] | None:
         """None where they are more than the page has room for, unless there are but two."""
         budget, rounds = BYTES, []
-        for step, of_step in names.items():
-            pictures = self.read([self.folder / name for name in of_step if name], side)
-            one = Round(step, [pictures[self.folder / name] if name else None for name in of_step])
-            budget -= sum(len(picture.url) for picture in one.pictures if picture)
-            if budget < 0 and len(names) > 2:
-                return None
-            if any(one.pictures):
-                rounds.append(one)
+        with Bar(len(names), "making samples small", "rounds") as bar:
+            for step, of_step in names.items():
+                pictures = self.read([self.folder / name for name in of_step if name], side)
+                one = Round(step, [pictures[self.folder / name] if name else None for name in of_step])
+                budget -= sum(len(picture.url) for picture in one.pictures if picture)
+                if budget < 0 and len(names) > 2:
+                    return None
+                if any(one.pictures):
+                    rounds.append(one)
+                bar.add(1)
         return rounds
 
     def read(self, paths: Sequence[Path], side: int) -> dict[Path, Shown | None]:
