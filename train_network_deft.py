@@ -18,10 +18,12 @@ if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "lib
 
 from library.data import advice
 from library.data.advice import Facts
-from library.data.plan import divided
+from library.data.plan import divided, pictures
 from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
+from library.report.report import Report
+from library.report.told import Told
 from library.training import given, inputs, interrupts, metadata, meters, naming, prepare, preview, start, state
 from library.training.adapter import AdapterOf, DeftAdapter, merge_base
 from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
@@ -51,8 +53,9 @@ def train(run: Run, adapter_of: AdapterOf = DeftAdapter) -> Path:
     :raises Interrupted: when a signal has ended it, after saving
     :raises EndedAtOnce: when a signal has ended it before the first step, or a second one has
     """
-    with Interrupts() as signals:
-        return _train(run, signals, adapter_of)
+    start.log_messages(run.logs)
+    with Interrupts() as signals, Told() as told:
+        return _train(run, signals, told, adapter_of)
 
 
 def show(run: Run) -> None:
@@ -67,8 +70,7 @@ def show(run: Run) -> None:
             print(file)
 
 
-def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
-    start.log_messages(run.logs)
+def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> Path:
     files, folder = given.read(run), Path(run.saves.output_dir)
     accelerator, seed = start.accelerator_of(run.process, run.logs)
     dtype = prepare.WEIGHT_DTYPES[run.process.mixed_precision]
@@ -126,7 +128,13 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     )  # fmt: skip
     fields = metadata.of_training(run, model, adapter, trained, length, seed)
     shared = sharing_of(run, record, files.samples, fields)
-    saves = Saves(run.saves, adapter, fields, setting, length, record, shared, averaged, accelerator, measuring)
+    report = Report(
+        run.report, folder, run.saves.output_name, run.model.pretrained_model_name_or_path, files.samples,
+        [one.path for one in pictures(trained)], length, position, record, told, accelerator.is_main_process,
+    )  # fmt: skip
+    saves = Saves(
+        run.saves, adapter, fields, setting, length, record, shared, averaged, accelerator, measuring, report.write
+    )
     samples = Samples(
         files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler,
         shown, record,
@@ -137,7 +145,7 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     logger.info(f"training {parameters:,} parameters for {length.steps} steps in {length.epochs} epochs")
     loop = TrainingLoop(
         run.loop, accelerator, losses, seed, adapter, loader, optimizer, schedule, names, averaged, saves, samples,
-        validation, length, position, record, signals, measuring,
+        validation, length, position, record, signals, report, measuring,
     )  # fmt: skip
     signals.hold(saves.described)
     try:
@@ -146,7 +154,9 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
         named = naming.best(record, folder)
         if named:
             logger.info(named.line())
-    except Exception:
+        report.write("finished")
+    except Exception as error:
+        report.write(str(error))
         start.end_trackers(accelerator)
         raise
     start.end_trackers(accelerator)

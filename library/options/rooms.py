@@ -350,6 +350,19 @@ class LogOptions:
 
 
 @dataclass(frozen=True)
+class ReportOptions:
+    """Whether there is a page of the training, and what it says of the options.
+
+    :param settings: that differ from their defaults, without secrets
+    :param arguments: as they were typed, without secrets
+    """
+
+    no_report: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    arguments: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
 class Run:
     """A parsed command line.
 
@@ -369,4 +382,5 @@ class Run:
     validation: ValidationOptions
     meters: MeterOptions
     logs: LogOptions
+    report: ReportOptions
     recorded: Mapping[str, Any]

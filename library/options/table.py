@@ -383,6 +383,7 @@ OPTIONS: list[Option] = [
             "beside the last file, what UIs read there: a picture, NAME.json, NAME.metadata.json",
         ),
         Option("model_card", bool, False, "beside the last file, NAME.README.md: a page for Civitai and the Hub"),
+        Option("no_report", bool, False, "write no page NAME.html of curves, samples and files"),
         Option("training_comment", str, None, "goes into the file's metadata", metadata="ss_training_comment"),
         Option("save_model_as", str, "safetensors", "the one format that is written", ("safetensors",)),
         *[

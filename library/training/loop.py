@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from library.data.batches import Batch, Gone, Loader
 from library.options.rooms import LoopOptions
+from library.report.report import Report
 from library.training import start
 from library.training.adapter import Adapter
 from library.training.interrupts import Interrupted, Interrupts
@@ -43,6 +44,7 @@ class TrainingLoop:
     :param record: that is told of all that is logged
     :param signals: that have come
     :param meters: of drift and of what is learnt
+    :param report: that is written anew with each round of samples
     """
 
     options: LoopOptions
@@ -62,6 +64,7 @@ class TrainingLoop:
     position: Position
     record: Record
     signals: Interrupts
+    report: Report
     meters: Meters | None = None
     ending: int = 0  # the signal that all processes have agreed to end by
     accumulated: int = 0  # batches of the step that is under way
@@ -238,6 +241,7 @@ class TrainingLoop:
     def _draw(self, label: str) -> None:
         with self.evaluated():
             self.samples.draw(label, self.position.step)
+        self.report.write()
 
     def _validate(self, when: str) -> None:
         """Under sd-scripts' names."""
@@ -261,7 +265,7 @@ class TrainingLoop:
         most = meters.stop_at_drift
         if most is not None and found.drift >= most and step < self.length.steps:
             logger.info(f"step {step}: the drift is {found.drift:.3f}; --stop_at_drift {most:g} ends the training here")
-            self.length = self.saves.length = Length(step, self.position.epoch)
+            self.length = self.saves.length = self.report.length = Length(step, self.position.epoch)
 
     def _log(self, values: dict[str, float]) -> None:
         self.record.log(values, self.position.step)

@@ -59,6 +59,7 @@ class Saves:
     :param record: that is told of the files
     :param sharing: their pictures
     :param meters: whose reading of a file's step goes into it
+    :param written: called by the main process after files were written or deleted
     """
 
     def __init__(
@@ -73,12 +74,13 @@ class Saves:
         evaluated: Callable[[], AbstractContextManager[None]],
         accelerator: Accelerator,
         meters: Meters | None = None,
+        written: Callable[[], None] = lambda: None,
     ):
         self.options, self.folder, self.name = options, Path(options.output_dir), options.output_name
         self.dtype, self.adapter, self.metadata = SAVE_DTYPES[options.save_precision], adapter, metadata
         self.setting, self.length, self.record = setting, length, record
         self.sharing, self.evaluated, self.accelerator, self.meters = sharing, evaluated, accelerator, meters
-        self.every_n_epochs = _every_n_epochs(options, length)
+        self.written, self.every_n_epochs = written, _every_n_epochs(options, length)
         self.verifies = True
         self.last_good: Path | None = None
         self.last_state = None if options.resume is None else Path(options.resume)
@@ -163,6 +165,7 @@ class Saves:
                 (self.folder / f"{name_of(old)}.safetensors").unlink(missing_ok=True)
             if state_saved and old_state > 0:
                 shutil.rmtree(self.folder / f"{name_of(old_state)}-state", ignore_errors=True)
+            self.written()
 
     @staticmethod
     def _tried(write: Callable[[str, Position], Path], name: str, position: Position) -> Path | None:
