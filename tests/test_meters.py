@@ -178,7 +178,7 @@ def test_the_interval_costs_less_than_three_in_a_hundred(steps, pictures, every_
     """Counted over the training as it would run."""
     saves = {*range(every_save or steps, steps, every_save or steps), steps}
     found = interval(steps, pictures, saves)
-    forwards = 3 * steps * pictures
+    forwards = 2 * steps * pictures
 
     def cost(measurements: int) -> float:
         return METERED * meters.STEPS + 2 * meters.PROBES * (1 + measurements)
