@@ -12,7 +12,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LEARNT, DRIFT = "meter/learnt", "meter/drift"  # in the trainer's logs
 TITLES = {
-    "keep": "the quickstart", "default": "without keep", "constant": "constant rate", "high": "three times the rate"
+    "default": "the default", "high": "three times the rate", "keep": "with keep (the quickstart)",
+    "constant": "constant rate",
 }  # fmt: skip
 ENOUGH = 0.03  # of likeness, that a save may be below the last one
 DRIFTED = 0.05
