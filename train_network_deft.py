@@ -118,7 +118,7 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
         )
     an_epoch = loader.steps_an_epoch
     measuring = meters.meters_of(
-        run.meters, files.metered, base, trained, loading, losses, caches, length.steps, loader.pictures / an_epoch,
+        run, files.metered, base, trained, loading, losses, length.steps, loader.pictures / an_epoch,
         planned(run.saves, length, an_epoch),
     )  # fmt: skip
     fields = metadata.of_training(run, model, adapter, trained, length, seed)

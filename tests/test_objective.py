@@ -17,6 +17,7 @@ from library.options.parse import parse
 from library.options.rooms import ObjectiveOptions
 from library.training.objective import DIFFUSION_ONLY, FLOW_ONLY, Diffusion, Flow, objective_of
 from library.training.randoms import Randoms
+from library.training.validation import validated
 from networks.deft_config import DeftError
 
 SD_SCRIPTS = {"timestep_sampling": Family.timestep_sampling, "model_prediction_type": Family.model_prediction_type}
@@ -202,11 +203,11 @@ def test_timesteps_are_spread_evenly_within_the_bounds(given, lowest, highest):
     assert float(timesteps.mean()) == pytest.approx((lowest + highest) / 2, abs=0.02 * (highest - lowest))
 
 
-def test_timesteps_to_measure_at():
+def test_validation_timesteps():
     """sd-scripts' four between the bounds."""
-    assert diffusion().spread(4) == [200, 400, 600, 800]
-    assert diffusion(min_timestep=500).spread(4) == [600, 700, 800, 900]
-    assert flow().spread(4) == [200, 400, 600, 800]
+    assert validated(diffusion()) == [200, 400, 600, 800]
+    assert validated(diffusion(min_timestep=500)) == [600, 700, 800, 900]
+    assert validated(flow()) == [200, 400, 600, 800]
     for objective in (diffusion(**EVERY_NOISE), flow()):
         drawn = objective.draw(Randoms(0, 0, [0, 1]), torch.randn(2, 4, 8, 8), torch.tensor([200, 800]))
         assert drawn.timesteps.tolist() == [200, 800]

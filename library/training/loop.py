@@ -256,6 +256,8 @@ class TrainingLoop:
         with self.evaluated():
             found = meters.measure(step)
         self._log(found.logged())
+        for line in meters.watch.lines(found):
+            logger.warning(line)
         most = meters.stop_at_drift
         if most is not None and found.drift >= most and step < self.length.steps:
             logger.info(f"step {step}: the drift is {found.drift:.3f}; --stop_at_drift {most:g} ends the training here")

@@ -3,7 +3,7 @@
 Both ask the model with its adapter and, once, without it, at noise and timesteps that stay the same:
 
     drift   = |f - f_base|^2 / |f_base|^2     f: predictions on pictures that the base model has drawn itself
-    learnt  = 1 - loss / loss_base            loss: the training's, on some of its pictures
+    learnt  = 1 - loss / loss_base            loss: the training's, on some of its pictures; see `Learnt`
 
 Kept small, so that a training does not get longer: see `interval`.
 """
@@ -15,8 +15,8 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,14 +25,16 @@ from library.data.batches import Loader
 from library.data.cache import Store
 from library.data.plan import Picture, Plan, pictures
 from library.models.family import Family
-from library.options.rooms import CacheOptions, MeterOptions
+from library.options.rooms import CacheOptions, MeterOptions, Run
 from library.prompts import Prompt
 from library.training.given import METERED
 from library.training.losses import Asked, Losses
-from library.training.objective import Noised
+from library.training.objective import Noised, Objective
 from library.training.randoms import Purpose, Randoms
+from library.training.record import Reading
 from library.training.samples import drawing
-from library.training.validation import Question, loss_of, over_processes, undisturbed
+from library.training.validation import Question, losses_of, ratio, undisturbed
+from library.training.watch import Watch, watch_of
 from networks import deft_io
 from networks.deft_progress import Bar
 
@@ -46,22 +48,6 @@ MOST, FEWEST = 20, 2  # measurements of a training
 SEED = 0  # of their noise, the same in every training, so that trainings can be compared
 _ROWS = 32  # of a weight, that tell one base model from another
 _STEP = 2**40  # of their random numbers, where no training comes
-
-
-class Reading(NamedTuple):
-    """What the meters show at a step."""
-
-    step: int
-    drift: float
-    learnt: float
-
-    def logged(self) -> dict[str, float]:
-        """Under the names of the logs."""
-        return {"meter/drift": self.drift, "meter/learnt": self.learnt}
-
-    def fields(self) -> dict[str, str]:
-        """Of a file's metadata."""
-        return {"ss_meter_drift": f"{self.drift:.5g}", "ss_meter_learnt": f"{self.learnt:.5g}"}
 
 
 # --- when ------------------------------------------------------------------------------------------------------------
@@ -111,7 +97,10 @@ def chosen(plan: Plan, number: int = PROBES) -> Plan:
 
 
 class Learnt:
-    """1 - loss with the adapter / loss without it.
+    """The mean over pictures and timesteps of 1 - loss with the adapter / loss without it, each of them -1 at least.
+
+    Each by itself, since losses of noise differ a thousandfold: their sum is that of the least noise, where the finest
+    detail is learnt, which comes first. What timesteps weigh in the training's loss does not matter so.
 
     :param loader: of the pictures, in the same order every time
     """
@@ -120,10 +109,10 @@ class Learnt:
         self.losses, self.accelerator = losses, losses.accelerator
         with undisturbed(losses.adapter.module, self.accelerator):
             self.questions = list(self._questions(loader))
-            self.base = self._loss(0.0)
+            self.base = self._losses(0.0)
 
     def _questions(self, loader: Loader) -> Iterator[Question]:
-        timesteps = _mixed(self.losses.objective.spread(PROBES))
+        timesteps = _timesteps(self.losses.objective)
         for turns, batch in zip(loader.turns(1), loader.epoch(1), strict=True):
             if turns:
                 randoms = Randoms(SEED, _STEP, [turn.place for turn in turns])
@@ -131,14 +120,16 @@ class Learnt:
                 latents = self.losses.latents(batch, randoms).cpu()
                 yield Question(replace(batch, latents=latents, pixels=None), randoms, at)
 
-    def _loss(self, multiplier: float) -> float:
+    def _losses(self, multiplier: float) -> list[float]:
+        """Of this process's pictures."""
         with Bar(len(self.questions), "measuring what is learnt") as bar:
-            return loss_of(self.questions, self.losses, bar, multiplier)
+            return losses_of(self.questions, self.losses, bar, multiplier)
 
     def measure(self) -> float:
         """Within `undisturbed`; every process has to call. 0 where the base model has no loss."""
-        loss = self._loss(1.0)
-        return 1 - loss / self.base if self.base else 0.0
+        pairs = zip(self._losses(1.0), self.base, strict=True)
+        shares = [_at_least(-1.0, 1 - loss / base) if base else 0.0 for loss, base in pairs]
+        return ratio((sum(shares), len(shares)), self.accelerator)
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------
@@ -208,7 +199,7 @@ class Drift:
         self, prompts: Sequence[Prompt], latents: Sequence[Tensor], batch_size: int
     ) -> Iterator[tuple[Noised, Asked, Tensor]]:
         objective, pixels = self.losses.objective, self.losses.model.pixels_per_latent
-        timesteps = _mixed(objective.spread(PROBES))
+        timesteps = _timesteps(objective)
         in_order = sorted(range(PROBES), key=lambda i: tuple(latents[i % len(latents)].shape))
         for _, alike in itertools.groupby(in_order, lambda i: latents[i % len(latents)].shape):
             places = list(alike)
@@ -231,12 +222,11 @@ class Drift:
 
     def measure(self) -> float:
         """Within `undisturbed`; every process has to call."""
-        sums = torch.zeros(2, dtype=torch.float64)
+        off = whole = 0.0
         for base, found in zip(self.base, self._predictions(1.0), strict=True):
-            base = base.double()
-            sums += torch.stack([(found - base).square().sum(), base.square().sum()])
-        off, whole = over_processes(sums, self.accelerator)
-        return off / whole if whole else 0.0
+            off += float((found.double() - base).square().sum())
+            whole += float(base.double().square().sum())
+        return ratio((off, whole), self.accelerator)
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
@@ -247,12 +237,21 @@ class Meters:
 
     :param every: steps
     :param saves: the steps of saves
+    :param watch: that says what is wrong
     :param stop_at_drift: at which a training ends
     """
 
-    def __init__(self, learnt: Learnt, drift: Drift, every: int, saves: Collection[int], stop_at_drift: float | None):
+    def __init__(
+        self,
+        learnt: Learnt,
+        drift: Drift,
+        every: int,
+        saves: Collection[int],
+        watch: Watch,
+        stop_at_drift: float | None = None,
+    ):
         self.learnt, self.drift, self.every, self.saves = learnt, drift, every, frozenset(saves)
-        self.stop_at_drift = stop_at_drift
+        self.watch, self.stop_at_drift = watch, stop_at_drift
         self.last: Reading | None = None
 
     def due(self, step: int) -> bool:
@@ -277,13 +276,12 @@ class Meters:
 
 
 def meters_of(
-    options: MeterOptions,
+    run: Run,
     prompts: Sequence[Prompt],
     base: str,
     plan: Plan,
     loading: Callable[..., Loader],
     losses: Losses,
-    caches: CacheOptions,
     steps: int,
     step_pictures: float,
     saves: Collection[int],
@@ -298,15 +296,15 @@ def meters_of(
     :param step_pictures: pictures of a step, in all processes
     :param saves: the steps of saves, the last one's too
     """
-    every = every_of(options, steps, step_pictures, saves)
+    every = every_of(run.meters, steps, step_pictures, saves)
     some = chosen(plan)
     if every is None or not some:
         return None
     loader = loading(some, SEED, shuffle=False)
     learnt = Learnt(loader, losses)
-    drift = Drift(prompts, drawn(prompts, base, losses, caches), losses, loader.batch_size)
+    drift = Drift(prompts, drawn(prompts, base, losses, run.data.caches), losses, loader.batch_size)
     losses.adapter.set_multiplier(1.0)
-    return Meters(learnt, drift, every, saves, options.stop_at_drift)
+    return Meters(learnt, drift, every, saves, watch_of(run, steps, any(learnt.base)), run.meters.stop_at_drift)
 
 
 def every_of(options: MeterOptions, steps: int, step_pictures: float, saves: Collection[int]) -> int | None:
@@ -319,6 +317,12 @@ def every_of(options: MeterOptions, steps: int, step_pictures: float, saves: Col
     return found
 
 
-def _mixed(timesteps: list[int]) -> list[int]:
-    """In an order in which neighbours are far apart."""
-    return [timesteps[3 * i % len(timesteps)] for i in range(len(timesteps))]
+def _at_least(least: float, value: float) -> float:
+    """NaN stays."""
+    return least if value < least else value
+
+
+def _timesteps(objective: Objective) -> list[int]:
+    """The middles of `PROBES` equal parts of the training's, in an order in which neighbours are far apart."""
+    middles = np.linspace(*objective.bounds, 2 * PROBES + 1, dtype=int)[1::2].tolist()
+    return [middles[3 * i % PROBES] for i in range(PROBES)]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.training.record import Record, Saved
+from library.training.watch import NOTHING
 
 ENOUGH = 0.95  # of the most that was learnt
-NOISE = 0.01  # of the base model's loss; what is less is not told from nothing
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def best(record: Record, folder: Path) -> Best | None:
     measured = [(one, one.learnt) for one in record.files if one.learnt is not None and one.drift is not None]
     most = max((learnt for _, learnt in measured), default=0.0)
     there = [one for one, learnt in measured if learnt >= ENOUGH * most and (folder / one.name).is_file()]
-    if most < NOISE or not there:
+    if most < NOTHING or not there:
         return None
     file = min(there, key=lambda one: one.step)
     first, curve = min(one.step for one, _ in measured), record.curves.get("meter/learnt")

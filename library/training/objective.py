@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -77,9 +76,10 @@ class Objective(ABC):
     def __init__(self, options: ObjectiveOptions, steps: int):
         self.options, self.steps = options, steps
 
+    @property
     @abstractmethod
-    def spread(self, number: int) -> list[int]:
-        """So many timesteps to measure at, evenly spaced over those that are trained."""
+    def bounds(self) -> tuple[int, int]:
+        """Of the timesteps that are trained at."""
 
     def draw(self, randoms: Randoms, latents: Tensor, timesteps: Tensor | None = None) -> Noised:
         """Latents (b, c, h, w) with random noise.
@@ -170,12 +170,9 @@ class Diffusion(Objective):
             raise DeftError("--v_pred_like_loss: this model predicts velocity anyway; leave it out")
 
     @property
-    def _range(self) -> tuple[int, int]:
-        return self.options.min_timestep, min(self.options.max_timestep, self.steps)
-
-    def spread(self, number: int) -> list[int]:
+    def bounds(self) -> tuple[int, int]:
         """See `Objective`."""
-        return _between(*self._range, number)
+        return self.options.min_timestep, min(self.options.max_timestep, self.steps)
 
     def at(self, latents: Tensor, noise: Tensor, timesteps: Tensor, noise_in: Tensor | None = None) -> Noised:
         """See `Objective`."""
@@ -215,7 +212,7 @@ class Diffusion(Objective):
         return noise / noise.std()
 
     def _timesteps(self, randoms: Randoms, latents: Tensor) -> Tensor:
-        low, high = self._range
+        low, high = self.bounds
         return randoms.integers(Purpose.TIMESTEPS, low, max(high, low + 1))  # both alike: always that one
 
     def _weights(self, timesteps: Tensor) -> Tensor:
@@ -260,9 +257,10 @@ class Flow(Objective):
         linear = options.timestep_sampling == "shift"
         self.shifting = FlowMatchEulerDiscreteScheduler(time_shift_type="linear" if linear else "exponential")
 
-    def spread(self, number: int) -> list[int]:
-        """See `Objective`; sd-scripts validates at random ones."""
-        return _between(0, self.steps, number)
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """See `Objective`."""
+        return 0, self.steps
 
     def at(self, latents: Tensor, noise: Tensor, timesteps: Tensor, noise_in: Tensor | None = None) -> Noised:
         """See `Objective`."""
@@ -371,7 +369,3 @@ def without_effect(options: ObjectiveOptions, flow: bool) -> Iterator[str]:
 def _each(values: Tensor) -> Tensor:
     """(b,) as factors of (b, c, h, w)."""
     return values.view(-1, 1, 1, 1)
-
-
-def _between(low: int, high: int, number: int) -> list[int]:
-    return np.linspace(low, high, number + 2, dtype=int)[1:-1].tolist()

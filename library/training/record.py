@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from networks.deft_config import DeftError, read_text, reason_of
 
@@ -16,6 +17,22 @@ logger = logging.getLogger(__name__)
 
 FILE = "record.json"
 POINTS = 1000  # of a curve at least, where there were so many; at most twice as many are kept
+
+
+class Reading(NamedTuple):
+    """What the meters show at a step."""
+
+    step: int
+    drift: float
+    learnt: float
+
+    def logged(self) -> dict[str, float]:
+        """Under the names of the logs."""
+        return {"meter/drift": self.drift, "meter/learnt": self.learnt}
+
+    def fields(self) -> dict[str, str]:
+        """Of a file's metadata."""
+        return {"ss_meter_drift": f"{self.drift:.5g}", "ss_meter_learnt": f"{self.learnt:.5g}"}
 
 
 @dataclass(frozen=True)

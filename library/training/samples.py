@@ -85,6 +85,7 @@ class Samples:
 
     def _draw(self, number: int, prompt: Prompt, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.adapter.set_multiplier(1.0)  # as the file is used, whatever the last batch had
         inputs = [one.to(self.accelerator.device) for one in self.inputs[number]]
         text, negative = self.texts([prompt.text], [inputs]), self.texts([prompt.negative])
         with Bar(prompt.steps, "drawing", "steps") as bar:

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from library.data.batches import Batch, Loader
 from library.training.adapter import Adapter
 from library.training.losses import Losses
+from library.training.objective import Objective
 from library.training.randoms import Randoms
 from networks.deft_progress import Bar
 
@@ -44,24 +46,29 @@ def undisturbed(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         network.train(training)
 
 
-def loss_of(questions: Iterable[Question], losses: Losses, bar: Bar, multiplier: float = 1.0) -> float:
-    """The mean over the pictures of all processes, of which every one has to call; within `undisturbed`.
+def losses_of(questions: Iterable[Question], losses: Losses, bar: Bar, multiplier: float = 1.0) -> list[float]:
+    """Of every picture of the questions; within `undisturbed`.
 
     :param bar: that counts the questions
     :param multiplier: a factor of the adapter's own
     """
-    total = torch.zeros(2, dtype=torch.float64)  # of losses, and how many
+    found: list[float] = []
     for batch, randoms, timesteps in questions:
-        found = losses(batch, randoms, timesteps, multiplier)
-        total += torch.tensor([float(found.double().sum()), len(batch)])
+        found += losses(batch, randoms, timesteps, multiplier).tolist()
         bar.add(1)
-    summed, pictures = over_processes(total, losses.accelerator)
-    return summed / pictures
+    return found
 
 
-def over_processes(sums: Tensor, accelerator: Accelerator) -> list[float]:
-    """The sums (n,) over all processes; every one has to call."""
-    return accelerator.reduce(sums.float().to(accelerator.device)).tolist()
+def ratio(sums: Sequence[float], accelerator: Accelerator) -> float:
+    """Of two sums over all processes, the first by the second; 0 where that is 0. Every process has to call."""
+    over_all = accelerator.reduce(torch.tensor(sums, dtype=torch.float32, device=accelerator.device))
+    one, other = over_all.tolist()
+    return one / other if other else 0.0
+
+
+def validated(objective: Objective) -> list[int]:
+    """The timesteps of a validation, sd-scripts' four; those of flow matching, which it draws, likewise."""
+    return np.linspace(*objective.bounds, TIMESTEPS + 2, dtype=int)[1:-1].tolist()
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,15 @@ class Validation:
         """The mean over pictures and fixed timesteps; every process has to call."""
         accelerator, number = self.losses.accelerator, self._number
         with Bar(number * TIMESTEPS, "validating") as bar, undisturbed(self.adapter.module, accelerator):
-            return loss_of(self._questions(), self.losses, bar)
+            found = losses_of(self._questions(), self.losses, bar)
+        return ratio((sum(found), len(found)), accelerator)
 
     @property
     def _number(self) -> int:
         return min(self.batches or len(self.loader), len(self.loader))
 
     def _questions(self) -> Iterator[Question]:
-        loader, timesteps = self.loader, self.losses.objective.spread(TIMESTEPS)
+        loader, timesteps = self.loader, validated(self.losses.objective)
         for i, batch in enumerate(itertools.islice(loader.epoch(1), self._number)):
             first = (i * loader.processes + loader.process) * loader.batch_size
             for timestep in timesteps if len(batch) else ():
