@@ -48,6 +48,7 @@ def rules(run: Run) -> dict[str, int]:
         "first with 90% of the largest `learnt`": first(0.9),
         "first with 95%, losses of timesteps summed": by_losses(run, of_sum),
         "first with 95%, mean of timesteps' shares": by_losses(run, of_each),
+        "first with 97%": first(0.97),
         "first with 99%": first(0.99),
         "largest `learnt`": max(steps, key=lambda step: learnt[step]),
         "a third of the steps": min(steps, key=lambda step: abs(step - steps[-1] / 3)),
