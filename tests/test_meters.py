@@ -201,10 +201,10 @@ def test_what_is_asked_for_counts_more_than_what_it_costs():
     assert every_of(MeterOptions(None, 0.1), 100, 1, {100}) == 5
 
 
-@pytest.mark.parametrize("changes", [{"save_every_n_steps": 3}, {"save_every_n_epochs": 1}, {"save_n_epoch_ratio": 2},
-                                     {"save_every_n_steps": 4, "save_every_n_epochs": 2}, {}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("changes", [{"save_n_epoch_ratio": 2}, {"save_every_n_steps": 4, "save_every_n_epochs": 1}],
+                         ids=str)  # fmt: skip
 def test_every_file_says_what_was_measured_before_it(model_folder, photos, tmp_path, changes):
-    options = {"max_train_steps": 12, "train_batch_size": 2, "meter_every_n_steps": 100}
+    options = {"max_train_steps": 6, "train_batch_size": 2, "meter_every_n_steps": 100}
     assert train_network_deft.main(arguments(model_folder, photos, tmp_path, **options, **changes)) == 0
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     steps = set()
@@ -215,7 +215,7 @@ def test_every_file_says_what_was_measured_before_it(model_folder, photos, tmp_p
         assert float(fields["ss_meter_drift"]) > 0
         assert math.isfinite(float(fields["ss_meter_learnt"]))
     none = dict.fromkeys(SaveOptions.__dataclass_fields__)
-    assert planned(SaveOptions(**none | changes), Length(12, 4), 3) == steps
+    assert planned(SaveOptions(**none | changes), Length(6, 2), 3) == steps
 
 
 # --- that they disturb nothing ----------------------------------------------------------------------------------------
@@ -269,12 +269,15 @@ def test_two_processes_measure_what_one_does(model_folder, photos, tmp_path):
 def test_cached_texts_measure_the_same(model_folder, photos, tmp_path):
     (tmp_path / "keep.txt").write_text("a bear\na boat --d 3\n")
     common = {"max_train_steps": 2, "meter_every_n_steps": 1, "save_state_on_train_end": True, "learning_rate": 1e-3,
-              "network_train_unet_only": True, "network_args": [f"keep={tmp_path / 'keep.txt'}"]}  # fmt: skip
+              "network_train_unet_only": True, "no_metadata": True,
+              "network_args": [f"keep={tmp_path / 'keep.txt'}"]}  # fmt: skip
     found = []
     for cached in (None, True):
         options = {**common, "cache_text_encoder_outputs": cached, "output_name": f"{cached}"}
         assert train_network_deft.main(arguments(model_folder, photos, tmp_path, **options)) == 0
         found.append(curves(tmp_path / "out" / f"{cached}-state"))
+        with safe_open(tmp_path / "out" / f"{cached}.safetensors", "pt") as opened:
+            assert not [key for key in opened.metadata() if key.startswith("ss_meter")]
     for name, (steps, values) in found[0].items():
         assert found[1][name] == (steps, pytest.approx(values, rel=1e-3))
 

@@ -41,6 +41,7 @@ from networks.deft_progress import Bar
 logger = logging.getLogger(__name__)
 
 PROBES = 8  # pictures with a timestep each, of either meter
+LEARNT_AT = 0.8  # of the timesteps' range: what is learnt at more noise shows in no picture, and never ends
 STEPS = 6  # of each
 SHARE = 0.03  # of the training's time, at most
 FORWARDS = 3  # that a training step takes for a picture: the backward pass counts as two
@@ -112,7 +113,7 @@ class Learnt:
             self.base = self._losses(0.0)
 
     def _questions(self, loader: Loader) -> Iterator[Question]:
-        timesteps = _timesteps(self.losses.objective)
+        timesteps = _timesteps(self.losses.objective, LEARNT_AT)
         for turns, batch in zip(loader.turns(1), loader.epoch(1), strict=True):
             if turns:
                 randoms = Randoms(SEED, _STEP, [turn.place for turn in turns])
@@ -170,14 +171,16 @@ def drawn(prompts: Sequence[Prompt], base: str, losses: Losses, caches: CacheOpt
         ) for one in wanted
     ]  # fmt: skip
     with accelerator.main_process_first():
-        left = [(key, one) for key, one in zip(keys, wanted, strict=True) if not store.has(key)]
+        kept = {key: store.read(key) for key in keys}
+        left = [(key, one) for key, one in zip(keys, wanted, strict=True) if kept[key] is None]
         with Bar(len(left) * STEPS, "drawing with the base model", "steps") as bar:
             for key, one in left:
                 with drawing(model, adapter, accelerator):
                     adapter.set_multiplier(0.0)
-                    latents = model.drawn(one, losses.texts([one.text]), None, None, bar).float()
+                    latents = model.drawn(one, losses.texts([one.text]), None, None, bar).float().cpu()
+                kept[key] = {"latents": latents}
                 store.write(key, {"latents": latents})
-        return [(store.read(key) or {})["latents"] for key in keys]
+    return [(kept[key] or {})["latents"] for key in keys]
 
 
 class Drift:
@@ -299,7 +302,12 @@ def meters_of(
     every = every_of(run.meters, steps, step_pictures, saves)
     some = chosen(plan)
     if every is None or not some:
+        if run.meters.meter_every_n_steps != 0:
+            why = "it would take over 3% of so short a training; --meter_every_n_steps asks for it all the same"
+            why = why if some else "all pictures are only to be preserved"
+            logger.info(f"drift and what is learnt are not measured: {why}")
         return None
+    logger.info(f"drift and what is learnt are measured every {min(every, steps)} steps, and before each save")
     loader = loading(some, SEED, shuffle=False)
     learnt = Learnt(loader, losses)
     drift = Drift(prompts, drawn(prompts, base, losses, run.data.caches), losses, loader.batch_size)
@@ -322,7 +330,11 @@ def _at_least(least: float, value: float) -> float:
     return least if value < least else value
 
 
-def _timesteps(objective: Objective) -> list[int]:
-    """The middles of `PROBES` equal parts of the training's, in an order in which neighbours are far apart."""
-    middles = np.linspace(*objective.bounds, 2 * PROBES + 1, dtype=int)[1::2].tolist()
+def _timesteps(objective: Objective, share: float = 1.0) -> list[int]:
+    """The middles of `PROBES` equal parts of the training's, in an order in which neighbours are far apart.
+
+    :param share: of the range, from the least noise
+    """
+    low, high = objective.bounds
+    middles = np.linspace(low, low + share * (high - low), 2 * PROBES + 1, dtype=int)[1::2].tolist()
     return [middles[3 * i % PROBES] for i in range(PROBES)]
