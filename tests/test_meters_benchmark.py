@@ -24,6 +24,8 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import meters
 
+    monkeypatch.setattr(meters.measuring, "DRIFT", 4)
+
     def run(*options: str) -> dict:
         argv = [
             "meters.py",
