@@ -18,13 +18,15 @@ if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "lib
 
 from library.data import advice
 from library.data.advice import Facts
-from library.data.plan import divided
+from library.data.plan import divided, pictures
 from library.estimate import page, phases, rates, relief
 from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
-from library.training import given, inputs, interrupts, metadata, prepare, preview, start, state
-from library.training.adapter import AdapterOf, DeftAdapter
+from library.report.report import Report
+from library.report.told import Told
+from library.training import given, inputs, interrupts, metadata, meters, naming, prepare, preview, start, state
+from library.training.adapter import AdapterOf, DeftAdapter, merge_base
 from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
 from library.training.loop import TrainingLoop
 from library.training.losses import Losses
@@ -32,8 +34,9 @@ from library.training.objective import objective_of
 from library.training.optimizers import evaluated, optimizer_of
 from library.training.record import Record
 from library.training.samples import Samples
-from library.training.saves import Saves, TrainingStopped
+from library.training.saves import Saves, TrainingStopped, planned
 from library.training.schedules import schedule_of
+from library.training.sharing import sharing_of
 from library.training.state import Length, Position, Setting
 from library.training.texts import Texts
 from library.training.validation import Validation
@@ -51,8 +54,9 @@ def train(run: Run, adapter_of: AdapterOf = DeftAdapter) -> Path:
     :raises Interrupted: when a signal has ended it, after saving
     :raises EndedAtOnce: when a signal has ended it before the first step, or a second one has
     """
-    with Interrupts() as signals:
-        return _train(run, signals, adapter_of)
+    start.log_messages(run.logs)
+    with Interrupts() as signals, Told() as told:
+        return _train(run, signals, told, adapter_of)
 
 
 def show(run: Run) -> None:
@@ -93,8 +97,7 @@ def _drawings(run: Run, length: Length) -> int:
     return steps + epochs + loop.sample_at_first
 
 
-def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
-    start.log_messages(run.logs)
+def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> Path:
     files, folder = given.read(run), Path(run.saves.output_dir)
     accelerator, seed = start.accelerator_of(run.process, run.logs)
     dtype = prepare.WEIGHT_DTYPES[run.process.mixed_precision]
@@ -108,6 +111,10 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     with relief.told(run, files, "caching latents", lambda: "nothing is trained yet"):
         shown = inputs.encoded(files.samples, model, run.data, accelerator.device)
         plan, latents = prepare.read_pictures(run.data, files.plan, model, accelerator)
+    merge_base(files, model)
+    base = meters.base_of(model) if files.metered else ""
+    with relief.told(run, files, "quantising the model", lambda: "nothing is trained yet"):
+        model.quantise(accelerator.device, dtype)
     adapter = adapter_of(run.network, files, model, accelerator, folder)
     caches = run.data.caches
     if caches.cache_text_encoder_outputs:
@@ -145,8 +152,20 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
         validation = Validation(
             loading(kept, noise, shuffle=False), losses, adapter, noise, options.max_validation_steps
         )
+    an_epoch = loader.steps_an_epoch
+    measuring = meters.meters_of(
+        run, files.metered, base, trained, loading, losses, length.steps, loader.pictures / an_epoch,
+        planned(run.saves, length, an_epoch),
+    )  # fmt: skip
     fields = metadata.of_training(run, model, adapter, trained, length, seed)
-    saves = Saves(run.saves, adapter, fields, setting, length, record, averaged, accelerator)
+    shared = sharing_of(run, record, files.samples, fields)
+    report = Report(
+        run.report, folder, run.saves.output_name, run.model.pretrained_model_name_or_path, files.samples,
+        [one.path for one in pictures(trained)], length, position, record, told, accelerator.is_main_process,
+    )  # fmt: skip
+    saves = Saves(
+        run.saves, adapter, fields, setting, length, record, shared, averaged, accelerator, measuring, report.write
+    )
     samples = Samples(
         files.samples, model, texts, adapter, accelerator, folder, run.saves.output_name, run.samples.sample_sampler,
         shown, record,
@@ -157,15 +176,19 @@ def _train(run: Run, signals: Interrupts, adapter_of: AdapterOf) -> Path:
     logger.info(f"training {parameters:,} parameters for {length.steps} steps in {length.epochs} epochs")
     loop = TrainingLoop(
         run.loop, accelerator, losses, seed, adapter, loader, optimizer, schedule, names, averaged, saves, samples,
-        validation, length, position, record, signals,
+        validation, length, position, record, signals, report, measuring,
     )  # fmt: skip
     signals.hold(saves.described)
     try:
         with relief.told(run, files, "training", saves.described):
             loop.run()
         file = saves.final(position)  # a signal that came in the last step or comes now changes nothing
-        loop.warn_where_nothing_moved()
-    except Exception:
+        named = naming.best(record, folder)
+        if named:
+            logger.info(named.line())
+        report.write("finished")
+    except Exception as error:
+        report.write(str(error))
         start.end_trackers(accelerator)
         raise
     start.end_trackers(accelerator)

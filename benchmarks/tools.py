@@ -163,16 +163,20 @@ def machine(setting: Setting) -> dict[str, Any]:
     }
 
 
-def run_row(name: str, row: Row, setting: Setting, rounds: int) -> dict[str, Any]:
-    """Makes the inputs, measures, checks, and writes the result."""
+def run_row(name: str, row: Row, setting: Setting, rounds: int, without: Sequence[str]) -> dict[str, Any]:
+    """Makes the inputs, measures, checks, and writes the result.
+
+    :param without: ways that are left out; there is no check then
+    """
     for arguments in row.inputs(setting):
         python = setting.python if arguments[0] == "shapes" else sys.executable
         subprocess.run(
             [python, str(INPUTS), *map(str, arguments)], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
         )
     facts = machine(setting)
-    found = {"row": name, "rounds": rounds, **row.said, **facts, **summary(interleaved(row.ways(setting), rounds))}
-    if row.check is not None:
+    ways = {way: how for way, how in row.ways(setting).items() if way not in without}
+    found = {"row": name, "rounds": rounds, **row.said, **facts, **summary(interleaved(ways, rounds))}
+    if row.check is not None and not without:
         command = [sys.executable, str(INPUTS), *map(str, row.check(setting))]
         printed = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
         found["checked"] = json.loads(printed.strip().splitlines()[-1])
@@ -324,6 +328,7 @@ def parser(description: str | None, rows: Mapping[str, Row]) -> argparse.Argumen
     found.add_argument("--python", default=os.environ.get("SD_SCRIPTS_PYTHON"), help="sd-scripts' own")
     found.add_argument("--folder", type=Path, required=True, help="for big files")
     found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--without", nargs="+", default=[], metavar="WAY", help="ways to leave out, such as cp")
     found.add_argument("--threads", type=int, default=1, help="of torch, in each process")
     return found
 
@@ -333,7 +338,7 @@ def main(description: str | None = __doc__, rows: Mapping[str, Row] = ROWS) -> N
     parsed = parser(description, rows).parse_args()
     setting = setting_of(parsed)
     for name in parsed.rows or rows:
-        run_row(name, rows[name], setting, parsed.rounds)
+        run_row(name, rows[name], setting, parsed.rounds, parsed.without)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import tools_inputs
 import torch
 
 UNET = "model.diffusion_model."
@@ -88,9 +89,7 @@ def write_pair(org: Path, tuned: Path, shapes: Mapping[str, list[int]]) -> None:
     with open(org, "wb") as first, open(tuned, "wb") as second:
         for out in (first, second):
             out.write(struct.pack("<Q", len(text)) + text)
-        for key, shape in shapes.items():
-            fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1024
-            W = (torch.randn(shape, generator=randoms) / math.sqrt(max(fan_in, 1))).half()
+        for (key, shape), W in zip(shapes.items(), tools_inputs.tensors_of(shapes, torch.float16, 4), strict=True):
             changed = W
             if is_layer(key, shape):
                 up, down = falling(shape[0], shape[1], RANK, randoms)

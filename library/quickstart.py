@@ -76,7 +76,14 @@ def run(name: str) -> int:
         rows += judged(pipeline)
     picture = output / "before_and_after.png"
     draw_picture(prompts, before, after, Path(settings["train_data_dir"]), picture)
-    rows += [("adapter", lora), ("pictures", picture), ("log", log), ("time", f"{time.time() - start:.0f} s")]
+    report = output / f"{settings['output_name']}.html"
+    rows += [
+        ("adapter", lora),
+        ("report", report),
+        ("pictures", picture),
+        ("log", log),
+        ("time", f"{time.time() - start:.0f} s"),
+    ]
     print()
     for label, value in rows:
         print(f"{label:20s} {value}")

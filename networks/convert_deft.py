@@ -26,7 +26,7 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 
-from networks import deft_conversion, deft_io, deft_sharing, deft_tools
+from networks import deft_card, deft_conversion, deft_io, deft_pictures, deft_sharing, deft_tools
 from networks.deft_config import DeftError
 from networks.deft_conversion import FORMATS, Limit, Made
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         file = Path(args.file)
         output = _output(args.save_to, file, args.to)
-        edits = bool(args.set or args.unset or args.sidecars)
+        edits = bool(args.set or args.unset or args.sidecars or args.model_card)
         making = bool(args.to or args.repair or args.base or args.save_precision or (args.save_to and not edits))
         _check(making, output, vars(args))
         dtype = deft_tools.PRECISIONS.get(args.save_precision)
@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.sidecars:
             given, pictures = _given(args.set)
             for line in deft_sharing.write_sidecars(output or file, metadata, pictures, given):
+                print(line)
+        if args.model_card:
+            for line in deft_card.write(output or file, metadata, _given(args.set)[1]):
                 print(line)
 
     return deft_tools.run(work)
@@ -86,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--unset", action="append", default=[], metavar="KEY", help="metadata to take out")
     parser.add_argument("--sidecars", action="store_true", help="write the files that UIs read beside it")
+    parser.add_argument(
+        "--model_card", action="store_true", help="write a page about it: Civitai, README.md of the Hub"
+    )
     parser.add_argument("--verbose", action="store_true", help="tell each layer's error")
     return parser
 
@@ -95,14 +101,16 @@ def _check(making: bool, output: Path | None, given: Mapping[str, object]) -> No
     edits = bool(given["set"] or given["unset"])
     if output is None and (making or edits):
         raise DeftError("--save_to: give the file to write; FILE itself is never changed")
-    if not (making or edits or given["sidecars"]):
+    beside = [name for name in ("sidecars", "model_card") if given[name]]
+    if not (making or edits or beside):
         raise DeftError(
-            "--save_to: give the file to write, with --to, --repair, --base, --set or --unset; or --sidecars"
+            "--save_to: give the file to write, with --to, --repair, --base, --set or --unset; or --sidecars or "
+            "--model_card"
         )
     if given["repair"] and (given["to"] not in (None, "kohya") or given["base"]):
         raise DeftError("--repair: writes kohya's form of what is there; leave --to and --base away, or convert first")
-    if given["to"] == "peft" and given["sidecars"]:
-        raise DeftError("--sidecars: a peft folder has none")
+    if given["to"] == "peft" and beside:
+        raise DeftError(f"--{beside[0]}: a peft folder has none")
     for name in ("rank", "energy", "removal", "injection"):
         value = given[name]
         if isinstance(value, float) and not math.isfinite(value):
@@ -132,7 +140,7 @@ def _given(settings: Sequence[str]) -> tuple[set[str], Path | None]:
     found = dict(setting.split("=", 1) for setting in settings)
     keys = {deft_sharing.FRIENDLY.get(name.strip(), name.strip()) for name in found}
     picture = found.get("preview")
-    return keys | ({deft_sharing.COVER} if picture else set()), Path(picture) if picture else None
+    return keys | ({deft_pictures.COVER} if picture else set()), Path(picture) if picture else None
 
 
 if __name__ == "__main__":

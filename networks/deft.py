@@ -1,13 +1,14 @@
-"""sd-scripts' face of DEFT: `--network_module networks.deft`.
+"""The face of DEFT for sd-scripts and musubi-tuner: `--network_module networks.deft`.
 
-Functions and methods stand in the order in which a trainer calls them; `docs/sd-scripts.md` shows how to use them.
+Functions and methods stand in the order in which a trainer calls them; `docs/sd-scripts.md` and `docs/musubi.md` show
+how to use them. Where both trainers call the same method, one signature takes what each passes.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from networks.deft_module import DeftModule
 from networks.deft_names import looks_made_for
 from networks.deft_progress import progress
 from networks.deft_ranks import Ranks
-from networks.deft_targets import Part, Target, as_list, base_metadata, recognise
+from networks.deft_targets import Part, Target, as_list, base_metadata, recognise, weight_shape
 from networks.deft_weights import add_to_weight
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,44 @@ def create_network_from_weights(
         else deft_io.parse_adapter(weights_sd or {}, {}, "the given weights")
     )
     return network_of_adapter(multiplier, adapter, text_encoder, unet, for_inference, **kwargs), adapter.tensors
+
+
+def create_arch_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module | None,
+    text_encoders: Sequence[nn.Module] | None,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> DeftNetwork:
+    """`create_network` as musubi-tuner calls it, without text encoders."""
+    return create_network(multiplier, network_dim, network_alpha, vae, text_encoders, unet, neuron_dropout, **kwargs)
+
+
+def create_arch_network_from_weights(
+    multiplier: float,
+    weights_sd: Mapping[str, Tensor],
+    text_encoders: Sequence[nn.Module] | None = None,
+    unet: nn.Module | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> DeftNetwork:
+    """`create_network_from_weights` as musubi-tuner calls it: the network alone, of a file's tensors.
+
+    :raises DeftError: when the tensors are no adapter's, or fit none of the model's layers
+    """
+    if unet is None:
+        raise DeftError("create_arch_network_from_weights: give the model, unet=...")
+    return create_network_from_weights(
+        multiplier, None, None, text_encoders, unet, weights_sd, for_inference, **kwargs
+    )[0]
+
+
+def prepare_network(network: DeftNetwork, args: Any) -> None:
+    """The network's own. musubi-tuner asks the module whether there is one, and then calls the network's."""
+    network.prepare_network(args)
 
 
 def network_of_adapter(
@@ -210,7 +249,7 @@ class DeftNetwork(nn.Module):
     # --- before training -------------------------------------------------------------------------------------------
 
     def prepare_network(self, args: Any) -> None:
-        """Refuses, before the night, options of sd-scripts' that a save or a step would fail on.
+        """Refuses, before the night, options of the trainer's that a save or a step would fail on.
 
         :raises DeftError: for `--save_model_as` other than safetensors, `--scale_weight_norms` with PaRa, and a file to
             `keep` that is neither there nor made by this training
@@ -354,19 +393,24 @@ class DeftNetwork(nn.Module):
         return listed, [name for name, _ in groups]
 
     def prepare_optimizer_params(
-        self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
+        self, text_encoder_lr: float | None = None, unet_lr: float | None = None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """As `prepare_optimizer_params_with_multiple_te_lrs`, with one rate for the text encoder."""
+        """As `prepare_optimizer_params_with_multiple_te_lrs`, with one rate for the text encoder; musubi-tuner gives
+        `unet_lr` alone."""
         return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
 
-    def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
-        """Nothing to do: the base model's requires_grad_(False) does not reach the adapters."""
+    def prepare_grad_etc(self, text_encoder: Any, unet: Any = None) -> None:
+        """Nothing to do: the base model's requires_grad_(False) does not reach the adapters.
+
+        :param text_encoder: of musubi-tuner the transformer, alone
+        """
 
     # --- during training -------------------------------------------------------------------------------------------
 
-    def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
+    def on_epoch_start(self, text_encoder: Any, unet: Any = None) -> None:
         """Called by trainers at the start of every epoch; before the first, samples may have been drawn.
 
+        :param text_encoder: of musubi-tuner the transformer, alone
         :raises DeftError: when a file to `keep` should be made of them and cannot
         """
         if self._watch is not None:
@@ -394,8 +438,8 @@ class DeftNetwork(nn.Module):
             batch.group()
         logger.info(f"keep={file}: made of the samples; give it to later trainings on this model")
 
-    def on_step_start(self, text_encoder: Any, unet: Any) -> None:
-        """Called by trainers at the start of every step."""
+    def on_step_start(self, text_encoder: Any = None, unet: Any = None) -> None:
+        """Called by trainers at the start of every step; musubi-tuner gives nothing."""
         for batch in self._batches:
             batch.start_step()
 
@@ -486,14 +530,13 @@ class DeftNetwork(nn.Module):
         full |= {deft_io.VERSION_KEY: deft_io.VERSION}
         full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
         full |= self._base_metadata()
-        full |= deft_io.webui_hashes(tensors, full)
-        deft_io.write_safetensors(tensors, file, full)
+        deft_io.write_hashed(tensors, file, full)
 
     def _file_factors(self) -> dict[str, Factors]:
         """Key name -> the change of the weight that files know, parts of one weight put together."""
         parts: dict[str, list[tuple[Factors, Target]]] = {}
         for module in self.all_modules:
-            (up, down), kernel = module.lora_factors(), tuple(module.target.layer.weight.shape[1:])
+            (up, down), kernel = module.lora_factors(), weight_shape(module.target.layer)[1:]
             pieces = module.target.pieces
             rows = [up] if len(pieces) == 1 else up.split([piece.shape[0] for piece in pieces])
             for piece, some in zip(pieces, rows, strict=True):
@@ -535,16 +578,25 @@ class DeftNetwork(nn.Module):
             )
 
     def _base_metadata(self) -> dict[str, str]:
-        weights = [(m.lora_name, _as_it_is(m.target)) for m in self.all_modules]
-        return {
-            deft_io.BASE_HASH_KEY: deft_io.base_fingerprint(progress(weights, "hashing the base weights")),
-            deft_io.BASE_DTYPE_KEY: ",".join(sorted({str(w.dtype).removeprefix("torch.") for _, w in weights})),
-        }
+        dtypes: set[str] = set()
+
+        def weights() -> Iterator[tuple[str, Tensor]]:  # one at a time: quantised ones are made for it
+            for module in progress(self.all_modules, "hashing the base weights"):
+                weight = deft_weights.held_weight(module.target)
+                dtypes.update(map(deft_weights.dtype_name, module.target.places))
+                yield module.lora_name, weight
+
+        fingerprint = deft_io.base_fingerprint(weights())
+        return {deft_io.BASE_HASH_KEY: fingerprint, deft_io.BASE_DTYPE_KEY: ",".join(sorted(dtypes))}
 
     # --- generating ------------------------------------------------------------------------------------------------
 
     def is_mergeable(self) -> bool:
-        """Whether `merge_to` works."""
+        """Whether `merge_to` works: not into quantised or scaled fp8 weights."""
+        try:
+            deft_weights.check_mergeable(module.target for module in self.all_modules)
+        except DeftError:
+            return False
         return True
 
     def merge_to(
@@ -554,12 +606,16 @@ class DeftNetwork(nn.Module):
         weights_sd: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        non_blocking: bool = False,
     ) -> None:
         """Adds the deltas of `weights_sd` to the base weights; `apply_to` is not needed before.
 
         :param dtype: not needed: the weights keep their own
         :param device: not needed: each weight is changed where it is
+        :param non_blocking: not needed, since nothing is moved; musubi-tuner gives it
+        :raises DeftError: where `is_mergeable` is not so, before any weight is changed
         """
+        deft_weights.check_mergeable(module.target for module in self.all_modules)
         adapter = deft_io.parse_adapter(weights_sd, {}, "the given weights")
         for module in progress(self.all_modules, "merging"):
             layer = adapter.layer_of(module.target)
@@ -580,7 +636,11 @@ class DeftNetwork(nn.Module):
             module.restore_weight()
 
     def pre_calculation(self) -> None:
-        """Merges the deltas into the base weights that `backup_weights` has kept."""
+        """Merges the deltas into the base weights that `backup_weights` has kept.
+
+        :raises DeftError: where `is_mergeable` is not so, before any weight is changed
+        """
+        deft_weights.check_mergeable(module.target for module in self.all_modules)
         for module in progress(self.all_modules, "merging"):
             module.pre_calculate()
 
@@ -591,12 +651,6 @@ class DeftNetwork(nn.Module):
     def set_current_generation(self, *args: Any, **kwargs: Any) -> None:
         """Called for regional prompts only; see `set_region`."""
         self.set_region(0, True, torch.ones(()))
-
-
-def _as_it_is(target: Target) -> Tensor:
-    """The weights of a target as the model has them, of several layers stacked."""
-    parts = [deft_weights.rows_of(place.layer.weight, place.rows) for place in target.places]
-    return parts[0] if len(parts) == 1 else torch.cat([part.detach() for part in parts])
 
 
 def _of_whole(parts: Sequence[tuple[Factors, Target]]) -> Factors:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from networks.deft_config import DeftConfig
 from networks.deft_targets import Layer
+from networks.deft_weights import read_weight
 
 
 class Batch(Protocol):
@@ -184,6 +185,26 @@ class AdaptedLinear(torch.autograd.Function):
             if in_graph:  # second derivatives go through z
                 z = x @ down.t() * multiplier
             return dx, None, None, None, None, g.t() @ z, gz.t() @ x
+
+
+class FrozenLinear(torch.autograd.Function):
+    """A quantised layer's own forward pass, and dx = g W, W read anew. As torchao's layers do it themselves (0.18), W
+    is kept dequantised in between.
+
+    Inputs: x (..., n), the layer's forward, and the layer. Output: y (..., m).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: Callable[[Tensor], Tensor], layer: Layer) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return own(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g = grads[0]
+        with without_autocast(g):
+            dx = g @ read_weight(ctx.layer, device=g.device).to(g.dtype) if ctx.needs_input_grad[0] else None
+            return None if dx is None else dx.to(ctx.dtype), None, None
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from networks import deft_formats
+from networks import deft_formats, deft_names
 from networks.deft_inventory import NAMES, Inventory, Layer, flat, inventory
 
 Known = Mapping[str, Layer]  # what a client calls a layer -> the layer
@@ -625,6 +625,8 @@ CLIENTS = (
 
 def made_for(file: Outline) -> Inventory | None:
     """The model whose layers a file names, and whose widths it has; None if it is none that is known here."""
+    if deft_names.said(file.metadata):  # none of `NAMES`
+        return None
     groups = grouped(file.shapes)
     best, found = (False, 0, 0, False), None
     for name in NAMES:

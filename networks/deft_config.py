@@ -107,7 +107,8 @@ def _numbers(kind: type, allowed: str) -> Callable[[str, Any], Any]:
 
 
 def _by_pattern(kind: type, allowed: str) -> Callable[[str, Any], Any]:
-    """A mapping of regular expressions to numbers of at least 0 from `pattern=1,pattern=2`, or from a mapping."""
+    """A mapping of regular expressions to numbers of at least 0 from `pattern=1,pattern=2`, or from a mapping; `:` for
+    the last `=`, since musubi-tuner takes none in a value."""
     number = _number(kind, allowed, lambda v: 0 <= v < float("inf"))
 
     def parse(key: str, value: Any) -> Any:
@@ -118,10 +119,12 @@ def _by_pattern(kind: type, allowed: str) -> Callable[[str, Any], Any]:
 
 
 def _pair(key: str, text: str) -> tuple[str, str]:
-    pattern, equals, number = text.strip().rpartition("=")
-    if not equals:
-        raise DeftError(f"{key}: {text.strip()} must be PATTERN=NUMBER, separated from the next by a comma")
-    return pattern.strip(), number.strip()
+    found = re.fullmatch(r"(.*)[=:]([^=:]*)", text.strip(), re.DOTALL)
+    if found is None:
+        raise DeftError(
+            f"{key}: {text.strip()} must be PATTERN=NUMBER or PATTERN:NUMBER, separated from the next by a comma"
+        )
+    return found[1].strip(), found[2].strip()
 
 
 def _pattern(key: str, text: str) -> str:

@@ -109,6 +109,8 @@ def is_finite(tensor: Tensor) -> bool:
 def stripped(factors: Factors) -> Factors:
     """Without padding: the indices whose column of up and row of down are both zero."""
     used = _any_in(factors.up, 0) | _any_in(factors.down, 1)
+    if used.all():
+        return factors
     return replace(factors, up=factors.up[:, used], down=factors.down[used])
 
 

@@ -311,7 +311,7 @@ def _split(key: str) -> tuple[str, str]:
     for pattern, name in _TENSORS:
         found = re.search(pattern, key)
         if found:
-            return key[: found.start()], found.expand(name)
+            return key[: found.start()], found.expand(name) if "\\" in name else name
     return key, ""
 
 

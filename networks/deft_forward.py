@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.deft_autograd import AdaptedLinear, Batch, Handover, adapted_linear
+from networks.deft_autograd import AdaptedLinear, Batch, FrozenLinear, Handover, adapted_linear
 from networks.deft_config import DeftConfig
-from networks.deft_targets import Layer, Target
+from networks.deft_targets import Layer, Target, weight_shape
+from networks.deft_weights import is_quantised
 
 
 class AdaptedForward:
@@ -66,18 +67,18 @@ class AdaptedForward:
     def forward(self, x: Tensor) -> Tensor:
         """The layer's own output plus multiplier * up(down(x)); at multiplier 0 the layer's own output itself."""
         if not self.enabled or self.multiplier == 0:
-            return self.org_forward(x)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            return self._own_output(x)
+        dtype = _compute_dtype(x)
         factors = None if self.batch is None else self.batch.enter(self, dtype)
         if self._skipped_by_dropout():
-            return self.org_forward(x)
+            return self._own_output(x)
         layer, in_graph = self.org_module, torch.is_grad_enabled()
         if factors is None:
             up, down = self.lora_factors()
             gain = self.gain(dtype)
             up, down = (up / gain).to(dtype), (down * gain).to(dtype)
-        if self._is_plain_linear and not self._has_inner_dropout and not torch.compiler.is_compiling():
+        fused = self._is_plain_linear and not is_quantised(layer) and not self._has_inner_dropout
+        if fused and not torch.compiler.is_compiling():
             x, weight = x.to(dtype), self.weight_in(dtype)
             if factors is not None:
                 up, down = factors.form(self, weight)
@@ -91,15 +92,26 @@ class AdaptedForward:
             if in_graph and factors.is_trained:
                 up, down = Handover.apply(factors, self, *factors.trained)
         if isinstance(layer, nn.Conv2d):
-            kernel = down.unflatten(1, layer.weight.shape[1:])
+            kernel = down.unflatten(1, weight_shape(layer)[1:])
             z = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
             update = F.conv2d(self._dropout(z, rank_dim=1), up[:, :, None, None])
         else:
             update = F.linear(self._dropout(F.linear(x, down), rank_dim=-1), up)
             if self.target.rows is not None:
                 first, end = self.target.rows
-                update = F.pad(update, (first, layer.weight.shape[0] - end))
-        return self.org_forward(x) + update * self.multiplier
+                update = F.pad(update, (first, layer.out_features - end))
+        return self._own_output(x) + update * self.multiplier
+
+    def _own_output(self, x: Tensor) -> Tensor:
+        """The layer's own. That of a quantised one, which may not know of autocast, in the dtype of its neighbours, and
+        with no more to keep for the backward pass."""
+        last_in_line = not isinstance(getattr(self.org_forward, "__self__", None), AdaptedForward)
+        if not last_in_line or not isinstance(self.org_module, nn.Linear) or not is_quantised(self.org_module):
+            return self.org_forward(x)
+        x = x.to(_compute_dtype(x))
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.org_forward(x)
+        return FrozenLinear.apply(x, self.org_forward, self.org_module)
 
     @property
     def _has_inner_dropout(self) -> bool:
@@ -122,3 +134,9 @@ class AdaptedForward:
             kept = torch.rand(shape, device=z.device) >= self.config.rank_dropout
             z = z * kept / (1 - self.config.rank_dropout)
         return z
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """In which a layer computes that is given x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from networks import deft_factors, deft_layouts, deft_math, deft_partial
+from networks import deft_factors, deft_layouts, deft_math, deft_partial, deft_pictures
 from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_factors import Factors
 from networks.deft_names import looks_made_for
@@ -40,6 +40,13 @@ PEFT_KEY = "lora_adapter_metadata"  # of diffusers: JSON of peft's configuration
 BASE_HASH_KEY, BASE_DTYPE_KEY = "deft_base_hash", "deft_base_dtype"
 EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 reads from a LoRA's file
 KEPT_KEY = "deft_kept_layers"  # JSON: layer -> tensor
+
+# dtypes in the order in which safetensors' `save` puts tensors into a file, from its end, and its names of them
+_KINDS = (
+    torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16, torch.float16,
+    torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64,
+)  # fmt: skip
+_KIND_NAMES = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 
 
 @dataclass(frozen=True)
@@ -270,9 +277,13 @@ def parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | Non
     :raises KeyError: with the name of a part that is missing or that no plain LoRA or DEFT layer has
     :raises ValueError: when the parts do not fit each other, are empty or not finite
     """
-    parts = dict(parts)
     for name, tensor in parts.items():
         check_values(name, tensor)
+    return checked_layer(dict(parts), recorded)
+
+
+def checked_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | None) -> LoraLayer | DeftLayer:
+    """`parse_layer` of parts whose values have been checked, which it takes out of `parts`."""
     alpha = None
     if "alpha" in parts:
         if parts["alpha"].numel() != 1:
@@ -301,7 +312,10 @@ def parse_layer(parts: dict[str, Tensor], recorded: tuple[int, float, int] | Non
         rank = true_rank
     elif rank == 0:
         rank = padded
-    return LoraLayer(factors.up * 2.0**exponent, factors.down * file_scale * 2.0**-exponent, kernel, rank, scale)
+    up, down = factors.up, factors.down
+    if exponent:
+        up, down = up * 2.0**exponent, down * 2.0**-exponent
+    return LoraLayer(up, down if file_scale == 1 else down * file_scale, kernel, rank, scale)
 
 
 def check_values(name: str, tensor: Tensor) -> None:
@@ -415,28 +429,6 @@ def base_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def webui_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """`sshs_model_hash` and `sshs_legacy_hash`, by which Automatic1111 and Civitai know a file.
-
-    As `precalculate_safetensors_hashes` of sd-scripts' library/train_util.py (commit 48d368fa): SHA-256 of the file
-    behind its header, and of 64 KiB at 1 MiB, the file having the training's `ss_*` metadata alone.
-    """
-    return _hashes_of(_training_file(tensors, metadata))
-
-
-def _training_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A file with no other metadata than the training's, of which the hashes are."""
-    return save(dict(tensors), {k: v for k, v in metadata.items() if k.startswith("ss_")})
-
-
-def _hashes_of(content: bytes) -> dict[str, str]:
-    header = 8 + int.from_bytes(content[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(memoryview(content)[header:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-    }
-
-
 def header_of(fields: Mapping[str, object]) -> bytes:
     """What stands before a safetensors file's data: its length, and JSON, so long that the data begins at an eighth.
 
@@ -447,18 +439,57 @@ def header_of(fields: Mapping[str, object]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def fitted_header(fields: Mapping[str, object], metadata: Mapping[str, str], path: str | os.PathLike) -> bytes:
+    """`header_of` with metadata whose pictures are as small as it needs, see `deft_pictures.fitted`.
+
+    :param fields: of the tensors
+    :param path: of the file, for what is told
+    """
+    found, told = deft_pictures.fitted(metadata, len(header_of(fields)))
+    if told:
+        logger.warning(f"{path}: {told}")
+    return header_of({"__metadata__": found, **fields})
+
+
 def write_hashed(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-    """`write_safetensors` with `webui_hashes` in the metadata: the tensors are put together once for both.
+    """`write_safetensors` with `sshs_model_hash` and `sshs_legacy_hash`, by which A1111 and Civitai know a file.
+
+    As `precalculate_safetensors_hashes` of sd-scripts' library/train_util.py (commit 48d368fa): SHA-256 of the file
+    behind its header, and of 64 KiB at 1 MiB, the file having the training's `ss_*` metadata alone. No second copy of
+    the tensors is made: they are hashed and written where they are.
 
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
     _check_finite(tensors, path)
-    content = _training_file(tensors, metadata)
-    start = 8 + int.from_bytes(content[:8], "little")
-    fields = json.loads(content[8:start])
-    fields.pop("__metadata__", None)
-    header = header_of({"__metadata__": {**metadata, **_hashes_of(content)}, **fields})
-    write_whole(Path(path), [header, memoryview(content)[start:]])
+    fields, contents = _laid_out(tensors)
+    of_training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    hashes = _hashes_of(header_of({"__metadata__": of_training, **fields}), contents)
+    header = fitted_header(fields, {**metadata, **hashes}, path)
+    write_whole(Path(path), [header, *contents])
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], list[memoryview]]:
+    """What a file's header has of tensors, and their bytes, in the order of safetensors' own `save`."""
+    fields: dict[str, object] = {}
+    contents: list[memoryview] = []
+    end = 0
+    kinds = {name: _KINDS.index(tensor.dtype) for name, tensor in tensors.items()}
+    for name in sorted(tensors, key=lambda name: (-kinds[name], name)):
+        tensor = tensors[name].detach().cpu().contiguous()
+        contents.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        start, end = end, end + contents[-1].nbytes
+        dtype = _KIND_NAMES[kinds[name]]
+        fields[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    return fields, contents
+
+
+def _hashes_of(header: bytes, contents: Iterable[memoryview]) -> dict[str, str]:
+    whole, legacy, end = hashlib.sha256(), hashlib.sha256(header[0x100000:0x110000]), len(header)
+    for content in contents:
+        whole.update(content)
+        legacy.update(content[max(0, 0x100000 - end) : max(0, 0x110000 - end)])
+        end += content.nbytes
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
@@ -468,7 +499,14 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike, me
     """
     _check_finite(tensors, path)
     # not save_file, whose files only their owner may read (safetensors 0.8)
-    write_whole(Path(path), save(dict(tensors), dict(metadata)))
+    content = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    if start - 8 < deft_pictures.HEADER_LIMIT:
+        write_whole(Path(path), content)
+        return
+    fields = json.loads(content[8:start])
+    fields.pop("__metadata__", None)
+    write_whole(Path(path), [fitted_header(fields, metadata, path), memoryview(content)[start:]])
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:

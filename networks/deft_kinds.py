@@ -160,7 +160,7 @@ def _lora(parts: Parts, facts: Facts) -> Change:
         parts["lora_down.weight"] = torch.einsum("ij...,jn->in...", mid.float(), down)
     names = ("lora_up.weight", "lora_down.weight", "alpha")
     gate = parts.pop("deft_g", None)  # the authors' additive form
-    layer = deft_io.parse_layer({name: parts.pop(name) for name in list(parts) if name in names}, facts.recorded)
+    layer = deft_io.checked_layer({name: parts.pop(name) for name in list(parts) if name in names}, facts.recorded)
     assert isinstance(layer, Factors)
     return layer if gate is None else replace(layer, up=layer.up * torch.sigmoid(gate.float()))
 
@@ -444,7 +444,7 @@ def _dora(change: Change, lengths: Tensor) -> OnBase:
 def _deft(parts: Parts, facts: Facts) -> Change:
     """Our own `save_format=deft`, peft's DEFT, and the authors' in peft's names."""
     if "deft_E0" in parts:
-        layer = deft_io.parse_layer({name: parts.pop(name) for name in list(parts)}, facts.recorded)
+        layer = deft_io.checked_layer({name: parts.pop(name) for name in list(parts)}, facts.recorded)
         assert isinstance(layer, DeftLayer)
         return of_deft_layer(layer)
     P, R, gate = parts.pop("deft_P").float(), parts.pop("deft_R", None), parts.pop("deft_g", None)

@@ -251,6 +251,28 @@ LAYOUTS = (
 )
 
 
+# what else people take for an adapter or a checkpoint: what it is, where ComfyUI and A1111 have it, a key that it has;
+# of embeddings all keys are such
+_OTHERS = (
+    ("a ControlNet", "models/controlnet", "models/ControlNet",
+     r"(.*\.)?(input_hint_block\.0|zero_convs\.0\.0|controlnet_cond_embedding\.conv_in|controlnet_x_embedder"
+     r"|controlnet_(down_)?blocks\.0)\.weight"),
+    ("an IP-Adapter", "models/ipadapter", "models/ControlNet",
+     r"ip_adapter\.\d+\.to_[kv]_ip\.weight|image_proj\.(proj|proj_in|latents)(\.weight)?"),
+    ("a T2I-Adapter", "models/controlnet", "models/ControlNet", r"(adapter\.)?body\.0\.(resnets\.0\.)?block1\.weight"),
+    ("an upscaler", "models/upscale_models", "models/ESRGAN",
+     r"(params(_ema)?\.)?(model\.1\.sub\.0\.RDB1\.conv1\.0|(RRDB_trunk\.0\.RDB|body\.0\.rdb)1\.conv1"
+     r"|layers\.0\.residual_group\.blocks\.0\.attn\.qkv)\.weight"),
+    ("a CLIP vision model", "models/clip_vision", "models/ControlNet",
+     r"vision_model\.encoder\.layers\.0\..*|visual\.transformer\.resblocks\.0\..*"),
+    ("a model's checkpoint of a kind that is not known here", "models/checkpoints or models/diffusion_models",
+     "models/Stable-diffusion", r"model\.diffusion_model\..*"),
+    ("a VAE", "models/vae", "models/VAE",
+     r"(first_stage_model\.)?(encoder|decoder)\.((down|up)\.0\.block\.0\.conv1|(down|up)_blocks\.0\.resnets\.0\.conv1"
+     r"|middle\.0\.residual\.2)\.weight"),
+)  # fmt: skip
+_EMBEDDING = r"emb_params|clip_[lg]|t5xxl|string_to_param|<[^.]*>"
+
 _ADAPTER = r"lora_(up|down)\.|lora_[AB]\.|lora\.(up|down)\.|hada_w|lokr_w|\.oft_|\.deft_E0|\.diff$"
 AN_ADAPTER = "this is an adapter (LoRA or the like), where a model's checkpoint is to be given"
 
@@ -269,6 +291,7 @@ def recognise(keys: Collection[str], pipeline: str, source: str) -> Layout:
             return layout
     if _any(_ADAPTER, keys, whole=False, anywhere=True):
         raise DeftError(f"{source}: {AN_ADAPTER}")
+    _refuse_others(keys, source, "a model's checkpoint")
     known = ", ".join(dict.fromkeys(f"{layout.architecture} ({layout.name})" for layout in LAYOUTS))
     raise DeftError(f"{source}: its keys are in no layout of a checkpoint that is known here: {known}")
 
@@ -283,6 +306,20 @@ def refuse_model(keys: Collection[str], source: str) -> None:
                 f"{source}: this is a model's checkpoint ({layout.architecture}, {layout.name}), where an adapter "
                 "(LoRA or the like) is to be given"
             )
+    _refuse_others(keys, source, "an adapter (LoRA or the like)")
+
+
+def _refuse_others(keys: Collection[str], source: str, wanted: str) -> None:
+    """:raises DeftError: for a file of another kind that is known by its keys"""
+    found = next(((name, *places) for name, *places, sign in _OTHERS if _any(sign, keys)), None)
+    if found is None and keys and all(re.fullmatch(_EMBEDDING, key) for key in keys):
+        found = "an embedding (textual inversion)", "models/embeddings", "embeddings"
+    if found is not None:
+        name, comfy, a1111 = found
+        raise DeftError(
+            f"{source}: this is {name}, where {wanted} is to be given; it belongs in {comfy} of ComfyUI, in {a1111} of "
+            f"A1111"
+        )
 
 
 def _any(pattern: str, keys: Collection[str], whole: bool = True, anywhere: bool = False) -> bool:

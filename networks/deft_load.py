@@ -16,7 +16,7 @@ from networks.deft_module import DeftModule
 from networks.deft_names import looks_made_for
 from networks.deft_progress import progress
 from networks.deft_ranks import Chosen
-from networks.deft_targets import Architecture, Part, Target, joined, outside_targets, targets
+from networks.deft_targets import Architecture, Part, Target, joined, outside_targets, targets, weight_shape
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def check_shape(adapter: AdapterFile, target: Target) -> None:
         shape: tuple[int, ...] = (found.P.shape[0], expected[1] if found.R is None else found.R.shape[1])
     elif found is not None:
         # some programs write a 1x1 convolution as a matrix, or a matrix as a 1x1 convolution
-        expected = _without_ones((target.shape[0], *target.layer.weight.shape[1:]))
+        expected = _without_ones((target.shape[0], *weight_shape(target.layer)[1:]))
         shape = _without_ones((found.up.shape[0], *found.kernel))
     if found is not None and shape != expected:
         raise DeftError(

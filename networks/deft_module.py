@@ -17,7 +17,7 @@ from networks.deft_config import DeftConfig, DeftError
 from networks.deft_forward import AdaptedForward
 from networks.deft_renewal import forget_moments
 from networks.deft_targets import Target
-from networks.deft_weights import add_to_weight, read_weight
+from networks.deft_weights import add_to_weight, check_readable, is_quantised, read_weight
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class DeftModule(AdaptedForward, nn.Module):
 
     def __init__(self, target: Target, multiplier: float, rank: int, scale: float, config: DeftConfig):
         super().__init__()
+        check_readable(target)
         self.target = target  # holds the layer without registering it as a submodule
         self.lora_name = target.name
         self.shares = _shares(self)
@@ -118,7 +119,8 @@ class DeftModule(AdaptedForward, nn.Module):
         if self.shares:
             return torch.cat([share.weight_in(dtype) for share in self.shares])
         weight = self.org_module.weight
-        if weight.dtype == dtype and weight.dim() == 2 and self.target.rows is None:  # nothing to be done
+        plain = weight.dim() == 2 and self.target.rows is None and not is_quantised(self.org_module)
+        if weight.dtype == dtype and plain:  # nothing to be done
             return weight
         return read_weight(self.org_module, self.target.rows, self.P.device).to(dtype)
 

@@ -19,6 +19,20 @@ from networks.deft_targets import ARCHITECTURES, CROSS_ATTENTION_WIDTHS, Archite
 
 DENOISER = "denoiser"  # the other models are text encoders: "text_encoder", "text_encoder_2", ... in Diffusers' order
 
+# What musubi-tuner writes as `ss_base_model_version`: several of its models have layers of the same names.
+_SAID = (
+    ("FLUX.2", r"^flux_2_"),
+    ("Qwen-Image", r"^qwen_image"),
+    ("Z-Image", r"^z_image$"),
+    ("Wan 2.1 or 2.2", r"^wan$"),
+    ("HunyuanVideo", r"^hunyuan_video$"),
+    ("HunyuanVideo 1.5", r"^hunyuan_video_1_5$"),
+    ("FramePack", r"^framepack$"),
+    ("Kandinsky 5", r"^kandinsky5$"),
+    ("Krea 2", r"^krea2$"),
+    ("Ideogram 4", r"^ideogram4$"),
+)
+
 # What can be seen in the names of layers, with underscores and behind their model's: the first row that fits any. Where
 # none does, files' metadata is asked, and then the rows of `_LIKELY`.
 _CERTAIN = (
@@ -27,11 +41,15 @@ _CERTAIN = (
     ("SDXL", r"transformer_blocks_[1-9]_attn[12]_|label_emb_|add_embedding_|^text_encoder_2_text_model_"),
     ("Stable Diffusion 1.x or 2.x", r"^denoiser_(down_blocks_(0_attentions|3_)|up_blocks_3_)"
                                     r"|^denoiser_(input_blocks_[12]_1|(input|output)_blocks_(9|1\d))_"),
+    ("Qwen-Image", r"^denoiser_transformer_blocks_\d+_(img|txt)_(mlp|mod)_"),
     ("FLUX.1 or Chroma", r"^denoiser_(double|single)_blocks_|^text_encoder_[23]_encoder_block_"
                          r"|^denoiser_(single_)?transformer_blocks_\d+_(attn|ff|norm|norm1|proj)_"),
     ("Lumina 2", r"^denoiser_(layers|noise_refiner|context_refiner)_\d+_attention_qkv$"),
     ("Anima", r"^denoiser_(llm_adapter_)?blocks_\d+_.*(q|k|v|output)_proj$"),
     ("OmniGen", r"^denoiser_(llm_)?layers_\d+_(self_attn_(to_[qkv]|to_out_0|qkv_proj|o_proj)|mlp_gate_up_proj)$"),
+    ("Z-Image", r"^denoiser_(layers|noise_refiner|context_refiner)_\d+_attention_to_[qkv]$"),
+    ("Wan 2.1 or 2.2", r"^denoiser_blocks_\d+_(self|cross)_attn_[qkvo]$"),
+    ("Kandinsky 5", r"^denoiser_(text|visual)_transformer_blocks_\d+_(self|cross)_attention_"),
 )  # fmt: skip
 _LIKELY = (
     # small models of other families have attention there too, and their files say what they are
@@ -105,6 +123,12 @@ def named(name: str) -> Architecture | None:
     return next((row for row in ARCHITECTURES if row.name == name), None)
 
 
+def said(metadata: Mapping[str, str]) -> str:
+    """The architecture that a file's metadata names, of those whose layers have other models' names, too; else ""."""
+    version = str(metadata.get("ss_base_model_version", "")).lower()
+    return next((name for name, pattern in _SAID if re.match(pattern, version)), "")
+
+
 def recognised(layers: Iterable[tuple[str, str]], text_widths: Collection[int], metadata: Mapping[str, str]) -> str:
     """The name of the architecture that layers belong to, "" if it cannot be seen.
 
@@ -117,6 +141,8 @@ def recognised(layers: Iterable[tuple[str, str]], text_widths: Collection[int], 
     of_xl = any(re.match("text_encoder_2_|denoiser_(input|middle|output)_block", name) for name in names)  # mislabelled
     if re.match("sd_v[12]", facts[0]) and not of_xl and any(re.match("denoiser_(down|mid|up)_b", n) for n in names):
         return "Stable Diffusion 1.x or 2.x"  # a smaller U-Net can have attention where SDXL alone has it
+    if of_musubi := said(metadata):
+        return of_musubi
     for rows, texts in ((_CERTAIN, names), (_IN_METADATA, facts), (_LIKELY, names)):
         for architecture, pattern in rows:
             if any(re.search(pattern, text) for text in texts):

@@ -1,7 +1,7 @@
 """Which layers an architecture's options choose, with which rank and scale, and at which rate they learn.
 
 The options and what they mean are those of sd-scripts' networks.lora, lora_flux, lora_sd3, lora_lumina,
-lora_hunyuan_image and lora_anima (commit 48d368fa).
+lora_hunyuan_image and lora_anima (commit 48d368fa), and musubi-tuner's networks.lora* (30c658c).
 """
 
 from __future__ import annotations
@@ -170,10 +170,11 @@ class Ranks:
                 raise DeftError(f"{option}={text}: this model's blocks are 0 to {max(there, default=-1)}")
 
     def _is_left_out(self, target: Target) -> bool:
-        if self.architecture.left_out is None:
+        row, excluded, included = self.architecture, self.config.exclude_patterns, self.config.include_patterns
+        if row.left_out is None:
             return False
-        excluded = (self.architecture.left_out, *(self.config.exclude_patterns or ()))
-        included = self.config.include_patterns or ()
+        excluded = (row.left_out, *((row.left_out_by_default,) if excluded is None else excluded))
+        included = row.put_back if included is None else included
         if any(re.fullmatch(pattern, target.path) for pattern in included):
             return False
         return any(re.fullmatch(pattern, target.path) for pattern in excluded)

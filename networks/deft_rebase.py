@@ -166,4 +166,5 @@ def _weights(
 
 def _dtypes(metadata: Mapping[str, str]) -> list[torch.dtype]:
     found = [getattr(torch, name, None) for name in metadata.get(deft_io.BASE_DTYPE_KEY, "").split(",")]
-    return [dtype for dtype in found if isinstance(dtype, torch.dtype)]
+    known = [dtype for dtype in found if isinstance(dtype, torch.dtype)]
+    return known if len(known) == len(found) else []  # of a quantised base, whose file has other weights

@@ -17,7 +17,9 @@ from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter
 
-_ATTENTION = re.compile(r"(lora_te2_text_model_encoder_layers_\d+_self_attn)_([qkv]|out)_proj")
+_ATTENTION = re.compile(r"(lora_te2?_text_model_encoder_layers_\d+_self_attn)_([qkv]|out)_proj")
+# by model: the text encoder whose attention is OpenCLIP's, of queries, keys and values in one
+_OPEN_CLIP = {"SDXL": ("lora_te2_", "CLIP-G"), "Stable Diffusion 2.x": ("lora_te_", "text encoder")}
 _CONVOLUTION = re.compile(r"_(conv_shortcut|skip_connection)$")
 _PROJECTION = re.compile(r"_proj_(in|out)$")  # of a U-Net's attention: a 1x1 convolution in Stable Diffusion 1.x alone
 _MATRIX = re.compile(r"_(to_[qkv]|to_out_0|ff_net_0_proj|ff_net_2|[qkv]_proj|out_proj|fc[12]|qkv|linear[12]|mlp_[02])$")
@@ -58,11 +60,11 @@ def repaired(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Repaired:
     """
     changes = _plain(adapter)
     done = [*_names(adapter, tensors), *_scales(tensors), *deft_tools.left_told(adapter.left)]
-    changes, lines = _shapes(changes, _model(adapter.architecture, changes))
+    model = _model(adapter.architecture, changes)
+    changes, lines = _shapes(changes, model)
     done += lines
-    if adapter.architecture == "SDXL":
-        changes, lines = _with_whole_attention(changes)
-        done += lines
+    changes, lines = _with_whole_attention(changes, *_OPEN_CLIP.get(model, ("", "")))
+    done += lines
     changes, lines = _with_an_output(changes)
     done += lines
     metadata, lines = base_named(adapter.metadata, adapter.architecture, changes)
@@ -146,7 +148,7 @@ def _model(architecture: str, changes: Mapping[str, Factors]) -> str:
     if architecture != "Stable Diffusion 1.x or 2.x":
         return architecture
     for name, change in changes.items():
-        if name.endswith(("attn2_to_k", "attn2_to_v")) or re.search(r"lora_te_.*self_attn_[qkv]_proj$", name):
+        if name.endswith(("attn2_to_k", "attn2_to_v")) or re.search(r"lora_te_.*self_attn_([qkv]|out)_proj$", name):
             return {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}.get(change.kernel[0], architecture)
     return architecture
 
@@ -176,19 +178,24 @@ def _is_pointwise(name: str, model: str) -> bool | None:
     return False if _MATRIX.search(name) else None
 
 
-def _with_whole_attention(changes: Mapping[str, Factors]) -> tuple[dict[str, Factors], list[str]]:
-    """With layers that change nothing where one of q, k, v and out is missing: A1111 applies all four or none."""
+def _with_whole_attention(
+    changes: Mapping[str, Factors], prefix: str, encoder: str
+) -> tuple[dict[str, Factors], list[str]]:
+    """With layers that change nothing where one of q, k, v and out is missing: of OpenCLIP, A1111 applies all or none.
+
+    :param prefix: of the text encoder's key names; "" where none is OpenCLIP's
+    """
     found: dict[str, dict[str, Factors]] = {}
     for name, change in changes.items():
-        if match := _ATTENTION.fullmatch(name):
+        if prefix and name.startswith(prefix) and (match := _ATTENTION.fullmatch(name)):
             found.setdefault(match[1], {})[match[2]] = change
     added = {}
     for layer, parts in found.items():
         m, n = next(iter(parts.values())).shape[:2]
         for part in {"q", "k", "v", "out"} - parts.keys():
             added[f"{layer}_{part}_proj"] = Factors(torch.zeros(m, 1), torch.zeros(1, n), (n,))
-    line = "CLIP-G: {} zero layers added, since A1111 applies its attention only where q, k, v and out are all there"
-    return {**changes, **dict(sorted(added.items()))}, [line.format(len(added))] if added else []
+    line = "{}: {} zero layers added, since A1111 applies its attention only where q, k, v and out are all there"
+    return {**changes, **dict(sorted(added.items()))}, [line.format(encoder, len(added))] if added else []
 
 
 def _with_an_output(changes: Mapping[str, Factors]) -> tuple[dict[str, Factors], list[str]]:

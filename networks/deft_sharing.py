@@ -8,20 +8,18 @@ library/sai_model_spec.py (commit 48d368fa) writes them.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import io
 import json
 import math
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from networks import deft_io
+from networks import deft_io, deft_pictures
 from networks.deft_config import DeftError, nearest, reason_of
+from networks.deft_pictures import COVER, THUMBNAIL
 from networks.deft_progress import Bar
 
 FRIENDLY = {
@@ -36,9 +34,7 @@ FRIENDLY = {
     "merged_from": "modelspec.merged_from",
     "weight": "deft_preferred_weight",
 }
-COVER, THUMBNAIL = "ssmd_cover_images", "modelspec.thumbnail"
 SPEC = {"modelspec.sai_model_spec": "1.0.1"}
-HEADER_LIMIT = 2**20  # ComfyUI's server hands longer headers to nobody (server.py, /view_metadata)
 BLOCK = 2**24
 
 
@@ -50,27 +46,30 @@ class Base:
     :param architecture: `modelspec.architecture`, without "/lora"
     :param webui: "sd version" of Automatic1111 and Forge
     :param manager: ComfyUI-Lora-Manager's and Civitai's
+    :param hub: the repository of Hugging Face's Hub that diffusers loads it from
     """
 
     version: str
     architecture: str
     webui: str
     manager: str
+    hub: str
 
 
 BASES = (
-    Base("sd_v1", "stable-diffusion-v1", "SD1", "SD 1.5"),
-    Base("sd_v2", "stable-diffusion-v2", "SD2", "SD 2.1"),
-    Base("sdxl_", "stable-diffusion-xl-v1-base", "SDXL", "SDXL 1.0"),
-    Base("", "flux-1-schnell", "Flux", "Flux.1 S"),
-    Base("flux1", "flux-1", "Flux", "Flux.1 D"),
-    Base("chroma", "chroma", "Unknown", "Chroma"),
-    Base("sd3", "stable-diffusion-3", "Unknown", "SD 3"),
-    Base("lumina", "lumina", "Unknown", "Lumina"),
-    Base("hunyuan-image", "hunyuan-image", "Unknown", "Other"),
-    Base("anima", "anima", "Unknown", "Anima"),
+    Base("sd_v1", "stable-diffusion-v1", "SD1", "SD 1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    Base("sd_v2", "stable-diffusion-v2", "SD2", "SD 2.1", "stabilityai/stable-diffusion-2-1"),
+    Base("sdxl_", "stable-diffusion-xl-v1-base", "SDXL", "SDXL 1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
+    Base("", "flux-1-schnell", "Flux", "Flux.1 S", "black-forest-labs/FLUX.1-schnell"),
+    Base("flux1", "flux-1", "Flux", "Flux.1 D", "black-forest-labs/FLUX.1-dev"),
+    Base("chroma", "chroma", "Unknown", "Chroma", "lodestones/Chroma1-HD"),
+    Base("sd3", "stable-diffusion-3", "Unknown", "SD 3", ""),
+    Base("lumina", "lumina", "Unknown", "Lumina", "Alpha-VLLM/Lumina-Image-2.0"),
+    Base("hunyuan-image", "hunyuan-image", "Unknown", "Other", ""),
+    Base("anima", "anima", "Unknown", "Anima", ""),
+    Base("omnigen1", "omnigen-1", "Unknown", "Other", "Shitao/OmniGen-v1-diffusers"),
 )
-UNKNOWN = Base("", "", "Unknown", "Unknown")
+UNKNOWN = Base("", "", "Unknown", "Unknown", "")
 
 
 def base_of(metadata: Mapping[str, str]) -> Base:
@@ -120,7 +119,7 @@ def _setting(given: str) -> tuple[str, str]:
         )
     if not value.strip():
         raise DeftError(f"--set {given}: no value; --unset {name} takes one out")
-    if name == "weight" and _weight({FRIENDLY["weight"]: value}) is None:
+    if name == "weight" and strength_of({FRIENDLY["weight"]: value}) is None:
         raise DeftError(f"--set {given}: give a number, 0.8 for one")
     return name.strip(), value
 
@@ -141,57 +140,21 @@ def _key(option: str, name: str, metadata: Mapping[str, str]) -> str:
 
 
 def with_preview(metadata: Mapping[str, str], picture: Path) -> dict[str, str]:
-    """Metadata with a picture in it, twice: for Automatic1111, Forge and ComfyUI, and as ModelSpec's thumbnail.
-
-    As large as the header's limit of 1 MiB allows, at most 512 and 256 pixels.
+    """Metadata with a picture in it, see `deft_pictures.fields_of`.
 
     :raises DeftError: when it cannot be read, Pillow is missing, or the rest leaves no room for the smallest
     """
     option = f"--set preview={picture}"
-    jpeg = _jpegs(option, picture)
     rest = {key: value for key, value in metadata.items() if key not in (COVER, THUMBNAIL)}
-    for size, quality in ((512, 90), (512, 80), (512, 60), (384, 70), (256, 70), (192, 60), (128, 50)):
-        cover = base64.b64encode(jpeg(size, quality)).decode()
-        thumbnail = base64.b64encode(jpeg(min(size, 256), quality)).decode()
-        found = rest | {COVER: json.dumps([cover]), THUMBNAIL: f"data:image/jpeg;base64,{thumbnail}"}
-        if len(json.dumps(found, ensure_ascii=False).encode()) < HEADER_LIMIT * 3 // 4:  # the rest: the tensors' names
-            return found
-    raise DeftError(
-        f"{option}: no room for a picture in a header of at most 1 MiB; --unset ss_tag_frequency makes some"
-    )
-
-
-def _jpegs(option: str, picture: Path) -> Callable[[int, int], bytes]:
-    """A picture's JPEG for a largest side in pixels and a quality."""
     try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise DeftError(f"{option}: needs Pillow; pip install pillow") from None
-    try:
-        with Image.open(picture) as file:
-            whole = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DeftError(f"{option}: cannot be read as a picture ({reason_of(error)})") from None
-
-    def jpeg(size: int, quality: int) -> bytes:
-        small, written = whole.copy(), io.BytesIO()
-        small.thumbnail((size, size))
-        small.save(written, "JPEG", quality=quality, optimize=True)
-        return written.getvalue()
-
-    return jpeg
-
-
-def embedded_picture(metadata: Mapping[str, str]) -> bytes | None:
-    """The picture that a file has in its metadata, as it is there; None if none can be read."""
-    try:
-        return base64.b64decode(json.loads(metadata[COVER])[0], validate=True)
-    except (KeyError, IndexError, TypeError, ValueError, RecursionError, binascii.Error):
-        pass
-    try:
-        return base64.b64decode(re.sub("^data:image/[^,]*,", "", metadata[THUMBNAIL]), validate=True)
-    except (KeyError, ValueError, binascii.Error):
-        return None
+        found = deft_pictures.fields_of(picture, deft_pictures.length_of(rest))
+    except DeftError as error:
+        raise DeftError(f"{option}: {error}") from None
+    if not found:
+        raise DeftError(
+            f"{option}: no room for a picture in a header of at most 1 MiB; --unset ss_tag_frequency makes some"
+        )
+    return rest | found
 
 
 # --- a file with other metadata ---------------------------------------------------------------------------------------
@@ -209,8 +172,8 @@ def write_with_metadata(source: Path, path: Path, metadata: Mapping[str, str]) -
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        header = {"__metadata__": dict(metadata)} | header
-        deft_io.write_whole(path, _parts(deft_io.header_of(header), file, source.stat().st_size))
+        whole = deft_io.fitted_header(header, metadata, path)
+        deft_io.write_whole(path, _parts(whole, file, source.stat().st_size))
 
 
 def _parts(header: bytes, file: io.BufferedReader, size: int) -> Iterator[bytes]:
@@ -236,15 +199,11 @@ def write_sidecars(
     :returns: what was written, a line each
     :raises DeftError: for such a file that is there and cannot be read, and for a failing disk
     """
-    found = _picture(path, metadata, picture)
-    shown = found[0].name if found else ""
-    lines = []
-    if found and found[1] is not None:
-        deft_io.write_whole(found[0], found[1])
-        lines.append(f"{found[0]}: the preview")
+    shown, is_new = write_picture(path, metadata, picture)
+    lines = [f"{shown}: the preview"] if is_new else []
     for ending, fields in ((".json", _webui_fields), (".metadata.json", _manager_fields)):
         target = path.with_suffix(ending)
-        made = fields(path, metadata, shown)
+        made = fields(path, metadata, shown.name if shown else "")
         new = {name for name, key in SOURCES.items() if key in given} | ALWAYS_NEW
         before = _read_json(target)
         kept = {name: value for name, value in before.items() if name not in new and not _says_nothing(value)}
@@ -254,6 +213,7 @@ def write_sidecars(
     return lines
 
 
+PREVIEWS = (".png", ".jpg", ".jpeg", ".webp", ".preview.png", ".preview.jpg")
 READERS = {".json": "for Automatic1111 and Forge", ".metadata.json": "for ComfyUI-Lora-Manager"}
 # a sidecar's field -> the metadata that it is made of
 SOURCES = {
@@ -268,21 +228,34 @@ SOURCES = {
     "model_name": FRIENDLY["title"],
     "preview_url": COVER,
 }
-ALWAYS_NEW = {"file_name", "file_path", "size", "modified", "sha256"}  # facts of the file
+ALWAYS_NEW = {"file_name", "file_path", "size", "modified", "sha256", "autov3"}  # facts of the file
 
 
-def _picture(path: Path, metadata: Mapping[str, str], given: Path | None) -> tuple[Path, bytes | None] | None:
-    """Where the preview goes and what it is, None if it is there already; None if there is none."""
-    if given is None:
-        for ending in (".png", ".jpg", ".jpeg", ".webp", ".preview.png", ".preview.jpg"):
-            if path.with_suffix(ending).exists():
-                return path.with_suffix(ending), None
-        content = embedded_picture(metadata)
-    else:
-        content = given.read_bytes()
+def write_picture(path: Path, metadata: Mapping[str, str], given: Path | None) -> tuple[Path | None, bool]:
+    """The preview beside a file, and whether it was written now; a picture that is there stays, if none is given.
+
+    :param given: see `write_sidecars`
+    :raises DeftError: when it cannot be read or written
+    """
+    there = picture_beside(path)
+    if given is None and there is not None:
+        return there, False
+    try:
+        content = deft_pictures.embedded(metadata) if given is None else given.read_bytes()
+    except OSError as error:
+        raise DeftError(f"{given}: cannot be read ({reason_of(error)})") from None
     if not content:
-        return None
-    return path.with_suffix(".png" if content.startswith(b"\x89PNG") else ".jpg"), content
+        return None, False
+    target = path.with_suffix(".png" if content.startswith(b"\x89PNG") else ".jpg")
+    if there == target and there.read_bytes() == content:
+        return target, False
+    deft_io.write_whole(target, content)
+    return target, True
+
+
+def picture_beside(path: Path) -> Path | None:
+    """The preview that UIs find beside a file."""
+    return next((found for ending in PREVIEWS if (found := path.with_suffix(ending)).exists()), None)
 
 
 def _webui_fields(path: Path, metadata: Mapping[str, str], picture: str) -> dict[str, Any]:
@@ -291,7 +264,7 @@ def _webui_fields(path: Path, metadata: Mapping[str, str], picture: str) -> dict
         "description": metadata.get(FRIENDLY["description"], ""),
         **({} if base is UNKNOWN else {"sd version": base.webui}),
         "activation text": metadata.get(FRIENDLY["trigger"], ""),
-        "preferred weight": _weight(metadata) or 0.0,
+        "preferred weight": strength_of(metadata) or 0.0,
         "negative text": "",
         "notes": metadata.get(FRIENDLY["usage_hint"], ""),
     }
@@ -299,7 +272,7 @@ def _webui_fields(path: Path, metadata: Mapping[str, str], picture: str) -> dict
 
 def _manager_fields(path: Path, metadata: Mapping[str, str], picture: str) -> dict[str, Any]:
     """Paths without folders: the manager completes them, and a shared file tells nothing of its author's disk."""
-    weight = _weight(metadata)
+    weight, hashes = strength_of(metadata), hashes_of(path)
     trigger = metadata.get(FRIENDLY["trigger"])
     return {
         "file_name": path.stem,
@@ -307,7 +280,8 @@ def _manager_fields(path: Path, metadata: Mapping[str, str], picture: str) -> di
         "file_path": path.name,
         "size": path.stat().st_size,
         "modified": path.stat().st_mtime,
-        "sha256": _sha256(path),
+        "sha256": hashes["SHA256"],
+        "autov3": hashes["AutoV3"],
         "base_model": base_of(metadata).manager,
         "preview_url": picture,
         "preview_nsfw_level": 0,
@@ -320,13 +294,15 @@ def _manager_fields(path: Path, metadata: Mapping[str, str], picture: str) -> di
     }
 
 
-def _weight(metadata: Mapping[str, str]) -> float | None:
-    """The strength to use it at, where the file says it."""
+def strength_of(metadata: Mapping[str, str]) -> float | None:
+    """The strength to use it at: what the file says, or 1 where it was trained here, which is then what was trained."""
     try:
-        found = float(metadata[FRIENDLY["weight"]])
-    except (KeyError, ValueError):
-        return None
-    return found if math.isfinite(found) else None
+        found = float(metadata.get(FRIENDLY["weight"], "nan"))
+    except ValueError:
+        found = math.nan
+    if math.isfinite(found):
+        return found
+    return 1.0 if deft_io.VERSION_KEY in metadata else None
 
 
 def _says_nothing(value: object) -> bool:
@@ -350,9 +326,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def hashes_of(path: Path) -> dict[str, str]:
+    """By which Civitai and UIs know a file: SHA256, AutoV2 (its first ten letters), and AutoV3, of the tensors alone
+    (the first twelve; ComfyUI-Lora-Manager's `calculate_autov3`, commit 003ee55, says where it comes from).
+
+    :raises DeftError: when it cannot be read
+    """
+    whole, tensors = hashlib.sha256(), hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            length = file.read(8)
+            header = length + file.read(int.from_bytes(length, "little"))
+            whole.update(header)
+            with Bar(path.stat().st_size, f"hashing {path.name}", "B", unit_scale=True) as bar:
+                while block := file.read(BLOCK):
+                    whole.update(block)
+                    tensors.update(block)
+                    bar.add(len(block))
+    except OSError as error:
+        raise DeftError(f"{path}: cannot be read ({reason_of(error)})") from None
+    found = whole.hexdigest()
+    return {"AutoV2": found[:10], "AutoV3": tensors.hexdigest()[:12], "SHA256": found}

@@ -1,10 +1,12 @@
 """Architectures as data: which layers are adapted, under which names, and how their files are recognised.
 
-Key names are those of sd-scripts' networks.lora (commit 48d368fa): prefix, module path, dots as underscores.
+Key names are those of sd-scripts' networks.lora (commit 48d368fa) and of musubi-tuner's (30c658c): prefix, module path,
+dots as underscores.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +14,7 @@ from itertools import accumulate
 from typing import TypeAlias, TypeGuard
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from networks.deft_config import DeftError
 
@@ -27,7 +30,8 @@ class Part:
     """One model of an architecture.
 
     :param prefix: of the key names
-    :param model_classes: class names by which the model is recognised
+    :param model_classes: class names by which the model is recognised, with `PACKAGE.` before one that means another
+        model elsewhere
     :param containers: class names of the modules whose Linear and 1x1 Conv2d layers are adapted
     :param conv_containers: those whose layers are adapted too when k x k convolutions are
     :param path_root: beginning of every module path in the file; transformers 5 dropped CLIP's `text_model.`
@@ -92,6 +96,8 @@ class Architecture:
         same weight; `split_qkv` adapts each for itself
     :param together: endings of the key names of queries, keys and values, which `fuse_qkv` adapts as one
     :param left_out: pattern of paths that are not adapted unless `include_patterns` says so
+    :param left_out_by_default: another, which `exclude_patterns` takes the place of
+    :param put_back: the `include_patterns` of those who give none
     :param unread: pattern of key names -> what to say of a LoRA file with such layers, which not every client reads
     :param with_convolutions: pattern of the key names that are adapted only where k x k convolutions are; those of
         `Part.conv_containers`
@@ -111,6 +117,8 @@ class Architecture:
     fused: Mapping[str, bool] = field(default_factory=dict)
     together: tuple[str, ...] = ()
     left_out: str | None = None
+    left_out_by_default: str = "(?!)"
+    put_back: tuple[str, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
     with_convolutions: str = "(?!)"
     peft_form: str = "diffusers"
@@ -344,6 +352,7 @@ _SDXL_BASE = _base(*_SDXL)
 _CHROMA = ("chroma", "chroma")
 _OMNIGEN = ("omnigen1", "omnigen-1")
 _FLUX_CONTAINERS = ("DoubleStreamBlock", "SingleStreamBlock")
+_FLUX_MODULATION = r".*(img_mod\.lin|txt_mod\.lin|modulation\.lin).*"
 _FLUX_INPUTS = ("_img_in", "_time_in", "_vector_in", "_guidance_in", "_txt_in")
 
 ARCHITECTURES = (
@@ -550,6 +559,93 @@ ARCHITECTURES = (
         together=("_self_attn_to_q", "_self_attn_to_k", "_self_attn_to_v"),
         peft_form="original",  # its pipeline's merge_lora
     ),
+    # --- musubi-tuner: containers and patterns of its networks/lora*.py --------------------------------------------
+    Architecture(
+        "FLUX.1 Kontext",
+        (Part("lora_unet", ("musubi_tuner.Flux",), _FLUX_CONTAINERS, words=_FLUX_WORDS),),
+        fused={r"_double_blocks_.*qkv$": False, r"_single_blocks_.*linear1$": True},
+        left_out=".*norm.*",
+        left_out_by_default=_FLUX_MODULATION,
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "FLUX.2",
+        (Part("lora_unet", ("Flux2",), _FLUX_CONTAINERS),),
+        fused={r"_double_blocks_.*qkv$": False, r"_single_blocks_.*linear1$": True},
+        left_out=".*norm.*",
+        left_out_by_default=_FLUX_MODULATION,
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "Qwen-Image",
+        (Part("lora_unet", ("QwenImageTransformer2DModel",), ("QwenImageTransformerBlock",)),),
+        together=("_q", "_k", "_v", "_q_proj", "_k_proj", "_v_proj"),  # the picture's to_q, the text's add_q_proj
+        left_out=".*_mod_.*",
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "Z-Image",
+        (Part("lora_unet", ("ZImageTransformer2DModel",), ("ZImageTransformerBlock",)),),
+        together=("_attention_to_q", "_attention_to_k", "_attention_to_v"),
+        left_out=".*(_modulation|_refiner).*",
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "Wan 2.1 or 2.2",
+        (Part("lora_unet", ("WanModel",), ("WanAttentionBlock",)),),
+        together=("_self_attn_q", "_self_attn_k", "_self_attn_v"),
+        left_out=".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*",
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "HunyuanVideo",
+        (Part("lora_unet", ("HYVideoDiffusionTransformer",), ("MMDoubleStreamBlock", "MMSingleStreamBlock")),),
+        fused={r"_double_blocks_.*qkv$": False, r"_single_blocks_.*linear1$": True},
+        left_out=".*(img_mod|txt_mod|modulation).*",
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "HunyuanVideo 1.5",
+        (Part("lora_unet", ("HunyuanVideo_1_5_DiffusionTransformer",), ("MMDoubleStreamBlock",)),),
+        together=("_attn_q", "_attn_k", "_attn_v"),
+        left_out=".*_in.*",
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "FramePack",
+        (
+            Part(
+                "lora_unet",
+                ("HunyuanVideoTransformer3DModelPacked",),
+                ("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
+            ),
+        ),
+        left_out=".*norm.*",
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "Kandinsky 5",
+        (Part("lora_unet", ("DiffusionTransformer3D",), ("TransformerEncoderBlock", "TransformerDecoderBlock")),),
+        left_out=".*modulation.*",
+        put_back=(
+            r".*(self|cross)_attention\.(to_query|to_key|to_value|out_layer).*",
+            r".*feed_forward\.(in|out)_layer.*",
+        ),
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "Krea 2",
+        (Part("lora_unet", ("SingleStreamDiT",), ("SingleStreamDiT",)),),  # all of its layers
+        left_out="(?!)",
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "Ideogram 4",
+        (Part("lora_unet", ("Ideogram4Transformer",), ("Ideogram4TransformerBlock",)),),
+        fused={r"_attention_qkv$": False},
+        left_out=".*adaln_modulation.*",
+        patterns_fit_paths=True,
+    ),
 )
 
 
@@ -561,10 +657,11 @@ def recognise(unet: nn.Module) -> tuple[Architecture, Part]:
     sdxl = getattr(getattr(unet, "config", None), "addition_embed_type", None) == "text_time"
     for kind in type(unet).__mro__:
         name = f"{kind.__name__}{' with text_time' if sdxl else ''}"
-        for architecture in ARCHITECTURES:
-            for part in architecture.denoisers:
-                if name in part.model_classes:
-                    return architecture, part
+        for called in (f"{kind.__module__.partition('.')[0]}.{name}", name):
+            for architecture in ARCHITECTURES:
+                for part in architecture.denoisers:
+                    if called in part.model_classes:
+                        return architecture, part
     known = ", ".join(a.name for a in ARCHITECTURES)
     raise DeftError(f"networks.deft does not adapt {type(unet).__name__}; it adapts {known}")
 
@@ -639,11 +736,19 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n): outputs and inputs, a convolution's kernel counted among its inputs."""
-        weight = self.layer.weight
-        outputs = weight.shape[0] if self.rows is None else self.rows[1] - self.rows[0]
+        all_outputs, *inputs = weight_shape(self.layer)
+        outputs = all_outputs if self.rows is None else self.rows[1] - self.rows[0]
         if len(self.places) > 1:
             outputs = sum(place.shape[0] for place in self.places)
-        return outputs, weight.shape[1:].numel()
+        return outputs, math.prod(inputs)
+
+
+def weight_shape(layer: Layer) -> tuple[int, ...]:
+    """(outputs, inputs, *kernel) of a layer's weight, however it is kept: a quantised one may have another shape."""
+    if isinstance(layer, nn.Conv2d):
+        height, width = layer.kernel_size
+        return layer.out_channels, layer.in_channels // layer.groups, height, width
+    return layer.out_features, layer.in_features
 
 
 def targets(
@@ -700,7 +805,7 @@ def parts_of(path: str, part: Part) -> list[str]:
 def _several(part: Part, path: str, layer: Layer) -> list[Target]:
     """The layers of files that this one is: each some of its outputs."""
     paths = parts_of(path, part)
-    size = layer.weight.shape[0] // max(len(paths), 1)
+    size = weight_shape(layer)[0] // max(len(paths), 1)
     return [replace(_target(part, one, layer), rows=(k * size, (k + 1) * size)) for k, one in enumerate(paths)]
 
 
@@ -759,9 +864,13 @@ def _together(parts: Sequence[Target]) -> Target:
 
 
 def is_adaptable(layer: nn.Module) -> TypeGuard[Layer]:
-    """Linear layers and ungrouped, zero-padded Conv2d layers, by class name as quantised subclasses are not."""
+    """Linear layers, of classes derived from torch's too, as quantised ones are; and ungrouped, zero-padded Conv2d
+    layers."""
     if type(layer).__name__ == "Linear":
         return True
+    if isinstance(layer, nn.Linear):
+        # nn.MultiheadAttention's, of which it reads the weight
+        return not isinstance(layer, NonDynamicallyQuantizableLinear)
     if not isinstance(layer, nn.Conv2d) or type(layer).__name__ != "Conv2d":
         return False
     return layer.groups == 1 and layer.padding_mode == "zeros"

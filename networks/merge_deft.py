@@ -65,6 +65,7 @@ class Merged:
     """
 
     def __init__(self, parts: Sequence[Part], checkpoint: Checkpoint, ignore_unmatched: bool) -> None:
+        self.checkpoint = checkpoint
         self.parts = [(part.adapter, part.strengths()) for part in parts]
         self.left: list[str] = []
         there = {**checkpoint.layers, **checkpoint.further}
@@ -73,13 +74,6 @@ class Merged:
             _check_matches(adapter, strengths, left, checkpoint, ignore_unmatched)
             for name in left:
                 del strengths[name]
-            for name in strengths:
-                shape = adapter.changes[name].shape
-                if not deft_sum.same_weight(shape, there[name].shape):
-                    raise DeftError(
-                        f"{adapter.source}: {name} is of a weight of {shape}, {checkpoint.source} has one of "
-                        f"{there[name].shape}: it is for another model than this {checkpoint.architecture}"
-                    )
             self.left += left
         self.names = {name for _, strengths in self.parts for name in strengths}
 
@@ -90,6 +84,12 @@ class Merged:
         ]
         if not found:
             return None
+        for adapter, change, _ in found:
+            if not deft_sum.same_weight(change.shape, shape):
+                raise DeftError(
+                    f"{adapter.source}: {name} is of a weight of {change.shape}, {self.checkpoint.source} has one of "
+                    f"{shape}: it is for another model than this {self.checkpoint.architecture}"
+                )
         factors = [change.scaled(strength) for _, change, strength in found if isinstance(change, Factors)]
         return deft_sum.added(factors) if len(factors) == len(found) else lambda W: deft_sum.change_of(W, found)
 

@@ -79,18 +79,19 @@ def arguments(model_folder, photos, tmp_path, **changes) -> list[str]:
     return given
 
 
-@pytest.fixture
-def fresh_accelerator():
-    """accelerate keeps one state for the whole process; it is reset before and behind a test."""
+def reset_accelerator() -> None:
+    """accelerate keeps one state for the whole process."""
     from accelerate.state import AcceleratorState, GradientState
 
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
-    reset()
+
+@pytest.fixture
+def fresh_accelerator():
+    reset_accelerator()
     yield
-    reset()
+    reset_accelerator()
 
 
 @pytest.fixture

@@ -502,3 +502,24 @@ def test_a_few_layers_of_sdxl_stay_those_of_sdxl(tmp_path, to):
     found = load_file(tmp_path / "c.safetensors")
     expected = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
     assert torch.allclose(found[f"{name}.lora_up.weight"] @ found[f"{name}.lora_down.weight"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "added"), [(1024, {"k", "out"}), (768, {"out"})])
+def test_openclips_attention_of_stable_diffusion_2_is_whole(tmp_path, capsys, width, added):
+    """A1111 takes OpenCLIP-H's queries, keys, values and outputs together; CLIP-L's of 1.x one by one.
+
+    diffusers wants one out_proj in either.
+    """
+    stem = "lora_te_text_model_encoder_layers_3_self_attn"
+    tensors = {}
+    for part in "qv":
+        tensors[f"{stem}_{part}_proj.lora_up.weight"] = torch.randn(width, 2)
+        tensors[f"{stem}_{part}_proj.lora_down.weight"] = torch.randn(2, width)
+        tensors[f"{stem}_{part}_proj.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", "--save_to", tmp_path / "b.safetensors", "--repair")
+    before, after = products(tmp_path / "a.safetensors"), products(tmp_path / "b.safetensors")
+    assert after.keys() - before.keys() == {f"{stem}_{part}_proj" for part in added}
+    assert not any(after[name].any() for name in after.keys() - before.keys())
+    assert largest_error({name: after[name] for name in before}, before) < 1e-6
+    assert ("q, k, v and out are all there" in capsys.readouterr().out) == (width == 1024)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from networks import deft_factors, deft_io, deft_targets, extract_deft
 from tests.conftest import relative_error
+from tests.hashes import webui_hashes
 
 # A checkpoint of Stable Diffusion 1.x as far as it matters here: the original's path, Diffusers', and the shape
 _BLOCK, _DIFFUSERS = "input_blocks.1.1", "down_blocks.0.attentions.0"
@@ -237,7 +238,7 @@ def test_uis_know_what_the_file_is_for(pair):
     assert json.loads(found["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "2"}
     assert pair.done["from"] == ["org.safetensors", "tuned.safetensors"]
     tensors, metadata = deft_io.read_tensors(pair.output)
-    assert {k: v for k, v in found.items() if k.startswith("sshs_")} == deft_io.webui_hashes(tensors, metadata)
+    assert {k: v for k, v in found.items() if k.startswith("sshs_")} == webui_hashes(tensors, metadata)
     assert {tensor.dtype for key, tensor in tensors.items() if "lora" in key and "alpha" not in key} == {torch.float16}
     assert len({tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_down.weight")}) == 1
 

@@ -324,8 +324,8 @@ def test_decodes_in_float32_under_autocast(small):
     model = loaded(small("sdxl"))
     latents = torch.randn(1, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        within = model.decode(latents.bfloat16().float(), PROMPT)
-    assert within.tobytes() == model.decode(latents.bfloat16(), PROMPT).tobytes()
+        within = model.decode(latents.bfloat16().float())
+    assert within.tobytes() == model.decode(latents.bfloat16()).tobytes()
 
 
 def test_xformers_that_is_missing_is_told(small, caplog):

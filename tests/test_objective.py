@@ -17,6 +17,7 @@ from library.options.parse import parse
 from library.options.rooms import ObjectiveOptions
 from library.training.objective import DIFFUSION_ONLY, FLOW_ONLY, Diffusion, Flow, objective_of
 from library.training.randoms import Randoms
+from library.training.validation import validated
 from networks.deft_config import DeftError
 
 SD_SCRIPTS = {"timestep_sampling": Family.timestep_sampling, "model_prediction_type": Family.model_prediction_type}
@@ -204,9 +205,9 @@ def test_timesteps_are_spread_evenly_within_the_bounds(given, lowest, highest):
 
 def test_validation_timesteps():
     """sd-scripts' four between the bounds."""
-    assert diffusion().validation_timesteps == [200, 400, 600, 800]
-    assert diffusion(min_timestep=500).validation_timesteps == [600, 700, 800, 900]
-    assert flow().validation_timesteps == [200, 400, 600, 800]
+    assert validated(diffusion()) == [200, 400, 600, 800]
+    assert validated(diffusion(min_timestep=500)) == [600, 700, 800, 900]
+    assert validated(flow()) == [200, 400, 600, 800]
     for objective in (diffusion(**EVERY_NOISE), flow()):
         drawn = objective.draw(Randoms(0, 0, [0, 1]), torch.randn(2, 4, 8, 8), torch.tensor([200, 800]))
         assert drawn.timesteps.tolist() == [200, 800]

@@ -68,7 +68,7 @@ def test_every_honoured_option_reaches_a_room():
                   "use_lion_optimizer", "full_bf16", "full_fp16", "fp8_base_unet", "output_config",
                   "caption_extention", "network_module",
                   *(option.name for option in OPTIONS if str(option.metadata).startswith("modelspec."))}  # fmt: skip
-    assert set(reached) - {"recorded"} == honoured - on_the_way - one_choice | in_the_file
+    assert set(reached) - {"recorded", "settings", "arguments"} == honoured - on_the_way - one_choice | in_the_file
     assert parse([*NEEDED, "--training_comment", "x"]).recorded["ss_training_comment"] == "x"
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import train_network_deft
+from library import pages
 from library.data import advice, page
 from library.data.advice import Facts
 from library.data.batches import Loader
@@ -288,7 +289,7 @@ def test_text_is_what_a_browser_shows(value):
     parser = HTMLParser()
     parser.handle_data = found.append
     parser.handle_starttag = lambda *rest: pytest.fail("a tag")
-    parser.feed(f"{page.text(value)}\n")
+    parser.feed(f"{pages.text(value)}\n")
     parser.close()
     kept = "".join(found)[:-1]
     assert len(kept) == len(value)

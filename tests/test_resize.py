@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from networks import deft_factors, deft_io, resize_deft
 from tests.conftest import relative_error
+from tests.hashes import webui_hashes
 
 LINEAR, WIDE, CONV, POINT = (f"lora_unet_down_blocks_0_{name}" for name in ("to_q", "ff", "conv1", "proj_in"))
 SHAPES = {LINEAR: (20, 30), WIDE: (12, 50), CONV: (16, 5, 3, 3), POINT: (24, 10, 1, 1)}
@@ -113,7 +114,7 @@ def test_what_is_known_of_the_file_is_carried_on_and_its_hash_is_new(lora):
     assert found["ss_output_name"] == "cat"
     assert found["ss_training_comment"] == "dimension is resized from 8 to 3; "  # sd-scripts' words
     tensors, metadata = deft_io.read_tensors(output)
-    assert {k: v for k, v in found.items() if k.startswith("sshs_")} == deft_io.webui_hashes(tensors, metadata)
+    assert {k: v for k, v in found.items() if k.startswith("sshs_")} == webui_hashes(tensors, metadata)
 
 
 # Ranks that sd-scripts' networks/resize_lora.py (commit 48d368fa), `rank_resize`, gave for these singular values

@@ -195,13 +195,12 @@ def test_an_adapter_that_has_learnt_nothing_is_not_saved_without_a_word(model, t
 
 
 def test_a_training_without_effect_says_so(run, caplog):
-    """At a rate of nearly 0: of the file and of the loss; at a usual one, nothing is said."""
+    """At a rate of nearly 0, of the file; at a usual one, nothing is said."""
     said = []
     for rate in (1e-30, 1e-3):
         caplog.clear()
         assert run(learning_rate=rate) == 0
         said.append([line for line in caplog.messages if "has been learnt" in line])
-    assert len(said[0]) == 2
+    assert len(said[0]) == 1
     assert said[0][0].split(": ")[0].endswith("cat.safetensors")
-    assert "does not change the loss on the first batch" in said[0][1]
     assert said[1] == []

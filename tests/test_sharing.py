@@ -80,7 +80,7 @@ def test_the_picture_fits_into_the_header_and_is_read_as_the_programs_do(lora, p
     assert kind == "data:image/jpeg;base64"
     assert max(Image.open(io.BytesIO(base64.b64decode(content))).size) <= 256
     with pytest.raises(DeftError, match=r"no room for a picture.*--unset ss_tag_frequency"):
-        deft_sharing.edited(crowded | {"ss_tag_frequency": "x" * 1_000_000}, [f"preview={picture}"], [])
+        deft_sharing.edited(crowded | {"ss_tag_frequency": "x" * 1_048_000}, [f"preview={picture}"], [])
 
 
 @pytest.mark.parametrize(

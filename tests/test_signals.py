@@ -84,7 +84,7 @@ def test_before_the_first_step_one_line_and_the_end(run, tmp_path, signal_at, ca
 @pytest.mark.parametrize("number", CODES)
 def test_while_the_last_file_is_written_it_becomes_whole(run, tmp_path, signal_at, capsys, number):
     assert run(output_name="undisturbed") == 0
-    signal_at(deft_io, "write_safetensors", number)
+    signal_at(deft_io, "write_hashed", number)
     capsys.readouterr()
     assert run() == 0
     assert not [line for line in said(capsys) if "interrupted" in line]
@@ -95,7 +95,7 @@ def test_while_the_last_file_is_written_it_becomes_whole(run, tmp_path, signal_a
 
 def test_twice_while_the_last_file_is_written_names_what_there_is(run, tmp_path, signal_at, capsys):
     out = tmp_path / "out"
-    signal_at(os, "fsync", signal.SIGTERM, signal.SIGINT, only=2)
+    signal_at(os, "fsync", signal.SIGTERM, signal.SIGINT, only=3)  # behind the first save and its page
     assert run(save_every_n_steps=2, save_state=True) == 130
     state_before = out / "cat-state"  # which is written before the adapter
     assert said(capsys)[-1] == (

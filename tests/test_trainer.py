@@ -25,7 +25,7 @@ from library.models import reading
 from library.options.parse import parse
 from library.prompts import Prompt, read_prompts
 from library.training import given, start
-from library.training.adapter import DeftAdapter
+from library.training.adapter import merge_base
 from library.training.samples import drawing
 from networks import deft, deft_io, deft_keep
 from networks.deft_config import DeftError
@@ -224,7 +224,7 @@ def test_base_weights_are_merged_at_their_strength(run, model_folder, photos, tm
     first = str(tmp_path / "out" / "first.safetensors")
     model, base = loaded(model_folder), loaded(model_folder)
     given_run = parsed(model_folder, photos, tmp_path, base_weights=[first], base_weights_multiplier=[0.5])
-    DeftAdapter(given_run.network, given.read(given_run), model, Accelerator(cpu=True), tmp_path)
+    merge_base(given.read(given_run), model)
     found = deltas_of_lora(load_file(first))
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     change = model.denoiser.get_submodule(name).weight - base.denoiser.get_submodule(name).weight

@@ -92,7 +92,7 @@ def test_a_network_that_has_learnt_nothing_is_equal_to_its_file(model, tmp_path)
 
 def damaging(monkeypatch, from_the: int) -> None:
     """A disk that changes a number in every file from the n-th on."""
-    write, written = deft_io.write_safetensors, []
+    write, written = deft_io.write_hashed, []
 
     def damaged(tensors, *rest, **more):
         written.append(0)
@@ -101,7 +101,7 @@ def damaging(monkeypatch, from_the: int) -> None:
             tensors = {**tensors, name: tensors[name] * 1.1}
         write(tensors, *rest, **more)
 
-    monkeypatch.setattr(deft_io, "write_safetensors", damaged)
+    monkeypatch.setattr(deft_io, "write_hashed", damaged)
 
 
 def test_a_file_that_is_damaged_ends_the_training_loudly(run, tmp_path, monkeypatch, capsys, caplog):

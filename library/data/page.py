@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +21,7 @@ from library.data.pixels import Colour
 from library.data.plan import Dataset, InputPicture, Picture, Plan, by_subset
 from library.data.resizing import Crop
 from library.models.outline import Encoder
+from library.pages import data_url, jpeg, style, text
 from networks import deft_io
 from networks.deft_progress import Bar
 
@@ -201,13 +198,6 @@ def masked(image: Image.Image, mask: Image.Image) -> Image.Image:
     return Image.composite(image, Image.fromarray(left_out.clip(0, 255).astype(np.uint8)), mask)
 
 
-def jpeg(image: Image.Image, quality: int = 78) -> bytes:
-    """A small file of it."""
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=quality, optimize=True)
-    return content.getvalue()
-
-
 # --- the contact sheet -----------------------------------------------------------------------------------------------
 
 
@@ -246,16 +236,10 @@ def page(preview: Preview, trained: Sequence[Card], kept: Sequence[Card]) -> str
     ]
     return (
         TEMPLATE.read_text(encoding="utf-8")
+        .replace("/*style*/", style())
         .replace("<!--title-->", f"{name}: what would be trained on")
         .replace("<!--page-->", "\n".join(parts))
     )
-
-
-def text(value: object) -> str:
-    """Anything of the user's as HTML: escaped, and control characters and undecodable bytes as a mark."""
-    shown = ("\N{REPLACEMENT CHARACTER}" if unicodedata.category(letter) in ("Cc", "Cs") else letter
-             for letter in str(value).replace("\n", " ").replace("\t", " "))  # fmt: skip
-    return html.escape("".join(shown))
 
 
 def _name(path: Path) -> str:
@@ -500,8 +484,7 @@ def _images(card: Card) -> Iterator[str]:
 
 
 def _image(image: Image.Image, what: str) -> str:
-    data = base64.b64encode(jpeg(image)).decode()
-    return f'<img alt="{what}" width="{image.width}" height="{image.height}" src="data:image/jpeg;base64,{data}">'
+    return f'<img alt="{what}" width="{image.width}" height="{image.height}" src="{data_url(image)}">'
 
 
 def _captions(card: Card) -> Iterator[str]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.models.quantised import quantise
 from library.options.rooms import ModelOptions
 from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
@@ -86,11 +87,8 @@ class Family(ABC):
         return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, prompt: Prompt) -> Image.Image:
-        """A picture of the pipeline's latents, in float32 under autocast too: SDXL's VAE overflows in float16.
-
-        :param prompt: that says how large it is
-        """
+    def decode(self, latents: Tensor) -> Image.Image:
+        """A picture of latents (1, c, h, w), in float32 under autocast too: SDXL's VAE overflows in float16."""
         config = self.vae.config
         with torch.autocast(self.vae.device.type, enabled=False):
             latents = latents.to(self.vae.device, self.vae.dtype) / config.scaling_factor
@@ -147,6 +145,14 @@ class Family(ABC):
     def names(self) -> Mapping[str, str]:
         """What a file's metadata calls it: `ss_...` and `modelspec....`."""
 
+    def quantise(self, device: torch.device, dtype: torch.dtype) -> None:
+        """--quantize_base, on the CPU again behind it. What is to be merged into the denoiser has been by now.
+
+        :raises DeftError: where the package for it does not do it here
+        """
+        if self.options.quantize_base:
+            quantise(self.denoiser, self.options.quantize_base, device, dtype)
+
     def place(self, device: torch.device, dtype: torch.dtype, encoders: bool) -> None:
         """The frozen parts that every step needs, in the training's precision, with the memory options.
 
@@ -180,7 +186,7 @@ class Family(ABC):
         """
 
     @torch.no_grad()
-    def draw(
+    def drawn(
         self,
         prompt: Prompt,
         text: Text,
@@ -188,8 +194,8 @@ class Family(ABC):
         sampler: str | None = None,
         bar: Bar | None = None,
         inputs: Sequence[Tensor] = (),
-    ) -> Image.Image:
-        """One picture, by the family's own pipeline. All parts have to be on one device.
+    ) -> Tensor:
+        """The latents (1, c, h, w) of one picture, by the family's own pipeline. All parts have to be on one device.
 
         :param text: of the prompt, and of its pictures
         :param negative: of the negative prompt, which a guidance above 1 needs
@@ -211,7 +217,11 @@ class Family(ABC):
             ).images
         finally:
             self.pipeline.scheduler = trained_with
-        return self.decode(latents, prompt)
+        return latents
+
+    def draw(self, prompt: Prompt, *asked: Any) -> Image.Image:
+        """One picture; see `drawn`."""
+        return self.decode(self.drawn(prompt, *asked))
 
 
 def _checkpointed(block: nn.Module, *given: Any) -> Any:

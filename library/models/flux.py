@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (  # type: ignore[attr-defined]  # 5 knows T5TokenizerFast as another name of T5Tokenizer
@@ -120,10 +119,10 @@ class Flux(Family):
         ).sample
         return _unpacked(answer, len(rows), len(columns))
 
-    def decode(self, latents: Tensor, prompt: Prompt) -> Image.Image:
+    def drawn(self, prompt: Prompt, *asked: Any) -> Tensor:
         """See `Family`: the pipeline's latents are tokens, (1, tokens, 64)."""
         size = prompt.height // self.multiple_of, prompt.width // self.multiple_of
-        return super().decode(_unpacked(latents, *size), prompt)
+        return _unpacked(super().drawn(prompt, *asked), *size)
 
     def beyond(self, caption: str) -> tuple[str, int]:
         """See `Family`: what T5 does not read."""

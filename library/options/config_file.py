@@ -106,6 +106,23 @@ def _arguments(option: Option, value: Any) -> list[str]:
     return [f"{name}={value}"]
 
 
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults, without secrets."""
+    return {name: values[name] for name, option in _BY_NAME.items()
+            if values[name] != option.default and name not in _SECRETS}  # fmt: skip
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """A command line's, with *** for each secret."""
+    shown, hidden = [], False
+    for word in arguments:
+        name, equals, _ = word.partition("=")
+        is_secret = name.removeprefix("--") in _SECRETS
+        shown.append("***" if hidden else f"{name}=***" if is_secret and equals else word)
+        hidden = is_secret and not equals
+    return shown
+
+
 def write_config(values: Mapping[str, Any]) -> NoReturn:
     """What differs from the defaults, without secrets, as a file that `arguments_of` reads.
 
@@ -118,8 +135,7 @@ def write_config(values: Mapping[str, Any]) -> NoReturn:
     file = Path(path if path.endswith(".toml") else f"{path}.toml")
     if file.exists():
         raise DeftError(f"--output_config: {file} is there already; give another --config_file")
-    lines = [f"{name} = {_toml(values[name])}\n" for name, option in _BY_NAME.items()
-             if values[name] != option.default and name not in _SECRETS]  # fmt: skip
+    lines = [f"{name} = {_toml(value)}\n" for name, value in given(values).items()]
     try:
         file.write_text("".join(lines), encoding="utf-8")
     except (OSError, ValueError) as error:

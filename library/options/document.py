@@ -39,7 +39,7 @@ def _group(title: str, options: Iterator[Option]) -> Iterator[str]:
 
 
 def _text(option: Option) -> str:
-    return option.help.replace("|", "\\|")  # which would end the cell
+    return option.help.replace("|", "\\|").replace("%%", "%")  # the first would end the cell, the second is argparse's
 
 
 def _told(status: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from PIL import ImageColor
 
-from library.options.config_file import LITERALS, arguments_of, write_config
+from library.options.config_file import LITERALS, arguments_of, given, without_secrets, write_config
 from library.options.dataset_config import datasets_of
 from library.options.option import Option, asks_for_nothing, number_or_pair, pair
 from library.options.rooms import Run
@@ -50,8 +50,8 @@ def parse(argv: Sequence[str]) -> Run:
     first = parser.parse_known_args(argv)[0]
     config_file = None if first.output_config else first.config_file  # which is written then
     overridden = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
-    given = [*(arguments_of(config_file, overridden) if config_file else []), *argv]
-    found, unknown = parser.parse_known_args(given)
+    words = [*(arguments_of(config_file, overridden) if config_file else []), *argv]
+    found, unknown = parser.parse_known_args(words)
     if unknown:
         named = [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown
         known = [f"--{name}" for name in _BY_NAME]
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> Run:
         raise DeftError(f"{'; '.join(not_honoured)}; leave {'it' if len(not_honoured) == 1 else 'these'} out")
     for option in OPTIONS:
         _check(option, values[option.name])
-    run = _run(dict(values))
+    run = _run(values | {"settings": given(values), "arguments": tuple(without_secrets(argv))})
     if values["output_config"]:
         write_config(values)
     return run
@@ -147,6 +147,8 @@ def _run(values: dict[str, Any]) -> Run:
     values["fp8_base"] = values["fp8_base"] or values["fp8_base_unet"]
     if values["fp8_base"] and values["mixed_precision"] == "no":
         raise DeftError("--fp8_base needs --mixed_precision bf16 or fp16")
+    if values["fp8_base"] and values["quantize_base"]:
+        raise DeftError("--fp8_base and --quantize_base do not go together: each keeps the denoiser in fewer bits")
     if values["cache_text_encoder_outputs"] and not values["network_train_unet_only"]:
         raise DeftError("--cache_text_encoder_outputs: text encoders that are trained give new outputs in every step; "
                         "add --network_train_unet_only, or leave it out")  # fmt: skip
@@ -158,6 +160,8 @@ def _run(values: dict[str, Any]) -> Run:
         raise DeftError(
             f"--min_timestep={values['min_timestep']}: must not be above --max_timestep, {values['max_timestep']}"
         )
+    if values["stop_at_drift"] is not None and values["meter_every_n_steps"] == 0:
+        raise DeftError("--stop_at_drift needs the meters, which --meter_every_n_steps 0 turns off")
     if values["dim_from_weights"] and not values["network_weights"]:
         raise DeftError("--dim_from_weights needs --network_weights")
     if len(values["base_weights_multiplier"]) > len(values["base_weights"]):

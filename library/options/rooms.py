@@ -23,6 +23,7 @@ class ModelOptions:
     xformers: bool = False
     gradient_checkpointing: bool = False
     fp8_base: bool = False  # or --fp8_base_unet
+    quantize_base: str | None = None  # "int8", "fp8", "nf4"
     v2: bool = False
     v_parameterization: bool = False
     zero_terminal_snr: bool = False
@@ -294,6 +295,8 @@ class SaveOptions:
     save_precision: str
     no_metadata: bool
     verify_saves: bool
+    sidecars: bool
+    model_card: bool
     save_every_n_epochs: int | None
     save_every_n_steps: int | None
     save_n_epoch_ratio: int | None
@@ -324,6 +327,14 @@ class ValidationOptions:
 
 
 @dataclass(frozen=True)
+class MeterOptions:
+    """When drift and what is learnt are measured, and what comes of it."""
+
+    meter_every_n_steps: int | None  # None: as often as costs little; 0: never
+    stop_at_drift: float | None
+
+
+@dataclass(frozen=True)
 class LogOptions:
     """What is told of the training, and to whom."""
 
@@ -337,6 +348,19 @@ class LogOptions:
     wandb_api_key: str | None
     console_log_level: str
     console_log_file: str | None
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Whether there is a page of the training, and what it says of the options.
+
+    :param settings: that differ from their defaults, without secrets
+    :param arguments: as they were typed, without secrets
+    """
+
+    no_report: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    arguments: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -357,5 +381,7 @@ class Run:
     saves: SaveOptions
     samples: SampleOptions
     validation: ValidationOptions
+    meters: MeterOptions
     logs: LogOptions
+    report: ReportOptions
     recorded: Mapping[str, Any]

@@ -36,8 +36,8 @@ _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
 MODEL_SPEC = {
     "title": "the model's name (--output_name)", "author": "who made it", "description": "what it is",
     "license": "its licence", "tags": "words to find it by, separated by commas", "usage_hint": "how to use it",
-    "thumbnail": "a picture's file, or a data URL", "merged_from": "models that it is made of",
-    "trigger_phrase": "what calls the concept", "preprocessor": "what its input needs",
+    "thumbnail": "a picture's file, or a data URL (a sample)", "merged_from": "models that it is made of",
+    "trigger_phrase": "what calls the concept (what captions and folders say)", "preprocessor": "what its input needs",
     "is_negative_embedding": "whether it is one",
 }  # fmt: skip
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -372,10 +372,18 @@ OPTIONS: list[Option] = [
             "--resume goes on where its state was saved, in the middle of an epoch too", "initial_epoch", "initial_step"
         ),
         *always("--resume goes on where its state was saved", "skip_until_initial_step"),
-        Option("no_metadata", bool, False, "keep the training's settings out of the file"),
+        Option("no_metadata", bool, False, "keep settings, captions and samples out of the file"),
         Option(
             "verify_saves", bool, False, "compare every saved file with what was trained, also where it takes over 5 s"
         ),
+        Option(
+            "sidecars",
+            bool,
+            False,
+            "beside the last file, what UIs read there: a picture, NAME.json, NAME.metadata.json",
+        ),
+        Option("model_card", bool, False, "beside the last file, NAME.README.md: a page for Civitai and the Hub"),
+        Option("no_report", bool, False, "write no page NAME.html of curves, samples and files"),
         Option("training_comment", str, None, "goes into the file's metadata", metadata="ss_training_comment"),
         Option("save_model_as", str, "safetensors", "the one format that is written", ("safetensors",)),
         *[
@@ -442,6 +450,18 @@ OPTIONS: list[Option] = [
         ),
     ),
     *group(
+        "meters",
+        Option(
+            "meter_every_n_steps",
+            int,
+            None,
+            "measure drift and what is learnt, also before each save; 0 is off (where nothing is given, as often as "
+            "takes below 3%% of the time, at most 20 times)",
+            check=AT_LEAST_0,
+        ),
+        Option("stop_at_drift", float, None, "end the training where the drift is as large as this", check=ABOVE_0),
+    ),
+    *group(
         "speed and memory",
         Option("dry_run", bool, False, "tell what a training would take of memory, time and disk, and end"),
         Option("full_bf16", bool, False, "the model in bf16, with --mixed_precision bf16; the adapter stays float32"),
@@ -450,6 +470,14 @@ OPTIONS: list[Option] = [
         *always("one process keeps one copy of the model", "lowram", "highvram"),
         Option("fp8_base", bool, False, "keep the denoiser in 8 bits", metadata="ss_fp8_base"),
         Option("fp8_base_unet", bool, False, "the same here", metadata="ss_fp8_base_unet"),
+        Option(
+            "quantize_base",
+            str,
+            None,
+            "keep the denoiser's layers in 8 or 4 bits: int8 and fp8 by torchao, nf4 by bitsandbytes",
+            ("int8", "fp8", "nf4"),
+            metadata="ss_quantize_base",
+        ),
         Option("cuda_allow_tf32", bool, False, "matrix products in TF32, of float32 on GPUs"),
         Option("cuda_cudnn_benchmark", bool, False, "let cuDNN try which of its convolutions is fastest"),
         *refused("accelerate chooses it; hide others by the environment's CUDA_VISIBLE_DEVICES", "device"),

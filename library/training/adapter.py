@@ -7,20 +7,20 @@ import json
 import logging
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from library import keep
 from library.models.family import Family
 from library.options.rooms import NetworkOptions, OptimizerOptions
 from library.prompts import Prompt
 from library.training.given import Given
-from networks import deft, deft_factors, deft_io, deft_keep
+from networks import deft, deft_factors, deft_io, deft_keep, deft_weights
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,16 @@ class Adapter(Protocol):
 AdapterOf: TypeAlias = Callable[[NetworkOptions, Given, Family, Accelerator, Path], Adapter]
 
 
+def merge_base(files: Given, model: Family) -> None:
+    """--base_weights, into the model.
+
+    :raises DeftError: for files that do not fit it
+    """
+    for file, strength in files.base:
+        parts = model.text_encoders, model.denoiser
+        deft.network_of_adapter(strength, file, *parts, for_inference=True).merge_to(*parts, file.tensors)
+
+
 class DeftAdapter:
     """networks.deft on a Stable Diffusion model.
 
@@ -88,9 +98,6 @@ class DeftAdapter:
         self.model, self.max_norm, self.options = model, options.scale_weight_norms, options
         self.device = accelerator.device
         encoder, unet = model.text_encoders, model.denoiser
-        for file, strength in given.base:
-            merged = deft.network_of_adapter(strength, file, encoder, unet, for_inference=True)
-            merged.merge_to(encoder, unet, file.tensors)
         network_args = dict(options.network_args)
         if given.to_keep:
             source = f"keep={network_args['keep']}"
@@ -181,7 +188,7 @@ def _directions(prompts: list[Prompt], source: str, model: Family, accelerator: 
     :raises DeftError: when it cannot be made or written
     """
     parts = (*model.text_encoders, model.denoiser)
-    weights = ((name, p) for part in parts for name, p in part.named_parameters() if p.dim() > 1)
+    weights = (pair for part in parts for pair in _weights(part))
     made_of = f"{deft_io.base_fingerprint(weights)} {prompts} {keep.DIRECTIONS}"
     file = folder / f"keep-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
     with accelerator.main_process_first():
@@ -194,3 +201,12 @@ def _directions(prompts: list[Prompt], source: str, model: Family, accelerator: 
             keep.write(keep.directions_to_keep(model.pipeline, prompts, keep.DIRECTIONS), file)
         model.pipeline.to("cpu")
     return file
+
+
+def _weights(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in part.named_parameters():
+        layer = part.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, nn.Linear) and parameter is layer.weight and deft_weights.is_quantised(layer):
+            yield name, deft_weights.read_weight(layer)
+        elif parameter.dim() > 1:
+            yield name, parameter

@@ -13,16 +13,18 @@ from library.data import captions, plan
 from library.data.index import Index
 from library.data.plan import Plan
 from library.data.remarks import Remarks
-from library.models import samplers
+from library.models import quantised, samplers
 from library.options.rooms import NetworkOptions, OptimizerOptions, PreservationOptions, Run
 from library.prompts import Prompt, read_prompts
-from library.training import inputs, optimizers, schedules, start, state
+from library.training import inputs, optimizers, schedules, sharing, start, state
 from library.training.state import Position, Setting
-from networks import deft_io, deft_keep
+from networks import deft_io, deft_keep, deft_pictures
 from networks.deft_config import DeftError, parse_options, user_options
 from networks.deft_io import AdapterFile
 
 logger = logging.getLogger(__name__)
+
+METERED = 4  # prompts, at most
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Given:
     :param remarks: of what is not used of them, which the log has
     :param samples: what is drawn during the training
     :param to_keep: prompts of what the model is to go on drawing, where `keep` names such
+    :param metered: prompts that drift is measured with
     :param start: the adapter that the training goes on from
     :param base: adapters that are merged first, with their strengths
     :param resumed: where a state was saved, and the setting then
@@ -40,6 +43,7 @@ class Given:
     remarks: Remarks
     samples: list[Prompt]
     to_keep: list[Prompt]
+    metered: list[Prompt]
     start: AdapterFile | None
     base: list[tuple[AdapterFile, float]]
     resumed: tuple[Position, Setting] | None
@@ -53,7 +57,8 @@ class Given:
         """All that the text encoders are ever asked for, where captions are the same in every step."""
         texts = [text for _, text in self.texts()]
         of_class = [words for text in texts if (words := preservation.of_class(text))]
-        return [*texts, *of_class, *(prompt.negative for prompt in self.samples)]
+        of_drift = (prompt.text for prompt in self.metered)
+        return [*texts, *of_class, *(prompt.negative for prompt in self.samples), *of_drift]
 
 
 def read(run: Run) -> Given:
@@ -81,6 +86,10 @@ def _read(run: Run) -> Given:
     _check_writable("output_dir", run.saves.output_dir)
     _check_writable("logging_dir", run.logs.logging_dir)
     start.check_trackers(run.logs)
+    if thumbnail := run.recorded.get(deft_pictures.THUMBNAIL):
+        sharing.thumbnail_fields(thumbnail)
+    if run.model.quantize_base:
+        quantised.check_installed(run.model.quantize_base)
     file = finished_file(run)
     if file.is_dir():
         raise DeftError(f"--output_name {run.saves.output_name}: {file} is a folder")
@@ -101,7 +110,15 @@ def _read(run: Run) -> Given:
     _check_captions(run, pictures, remarks)
     remarks.tell()
     samples = inputs.checked(run, pictures, samples)
-    return Given(pictures, remarks, samples, to_keep, adapter, base, resumed)
+    metered = [] if run.meters.meter_every_n_steps == 0 else _metered(to_keep, size)
+    return Given(pictures, remarks, samples, to_keep, metered, adapter, base, resumed)
+
+
+def _metered(to_keep: list[Prompt], size: tuple[int, int]) -> list[Prompt]:
+    """Some of what is to be kept, from all over it; of configs/keep.txt where nothing is given."""
+    found = to_keep or keep.read_prompts(keep.PROMPTS, size)
+    number = min(METERED, len(found))
+    return [found[i * len(found) // number] for i in range(number)]
 
 
 def _check_captions(run: Run, pictures: Plan, remarks: Remarks) -> None:

@@ -35,6 +35,9 @@ class Interrupted(Exception):
         super().__init__(number, state, saved)
         self.number, self.state, self.saved = number, state, saved
 
+    def __str__(self) -> str:
+        return f"interrupted; {self.saved}"
+
     @property
     def exit_code(self) -> int:
         """A shell's for a program that a signal ends."""
@@ -103,9 +106,16 @@ def how_to_go_on(ended: Interrupted, argv: Sequence[str], windows: bool = os.nam
         if not skip and word != "--resume" and not word.startswith("--resume="):
             rest.append(word)
         skip = word == "--resume"
-    command = [*_launcher(windows), sys.argv[0], *rest, "--resume", str(ended.state)]
-    joined = " ".join(map(_windows_word, command)) if windows else shlex.join(command)
-    return f"interrupted; to go on:\n{joined}"
+    return f"interrupted; to go on:\n{command([*rest, '--resume', str(ended.state)], windows)}"
+
+
+def command(arguments: Sequence[str], windows: bool = os.name == "nt") -> str:
+    """What a terminal is given to start this program with these arguments.
+
+    :param windows: whether it is one of Windows
+    """
+    words = [*_launcher(windows), sys.argv[0], *arguments]
+    return " ".join(map(_windows_word, words)) if windows else shlex.join(words)
 
 
 def _launcher(windows: bool) -> list[str]:

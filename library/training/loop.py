@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from library.data.batches import Batch, Gone, Loader
 from library.options.rooms import LoopOptions
+from library.report.report import Report
 from library.training import start
 from library.training.adapter import Adapter
 from library.training.interrupts import Interrupted, Interrupts
 from library.training.losses import Losses
+from library.training.meters import Meters
 from library.training.randoms import Randoms
 from library.training.record import Record
 from library.training.samples import Samples
@@ -41,6 +43,8 @@ class TrainingLoop:
     :param position: where the training begins
     :param record: that is told of all that is logged
     :param signals: that have come
+    :param meters: of drift and of what is learnt
+    :param report: that is written anew with each round of samples
     """
 
     options: LoopOptions
@@ -60,9 +64,10 @@ class TrainingLoop:
     position: Position
     record: Record
     signals: Interrupts
+    report: Report
+    meters: Meters | None = None
     ending: int = 0  # the signal that all processes have agreed to end by
     accumulated: int = 0  # batches of the step that is under way
-    first_batch: Batch | None = None
     has_gradients: bool = False  # of the step that is under way
     non_finite: str = ""  # what was not finite in it
     non_finite_in_a_row: int = 0
@@ -78,13 +83,17 @@ class TrainingLoop:
         :raises Interrupted: when a signal has ended it, after saving
         """
         main = self.accelerator.is_local_main_process
-        total, done = self.length.steps, self.position.step
-        with tqdm(total=total, initial=done, desc="steps", disable=not main, smoothing=0.1) as self.progress:
+        done = self.position.step
+        with tqdm(
+            total=self.length.steps, initial=done, desc="steps", disable=not main, smoothing=0.1
+        ) as self.progress:
             if done == 0 and self.options.sample_at_first:
                 self._draw("000000")
             try:
-                while self.position.step < total:
+                while self.position.step < self.length.steps:
                     self._epoch()
+                if self.meters and not self.meters.at(self.position.step):  # nothing was left to do
+                    self._measure(self.meters)
             except Gone as error:
                 raise self._stopped_by(error) from error
 
@@ -129,8 +138,6 @@ class TrainingLoop:
     def _batch(self, batch: Batch) -> float:
         """Forward, backward and, where gradients are complete, the update; returns the loss over all processes."""
         self.adapter.start_step()
-        if self.first_batch is None and len(batch):
-            self.first_batch = batch
         loss = torch.zeros((), device=self.accelerator.device)
         if len(batch):
             loss = self.losses(batch, self._randoms(batch)).mean() * batch.share
@@ -186,24 +193,6 @@ class TrainingLoop:
         for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    @torch.no_grad()
-    def warn_where_nothing_moved(self) -> None:
-        """After a training: where the loss on the first batch is what it is without the adapter, noise alike."""
-        if self.first_batch is None:  # nothing was left to do
-            return
-        network, losses = self.adapter.module, []
-        training = network.training
-        network.eval()
-        for multiplier in (0.0, 1.0):
-            randoms = Randoms(self.seed, 0, range(len(self.first_batch)))
-            losses.append(float(self.losses(self.first_batch, randoms, multiplier=multiplier).mean()))
-        network.train(training)
-        if abs(losses[1] - losses[0]) <= 1e-6 * abs(losses[0]):
-            logger.warning(
-                f"the adapter does not change the loss on the first batch, {losses[0]:.6f}: nothing has been learnt. "
-                f"A higher learning rate, more steps or another --mixed_precision may help"
-            )
-
     def _count_non_finite(self) -> None:
         """Counts steps in a row with a non-finite loss or gradient; what was not finite has been left out."""
         number, what, self.non_finite = self.position.step + 1, self.non_finite, ""
@@ -224,6 +213,8 @@ class TrainingLoop:
         self._log(self._meters(loss))
         if self.ending and step < self.length.steps:  # before what may take longer than a shutdown waits
             raise Interrupted(self.ending, self.saves.interrupted(self.position), self.saves.described())
+        if self.meters and self.meters.due(step):
+            self._measure(self.meters)
         if options.sample_every_n_steps and step % options.sample_every_n_steps == 0:
             self._draw(f"{step:06d}")
         self.saves.at_step(self.position)
@@ -233,7 +224,8 @@ class TrainingLoop:
     def _show(self) -> None:
         try:
             self.progress.update()
-            self.progress.set_postfix(avr_loss=f"{self.average_loss:.4f}", **self._memory())
+            shown = self.meters.shown() if self.meters else {}
+            self.progress.set_postfix(avr_loss=f"{self.average_loss:.4f}", **shown, **self._memory())
         except OSError:  # a terminal that is gone, a full disk behind 2> FILE
             self.progress.disable = True
 
@@ -242,13 +234,14 @@ class TrainingLoop:
         if options.validate_every_n_epochs is None or epoch % options.validate_every_n_epochs == 0:
             self._validate("epoch")
         self._log({"loss/epoch_average": self.average_loss})
-        self.saves.at_epoch(self.position)
         if options.sample_every_n_epochs and epoch % options.sample_every_n_epochs == 0:
             self._draw(f"e{epoch:06d}")
+        self.saves.at_epoch(self.position)  # behind the samples, which files show
 
     def _draw(self, label: str) -> None:
         with self.evaluated():
             self.samples.draw(label, self.position.step)
+        self.report.write()
 
     def _validate(self, when: str) -> None:
         """Under sd-scripts' names."""
@@ -260,6 +253,19 @@ class TrainingLoop:
         values = {"average": found, "divergence": found - self.average_loss}
         named = {f"loss/validation/{when}_{key}": value for key, value in values.items()}
         self._log(named)
+
+    def _measure(self, meters: Meters) -> None:
+        """Drift and what is learnt; a drift that is too large makes this step the last one."""
+        step = self.position.step
+        with self.evaluated():
+            found = meters.measure(step)
+        self._log(found.logged())
+        for line in meters.watch.lines(found):
+            logger.warning(line)
+        most = meters.stop_at_drift
+        if most is not None and found.drift >= most and step < self.length.steps:
+            logger.info(f"step {step}: the drift is {found.drift:.3f}; --stop_at_drift {most:g} ends the training here")
+            self.length = self.saves.length = self.report.length = Length(step, self.position.epoch)
 
     def _log(self, values: dict[str, float]) -> None:
         self.record.log(values, self.position.step)

@@ -37,16 +37,18 @@ class Losses:
     preservation: PreservationOptions
     accelerator: Accelerator
 
-    def __call__(self, batch: Batch, randoms: Randoms, timestep: int | None = None, multiplier: float = 1.0) -> Tensor:
+    def __call__(
+        self, batch: Batch, randoms: Randoms, at: Sequence[int] | None = None, multiplier: float = 1.0
+    ) -> Tensor:
         """(b,), float32, with gradients.
 
         :param randoms: of the batch's pictures
-        :param timestep: of all of them; None to draw them
+        :param at: their timesteps, to measure; None to draw them
         :param multiplier: a factor of the adapter's own
         """
         device, strength = self.accelerator.device, batch.multiplier * multiplier
-        latents, sizes = self._latents(batch, randoms), batch.sizes.to(device)
-        timesteps = None if timestep is None else torch.full((len(latents),), timestep)
+        latents, sizes = self.latents(batch, randoms), batch.sizes.to(device)
+        timesteps = None if at is None else torch.tensor(at)
         noised, asked = self.objective.draw(randoms, latents, timesteps), Asked(batch.captions, batch.inputs)
         if batch.preserved:
             own, target = self._own_answer(noised, asked, sizes), noised.target.clone()
@@ -55,21 +57,26 @@ class Losses:
         self.adapter.set_multiplier(strength)
         randoms.seed_torch()  # for dropout
         masks = None if batch.masks is None else batch.masks.to(device)
-        losses = self.objective.loss(noised, self._predicted(noised, asked, sizes), masks)
+        losses = self.objective.loss(noised, self.predicted(noised, asked, sizes), masks)
         if batch.weights is not None:
             losses = losses * batch.weights.to(device)
-        if timestep is None and self.preservation.diff_output_preservation_class is not None:
+        if at is None and self.preservation.diff_output_preservation_class is not None:
             losses = losses + self._of_the_class(noised, asked, sizes, strength)
         return losses
 
-    def _latents(self, batch: Batch, randoms: Randoms) -> Tensor:
+    def latents(self, batch: Batch, randoms: Randoms) -> Tensor:
+        """(b, c, h, w), float32, on the training's device."""
         device = self.accelerator.device
         if batch.latents is not None:
             return batch.latents.to(device)
         assert batch.pixels is not None
         return self.model.encode_image(batch.pixels.to(device), randoms.generators(Purpose.LATENTS)).float()
 
-    def _predicted(self, noised: Noised, asked: Asked, sizes: Tensor) -> Tensor:
+    def predicted(self, noised: Noised, asked: Asked, sizes: Tensor) -> Tensor:
+        """(b, c, h, w), the model's answer, with the adapter as it is.
+
+        :param sizes: (b, 6), see `Batch`
+        """
         with self.accelerator.autocast():
             return self.model.predict(noised.noisy, noised.timesteps, self.texts(*asked), sizes)
 
@@ -77,7 +84,7 @@ class Losses:
     def _own_answer(self, noised: Noised, asked: Asked, sizes: Tensor) -> Tensor:
         """(b, c, h, w), what the model answers without its adapter, text encoders included."""
         self.adapter.set_multiplier(0.0)
-        return self.objective.answer(noised, self._predicted(noised, asked, sizes).float())
+        return self.objective.answer(noised, self.predicted(noised, asked, sizes).float())
 
     def _of_the_class(self, noised: Noised, asked: Asked, sizes: Tensor, strength: float) -> Tensor:
         """(b,), what it costs that captions with the class's words in place of the trigger's are answered otherwise
@@ -90,7 +97,7 @@ class Losses:
             of_class = Asked(list(found.values()), inputs)
             own = self._own_answer(some, of_class, sizes[which])
             self.adapter.set_multiplier(strength)
-            answered = self._predicted(some, of_class, sizes[which])
+            answered = self.predicted(some, of_class, sizes[which])
             cost = self.objective.loss(replace(some, target=own), answered)
             losses = losses.index_add(0, torch.tensor(which, device=losses.device), cost)
         return losses * self.preservation.diff_output_preservation_multiplier

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import mimetypes
+import logging
 import time
 from pathlib import Path
 
@@ -12,12 +11,14 @@ from library.data import captions, described
 from library.data.plan import Plan, pictures
 from library.models.family import Family
 from library.options.rooms import Run
-from library.training import optimizers, schedules
+from library.training import optimizers, schedules, sharing
 from library.training.adapter import Adapter
 from library.training.objective import FLOW_ONLY
 from library.training.state import Length
-from networks.deft_config import DeftError, reason_of
+from networks.deft_pictures import COVER, THUMBNAIL
 from networks.deft_progress import Bar
+
+logger = logging.getLogger(__name__)
 
 _ALWAYS = (
     "ss_v2",
@@ -30,7 +31,8 @@ _ALWAYS = (
 
 
 def of_training(run: Run, model: Family, adapter: Adapter, plan: Plan, length: Length, seed: int) -> dict[str, str]:
-    """The fields that are known before the first step; with --no_metadata, those alone that clients need.
+    """The fields that are known before the first step; with --no_metadata, those alone that clients need, and what the
+    author says: nothing is taken from captions and samples.
 
     :param run: its objective with what the model's family decides
     :raises DeftError: when the thumbnail cannot be read
@@ -57,30 +59,32 @@ def of_training(run: Run, model: Family, adapter: Adapter, plan: Plan, length: L
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
-    if "modelspec.thumbnail" in fields:
-        fields["modelspec.thumbnail"] = _data_url(str(fields["modelspec.thumbnail"]))
+    if (run.objective.min_timestep, run.objective.max_timestep) != (0, 1000):
+        fields["modelspec.timestep_range"] = f"{run.objective.min_timestep},{run.objective.max_timestep}"
+    if THUMBNAIL in fields:
+        fields |= sharing.thumbnail_fields(str(fields[THUMBNAIL]))
     if run.saves.no_metadata:
-        fields = {key: value for key, value in fields.items() if key in _ALWAYS or key.startswith("modelspec.")}
-    elif model.path.is_file():
+        kept = (*_ALWAYS, COVER)
+        return {key: str(value) for key, value in fields.items() if key in kept or key.startswith("modelspec.")}
+    if sharing.TRIGGER not in fields:
+        fields |= _trigger(plan, run.preservation.trigger_word)
+    if model.path.is_file():
         fields["ss_new_sd_model_hash"] = sha256_of(model.path)
     return {key: str(value) for key, value in fields.items()}
+
+
+def _trigger(plan: Plan, trigger_word: str | None) -> dict[str, str]:
+    found, source = sharing.trigger_of(plan, trigger_word)
+    if not found:
+        return {}
+    logger.info(f"trigger: '{found}', from {source}; --metadata_trigger_phrase says another")
+    return {sharing.TRIGGER: found}
 
 
 def _dropped(model: Family, plan: Plan) -> dict[str, str]:
     """The share of conditions that is left out, where nothing was asked for, too; several where subsets differ."""
     shares = {captions.condition_dropout(one.subset.captions, model.takes_pictures) for one in pictures(plan)}
     return {"ss_condition_dropout_prob": ", ".join(map(str, sorted(shares)))} if model.takes_pictures else {}
-
-
-def _data_url(picture: str) -> str:
-    """Of a picture's file, as ModelSpec has thumbnails; a data URL as it is."""
-    if picture.startswith("data:"):
-        return picture
-    try:
-        content = base64.b64encode(Path(picture).read_bytes()).decode()
-    except OSError as error:
-        raise DeftError(f"--metadata_thumbnail {picture}: {reason_of(error)}") from None
-    return f"data:{mimetypes.guess_type(picture)[0] or 'image/jpeg'};base64,{content}"
 
 
 def sha256_of(path: Path) -> str:

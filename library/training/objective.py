@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -41,7 +40,6 @@ FLOW_ONLY = (
 
 _OF_THE_FAMILY = ("timestep_sampling", "model_prediction_type")  # where they are not given
 _LARGEST_SNR = 1000.0  # in weights that divide by it; sd-scripts' bound
-_VALIDATION_TIMESTEPS = 4
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ class Objective(ABC):
 
     @property
     @abstractmethod
-    def validation_timesteps(self) -> list[int]:
-        """Where a validation measures, evenly spaced."""
+    def bounds(self) -> tuple[int, int]:
+        """Of the timesteps that are trained at."""
 
     def draw(self, randoms: Randoms, latents: Tensor, timesteps: Tensor | None = None) -> Noised:
         """Latents (b, c, h, w) with random noise.
@@ -172,13 +170,9 @@ class Diffusion(Objective):
             raise DeftError("--v_pred_like_loss: this model predicts velocity anyway; leave it out")
 
     @property
-    def _range(self) -> tuple[int, int]:
-        return self.options.min_timestep, min(self.options.max_timestep, self.steps)
-
-    @property
-    def validation_timesteps(self) -> list[int]:
+    def bounds(self) -> tuple[int, int]:
         """See `Objective`."""
-        return _between(*self._range)
+        return self.options.min_timestep, min(self.options.max_timestep, self.steps)
 
     def at(self, latents: Tensor, noise: Tensor, timesteps: Tensor, noise_in: Tensor | None = None) -> Noised:
         """See `Objective`."""
@@ -218,7 +212,7 @@ class Diffusion(Objective):
         return noise / noise.std()
 
     def _timesteps(self, randoms: Randoms, latents: Tensor) -> Tensor:
-        low, high = self._range
+        low, high = self.bounds
         return randoms.integers(Purpose.TIMESTEPS, low, max(high, low + 1))  # both alike: always that one
 
     def _weights(self, timesteps: Tensor) -> Tensor:
@@ -264,9 +258,9 @@ class Flow(Objective):
         self.shifting = FlowMatchEulerDiscreteScheduler(time_shift_type="linear" if linear else "exponential")
 
     @property
-    def validation_timesteps(self) -> list[int]:
-        """See `Objective`; sd-scripts measures at random ones."""
-        return _between(0, self.steps)
+    def bounds(self) -> tuple[int, int]:
+        """See `Objective`."""
+        return 0, self.steps
 
     def at(self, latents: Tensor, noise: Tensor, timesteps: Tensor, noise_in: Tensor | None = None) -> Noised:
         """See `Objective`."""
@@ -375,7 +369,3 @@ def without_effect(options: ObjectiveOptions, flow: bool) -> Iterator[str]:
 def _each(values: Tensor) -> Tensor:
     """(b,) as factors of (b, c, h, w)."""
     return values.view(-1, 1, 1, 1)
-
-
-def _between(low: int, high: int) -> list[int]:
-    return np.linspace(low, high, _VALIDATION_TIMESTEPS + 2, dtype=int)[1:-1].tolist()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from networks.deft_config import DeftError, read_text, reason_of
 
@@ -18,16 +19,35 @@ FILE = "record.json"
 POINTS = 1000  # of a curve at least, where there were so many; at most twice as many are kept
 
 
+class Reading(NamedTuple):
+    """What the meters show at a step."""
+
+    step: int
+    drift: float
+    learnt: float
+
+    def logged(self) -> dict[str, float]:
+        """Under the names of the logs."""
+        return {"meter/drift": self.drift, "meter/learnt": self.learnt}
+
+    def fields(self) -> dict[str, str]:
+        """Of a file's metadata."""
+        return {"ss_meter_drift": f"{self.drift:.5g}", "ss_meter_learnt": f"{self.learnt:.5g}"}
+
+
 @dataclass(frozen=True)
 class Saved:
     """An adapter's file, which may be gone by now.
 
     :param name: in --output_dir
+    :param drift: of `library.training.meters`, as `learnt`; None where it was not measured
     """
 
     name: str
     step: int
     epoch: int
+    drift: float | None = None
+    learnt: float | None = None
 
 
 @dataclass(frozen=True)

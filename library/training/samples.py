@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from library.prompts import Prompt
 from library.training.adapter import Adapter
 from library.training.record import Drawn, Record
 from library.training.texts import Texts
+from library.training.validation import undisturbed
 from networks.deft_config import reason_of
 from networks.deft_progress import Bar
 
@@ -29,17 +29,13 @@ logger = logging.getLogger(__name__)
 def drawing(model: Family, adapter: Adapter, accelerator: Accelerator) -> Iterator[None]:
     """Within it, the model draws with the adapter as it is now, dropout off; the training's random numbers stay as they
     are."""
-    network, vae_device = adapter.module, model.vae.device
-    training = network.training
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    vae_device = model.vae.device
     try:
-        network.eval()
         model.vae.to(accelerator.device)
-        with torch.random.fork_rng(devices), accelerator.autocast():
+        with undisturbed(adapter.module, accelerator), accelerator.autocast():
             yield
     finally:
         model.vae.to(vae_device)
-        network.train(training)
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,9 @@ class Samples:
 
     def _draw(self, number: int, prompt: Prompt, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.adapter.set_multiplier(1.0)  # as the file is used, whatever the last batch had
         inputs = [one.to(self.accelerator.device) for one in self.inputs[number]]
-        with torch.no_grad():
-            text, negative = self.texts([prompt.text], [inputs]), self.texts([prompt.negative])
+        text, negative = self.texts([prompt.text], [inputs]), self.texts([prompt.negative])
         with Bar(prompt.steps, "drawing", "steps") as bar:
             image = self.model.draw(prompt, text, negative, prompt.sampler or self.sampler, bar, inputs)
         image.save(path)

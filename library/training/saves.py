@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from library.options.rooms import SaveOptions
 from library.training import state
 from library.training.adapter import Adapter
+from library.training.meters import Meters
 from library.training.record import Record, Saved
+from library.training.sharing import Sharing
 from library.training.state import Length, Position, Setting
 from networks.deft_config import DeftError
 
@@ -25,6 +27,21 @@ SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 # what a change may lose by being saved; rounding leaves 1e-7, 3e-4 and 2e-3 of it
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 LONG = 5.0  # seconds above which files are checked only where it is asked for
+
+
+def planned(options: SaveOptions, length: Length, an_epoch: int) -> set[int]:
+    """The steps of all saves.
+
+    :param an_epoch: steps of an epoch
+    """
+    of_epochs = range(0, length.epochs, _every_n_epochs(options, length) or length.epochs)
+    of_steps = range(0, length.steps, options.save_every_n_steps or length.steps)
+    return {*of_steps, *(epoch * an_epoch for epoch in of_epochs), length.steps} - {0}
+
+
+def _every_n_epochs(options: SaveOptions, length: Length) -> int | None:
+    ratio = options.save_n_epoch_ratio
+    return length.epochs // ratio or 1 if ratio else options.save_every_n_epochs
 
 
 class TrainingStopped(RuntimeError):
@@ -40,6 +57,9 @@ class Saves:
     :param evaluated: within which the adapter is as it is to be used
     :param length: of the whole training, whose end has files of its own
     :param record: that is told of the files
+    :param sharing: their pictures
+    :param meters: whose reading of a file's step goes into it
+    :param written: called by the main process after files were written or deleted
     """
 
     def __init__(
@@ -50,16 +70,17 @@ class Saves:
         setting: Setting,
         length: Length,
         record: Record,
+        sharing: Sharing,
         evaluated: Callable[[], AbstractContextManager[None]],
         accelerator: Accelerator,
+        meters: Meters | None = None,
+        written: Callable[[], None] = lambda: None,
     ):
         self.options, self.folder, self.name = options, Path(options.output_dir), options.output_name
         self.dtype, self.adapter, self.metadata = SAVE_DTYPES[options.save_precision], adapter, metadata
         self.setting, self.length, self.record = setting, length, record
-        self.evaluated, self.accelerator = evaluated, accelerator
-        self.every_n_epochs = options.save_every_n_epochs
-        if options.save_n_epoch_ratio:
-            self.every_n_epochs = length.epochs // options.save_n_epoch_ratio or 1
+        self.sharing, self.evaluated, self.accelerator, self.meters = sharing, evaluated, accelerator, meters
+        self.written, self.every_n_epochs = written, _every_n_epochs(options, length)
         self.verifies = True
         self.last_good: Path | None = None
         self.last_state = None if options.resume is None else Path(options.resume)
@@ -111,9 +132,12 @@ class Saves:
         if self.options.save_state or self.options.save_state_on_train_end:
             self._tried(self._write_state, self.name, position)
         try:
-            return self._write(self.name, position)
+            file = self._write(self.name, position)
         except DeftError as error:
             raise TrainingStopped(f"{error}; {self.described()}") from error
+        if self.accelerator.is_main_process:
+            self.sharing.beside({file: position.step})
+        return file
 
     def _of_epoch(self, epoch: int) -> str:
         return f"{self.name}-{epoch:06d}"
@@ -141,6 +165,7 @@ class Saves:
                 (self.folder / f"{name_of(old)}.safetensors").unlink(missing_ok=True)
             if state_saved and old_state > 0:
                 shutil.rmtree(self.folder / f"{name_of(old_state)}-state", ignore_errors=True)
+            self.written()
 
     @staticmethod
     def _tried(write: Callable[[str, Position], Path], name: str, position: Position) -> Path | None:
@@ -153,16 +178,21 @@ class Saves:
 
     def _write(self, name: str, position: Position) -> Path:
         path = self.folder / f"{name}.safetensors"
+        reading = self.meters.at(position.step) if self.meters else None
         if self.accelerator.is_main_process:
             now = {"ss_steps": position.step, "ss_epoch": position.epoch, "ss_training_finished_at": time.time()}
             fields = {**self.metadata, **{key: str(value) for key, value in now.items()}}
+            fields |= self.sharing.cover(path.name, position.step)
+            if reading and not self.options.no_metadata:
+                fields |= reading.fields()
             with self.evaluated():
                 self.adapter.save(path, self.dtype, fields)
                 if self.verifies:
                     self._verify(path)
             logger.info(f"saved {path}")
         self.last_good = path
-        self.record.saved(Saved(path.name, position.step, position.epoch))
+        measured = (reading.drift, reading.learnt) if reading else ()
+        self.record.saved(Saved(path.name, position.step, position.epoch, *measured))
         return path
 
     def _verify(self, path: Path) -> None:

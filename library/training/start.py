@@ -47,7 +47,7 @@ def log_messages(options: LogOptions) -> None:
             raise DeftError(f"--console_log_file {options.console_log_file}: {reason_of(error)}") from None
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", **where)
     logging.getLogger().setLevel(options.console_log_level if is_main_process() else logging.ERROR)
-    for chatty in ("httpx", "PIL", "diffusers", "transformers", "accelerate"):
+    for chatty in ("httpx", "PIL", "diffusers", "transformers", "accelerate", "torchao"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
 
 

@@ -3,15 +3,72 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import nn
 
-from library.data.batches import Loader
+from library.data.batches import Batch, Loader
 from library.training.adapter import Adapter
 from library.training.losses import Losses
+from library.training.objective import Objective
 from library.training.randoms import Randoms
 from networks.deft_progress import Bar
+
+TIMESTEPS = 4  # that every picture is measured at
+
+
+class Question(NamedTuple):
+    """A batch with the noise and the timesteps at which it is measured.
+
+    :param timesteps: of each picture
+    """
+
+    batch: Batch
+    randoms: Randoms
+    timesteps: Sequence[int]
+
+
+@contextmanager
+def undisturbed(network: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Within it dropout is off and nothing learns; the training's random numbers stay as they are."""
+    training, device = network.training, accelerator.device
+    try:
+        network.eval()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            yield
+    finally:
+        network.train(training)
+
+
+def losses_of(questions: Iterable[Question], losses: Losses, bar: Bar, multiplier: float = 1.0) -> list[float]:
+    """Of every picture of the questions; within `undisturbed`.
+
+    :param bar: that counts the questions
+    :param multiplier: a factor of the adapter's own
+    """
+    found: list[float] = []
+    for batch, randoms, timesteps in questions:
+        found += losses(batch, randoms, timesteps, multiplier).tolist()
+        bar.add(1)
+    return found
+
+
+def ratio(sums: Sequence[float], accelerator: Accelerator) -> float:
+    """Of two sums over all processes, the first by the second; 0 where that is 0. Every process has to call."""
+    over_all = accelerator.reduce(torch.tensor(sums, dtype=torch.float32, device=accelerator.device))
+    one, other = over_all.tolist()
+    return one / other if other else 0.0
+
+
+def validated(objective: Objective) -> list[int]:
+    """The timesteps of a validation, sd-scripts' four; those of flow matching, which it draws, likewise."""
+    return np.linspace(*objective.bounds, TIMESTEPS + 2, dtype=int)[1:-1].tolist()
 
 
 @dataclass(frozen=True)
@@ -27,26 +84,21 @@ class Validation:
     seed: int
     batches: int | None
 
-    @torch.no_grad()
     def measure(self) -> float:
         """The mean over pictures and fixed timesteps; every process has to call."""
-        accelerator, network = self.losses.accelerator, self.adapter.module
-        training, total = network.training, torch.zeros(2, dtype=torch.float64)  # of losses, and how many
-        network.eval()
-        timesteps = self.losses.objective.validation_timesteps
-        number = min(self.batches or len(self.loader), len(self.loader))
-        with Bar(number * len(timesteps), "validating") as bar, torch.random.fork_rng(_devices(accelerator.device)):
-            for i, batch in enumerate(itertools.islice(self.loader.epoch(1), number)):
-                first = (i * accelerator.num_processes + accelerator.process_index) * self.loader.batch_size
-                for timestep in timesteps if len(batch) else ():
-                    randoms = Randoms(self.seed, timestep, range(first, first + len(batch)))
-                    losses = self.losses(batch, randoms, timestep)
-                    total += torch.tensor([float(losses.double().sum()), len(batch)])
-                    bar.add(1)
-        network.train(training)
-        summed, pictures = accelerator.reduce(total.float().to(accelerator.device)).tolist()
-        return summed / pictures
+        accelerator, number = self.losses.accelerator, self._number
+        with Bar(number * TIMESTEPS, "validating") as bar, undisturbed(self.adapter.module, accelerator):
+            found = losses_of(self._questions(), self.losses, bar)
+        return ratio((sum(found), len(found)), accelerator)
 
+    @property
+    def _number(self) -> int:
+        return min(self.batches or len(self.loader), len(self.loader))
 
-def _devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
+    def _questions(self) -> Iterator[Question]:
+        loader, timesteps = self.loader, validated(self.losses.objective)
+        for i, batch in enumerate(itertools.islice(loader.epoch(1), self._number)):
+            first = (i * loader.processes + loader.process) * loader.batch_size
+            for timestep in timesteps if len(batch) else ():
+                randoms = Randoms(self.seed, timestep, range(first, first + len(batch)))
+                yield Question(batch, randoms, [timestep] * len(batch))

@@ -1,0 +1,75 @@
+"""A frozen denoiser whose layers are kept in 8 or 4 bits, by the packages that diffusers uses for it too."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from networks.deft_config import DeftError, reason_of
+from networks.deft_progress import Bar
+from networks.deft_targets import recognise, targets
+
+PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+
+
+def check_installed(kind: str) -> None:
+    """:raises DeftError: where the package is missing that a value of --quantize_base needs"""
+    if importlib.util.find_spec(PACKAGES[kind]) is None:
+        raise DeftError(f"--quantize_base {kind}: not installed; pip install {PACKAGES[kind]}")
+
+
+def quantise(denoiser: nn.Module, kind: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Quantises each Linear layer that can be adapted, one at a time on the device; it comes back to the CPU. Others,
+    such as those for inputs, timesteps and outputs, are few and stay as they are.
+
+    :param kind: "int8" and "fp8" (e4m3fn), with a scale a row, by torchao; "nf4", with a scale for each 64 numbers, by
+        bitsandbytes
+    :param dtype: that the layers compute in
+    :raises DeftError: where the package does not do it here
+    """
+    of_kind: dict[str, Callable[[nn.Linear, torch.dtype], nn.Module]] = {"int8": _int8, "fp8": _fp8, "nf4": _nf4}
+    paths = _adaptable(denoiser)  # and no layers, which would keep what has been replaced alive
+    with Bar(len(paths), f"quantising to {kind}", "layers") as bar:
+        for path in paths:
+            layer: Any = denoiser.get_submodule(path)
+            try:
+                found = of_kind[kind](layer.to(device, dtype), dtype).to("cpu")
+            except Exception as error:  # of many kinds: a device or a release that does not have it
+                raise DeftError(f"--quantize_base {kind}: {PACKAGES[kind]} fails here ({reason_of(error)})") from None
+            if found is not layer:
+                denoiser.set_submodule(path, found)
+            bar.add(1)
+
+
+def _adaptable(denoiser: nn.Module) -> list[str]:
+    _, part = recognise(denoiser)
+    layers = {target.layer for target in targets(denoiser, part, False, part.optional_containers)}
+    return [path for path, layer in denoiser.named_modules() if layer in layers and type(layer) is nn.Linear]
+
+
+def _int8(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
+    return layer
+
+
+def _fp8(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+    quantize_(layer, Float8WeightOnlyConfig(set_inductor_config=False))
+    return layer
+
+
+def _nf4(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit
+
+    with torch.device("meta"):
+        found = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, dtype, quant_type="nf4")
+    found.weight = type(found.weight)(layer.weight.detach(), quant_type="nf4", module=found)
+    found.bias = layer.bias
+    return found.requires_grad_(False).to(layer.weight.device)  # quantises it

@@ -1,0 +1,1 @@
+"""NAME.html: what has happened in a training, for a person to look at."""
