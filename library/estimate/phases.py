@@ -353,8 +353,7 @@ def _saved(adapter: DeftAdapter, run: Run, fields: Mapping[str, str]) -> int:
         mock.patch.object(DeftNetwork, "_check_finite", return_value=None),
         mock.patch.object(DeftNetwork, "_warn_of_nothing_learnt", return_value=None),
         mock.patch.object(DeftNetwork, "_base_metadata", return_value={}),
-        mock.patch.object(deft_io, "webui_hashes", return_value={}),
-        mock.patch.object(deft_io, "write_safetensors", written),
+        mock.patch.object(deft_io, "write_hashed", written),
         torch.no_grad(),
     ):
         adapter.save(Path(), SAVE_DTYPES[run.saves.save_precision], fields)
