@@ -25,7 +25,7 @@ from library.estimate.ledger import WORKSPACE, Ledger, Rates, Work
 from library.estimate.pretending import CARD
 from library.models.family import Family, Text
 from library.models.loading import load
-from library.options.rooms import Run
+from library.options.rooms import OptimizerOptions, Run
 from library.training import metadata
 from library.training.adapter import DeftAdapter
 from library.training.given import Given
@@ -37,14 +37,14 @@ from library.training.randoms import Randoms
 from library.training.saves import SAVE_DTYPES
 from library.training.state import Length
 from library.training.texts import Texts
-from networks import deft, deft_io, deft_math
+from networks import deft, deft_factors, deft_io, deft_math
 from networks.deft import DeftNetwork
 from networks.deft_module import DeftModule
 from networks.deft_progress import Bar
 
 LATENTS, TEXTS, TRAINING, SAMPLES = "caching latents", "caching texts", "training", "samples"
 PHASES = (LATENTS, TEXTS, TRAINING, SAMPLES)
-_DRAWN = 2  # steps of a sample that are looked at: the later ones are as these
+_DRAWN = 1  # steps of a sample that are looked at: the later ones are as this
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class _Trial:
         self.modules = len(modules)
         with mock.patch.object(metadata, "sha256_of", return_value="0" * 64):  # of the model's file, which takes long
             self.fields = metadata.of_training(run, model, self.adapter, given.plan, length, 0)
-        self.file = self.parameters = self.state = 0
+        self.file = _saved(self.adapter, run, self.fields)
+        self.parameters = self.state = 0
         self.batch_of = _largest(given.plan)
         self.passes = {LATENTS: self.latents, TEXTS: self.encode, TRAINING: self.step, SAMPLES: self.draw}
         self.kept: Text = {}
@@ -201,20 +202,36 @@ class _Trial:
         groups, _ = adapter.groups(run.optimizer)
         trained = list(adapter.parameters())
         self.parameters = sum(one.numel() for one in trained)
-        self.file = _saved(adapter, run, self.fields)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda one: ledger.claim("gradients", _given([one.grad])))
-        self.update = update = _optimizer(run, groups, trained, ledger)  # whose state stays for what follows
-        self.state = sum(one.numel() * one.element_size() for one in _tensors(network)) + update.bytes
-        ledger.start()
+        self.state = sum(one.numel() * one.element_size() for one in _tensors(network))
+        self.state += self._optimized(groups, trained)
         losses = Losses(model, adapter, self._texts(), self.objective, run.preservation, self.process)
         batch = self.batch_of.batch(model)
         adapter.start_epoch()
         network.on_step_start(model.text_encoders, model.denoiser)
         losses(batch, Randoms(0, 0, range(len(batch)))).mean().backward()
-        if run.loop.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(trained, run.loop.max_grad_norm)
-        update()
+        for parameter in trained:
+            parameter.grad = None
+
+    def _optimized(self, groups: list[dict[str, Any]], trained: list[nn.Parameter]) -> int:
+        """Bytes of the optimizer's state, which stays: that of its own first step, or where its kernels read memory, as
+        those of 8 bits, as many bytes."""
+        options = self.run.optimizer
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        if "8bit" in options.optimizer_type.lower():
+            size = int(sum(one.numel() for one in trained) * _bytes_a_number(options))
+            self.kept_state = [torch.empty(size, dtype=torch.uint8, device=CARD)]
+        else:
+            optimizer = optimizer_of(options, groups)
+            optimizer.step()
+            leaves = [leaf for state in optimizer.state.values() for leaf in torch.utils._pytree.tree_leaves(state)]
+            self.kept_state = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for parameter in trained:
+            parameter.grad = None
+        self.ledger.claim("optimizer state", self.kept_state)
+        return sum(one.numel() * one.element_size() for one in self.kept_state)
 
     def draw(self) -> None:
         """The largest sample, in fewer steps."""
@@ -353,6 +370,10 @@ def _saved(adapter: DeftAdapter, run: Run, fields: Mapping[str, str]) -> int:
         mock.patch.object(DeftNetwork, "_check_finite", return_value=None),
         mock.patch.object(DeftNetwork, "_warn_of_nothing_learnt", return_value=None),
         mock.patch.object(DeftNetwork, "_base_metadata", return_value={}),
+        mock.patch.object(DeftModule, "lora_factors", _factors),
+        mock.patch.object(deft_factors, "balancing_exponent", return_value=0),
+        mock.patch.object(deft_io, "_for_file", lambda tensor, dtype: tensor.to(dtype)),
+        torch.device("meta"),
         mock.patch.object(deft_io, "write_hashed", written),
         torch.no_grad(),
     ):
@@ -360,45 +381,19 @@ def _saved(adapter: DeftAdapter, run: Run, fields: Mapping[str, str]) -> int:
     return sizes[0]
 
 
-class _optimizer:
-    """Its step, with its state in place: the real one's, or where that needs values, as many bytes."""
-
-    def __init__(self, run: Run, groups: list[dict[str, Any]], trained: list[nn.Parameter], ledger: Ledger):
-        self.trained, self.optimizer, self.kept = trained, None, []
-        try:
-            self.optimizer = optimizer_of(run.optimizer, groups)
-            for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
-            self()
-            states = [
-                value for state in self.optimizer.state.values() for value in torch.utils._pytree.tree_leaves(state)
-            ]
-            self.kept = [value for value in states if isinstance(value, Tensor)]
-        except Exception:  # kernels that read memory, as those of 8 bits
-            self.optimizer = None
-            number = sum(one.numel() for one in trained)
-            self.kept = [torch.empty(int(number * _bytes_a_number(run)), dtype=torch.uint8, device=CARD)]
-        for parameter in trained:
-            parameter.grad = None
-        ledger.claim("optimizer state", self.kept)
-        self.bytes = sum(one.numel() * one.element_size() for one in self.kept)
-
-    def __call__(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.step()
-        for parameter in self.trained:
-            parameter.grad = None
+def _factors(module: DeftModule) -> tuple[Tensor, Tensor]:
+    """`lora_factors` without what it computes."""
+    m, n = module.target.shape[:2]
+    return torch.empty(m, module.rank), torch.empty(module.rank, n)
 
 
-def _bytes_a_number(run: Run) -> float:
-    """That an optimizer keeps for each number it trains, as a small one of the same class says."""
-    eight_bit = "8bit" in run.optimizer.optimizer_type.lower()
+def _bytes_a_number(options: OptimizerOptions) -> float:
+    """That an optimizer of 8 bits keeps for each number it trains, as a small one of the same class says: a byte for
+    each of its averages, and for blocks of 256 a factor in float32 (bitsandbytes)."""
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
-        state = on_trial(run.optimizer).state
+        state = on_trial(options).state
     leaves = [value for one in state.values() for value in torch.utils._pytree.tree_leaves(one)]
-    averages = [value for value in leaves if isinstance(value, Tensor) and value.numel() == 4]
-    # in 8 bits, blocks of 256 numbers share a factor in float32 (bitsandbytes); small tensors stay in float32
-    return sum(1 + 4 / 256 if eight_bit else value.element_size() for value in averages)
+    return sum(1 + 4 / 256 for value in leaves if isinstance(value, Tensor) and value.numel() == 4)
 
 
 def _not_shown(image: Tensor, output_type: str = "pil", **_: Any) -> Any:
