@@ -191,7 +191,7 @@ def randomly(part: nn.Module) -> None:
             weight.fill_(1.0)
 
 
-def measured(arguments: list[str], tiny: bool) -> dict[str, Any]:
+def measured(arguments: list[str]) -> dict[str, Any]:
     """A real training's peaks."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -201,8 +201,7 @@ def measured(arguments: list[str], tiny: bool) -> dict[str, Any]:
     peaks, start = Peaks(), time.perf_counter()
     peaks.end("before")
     with ExitStack() as stack:
-        if not tiny:
-            stack.enter_context(mock.patch.object(train_network_deft, "load", made))
+        stack.enter_context(mock.patch.object(train_network_deft, "load", made))
         for patch in (
             peaks.around(prepare, "read_pictures", phases.LATENTS),
             peaks.around(Texts, "keep", phases.TEXTS),
@@ -245,9 +244,9 @@ def estimated(arguments: list[str]) -> dict[str, Any]:
 def tried(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return call()
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # SystemExit too: the other cases go on
-        if isinstance(error, KeyboardInterrupt):
-            raise
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"[:2000], "trace": traceback.format_exc()[-3000:]}
 
@@ -278,7 +277,7 @@ def main() -> None:
                 model=model, images=images, out=out, pixels=pixels, prompts=prompts, steps=STEPS
             )
             found: dict[str, Any] = {"options": options, "pixels": pixels}
-            found["measured"] = tried(lambda words=words: measured(words.split(), args.tiny))
+            found["measured"] = tried(lambda words=words: measured(words.split()))
             found["estimated"] = tried(lambda words=words: estimated(words.split()))
             shown = found["measured"].get("peaks_mib", {}), found["estimated"].get("peaks_mib", {})
             found["estimated_of_measured"] = {
