@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch.utils.data import Dataset
+
 import library
 
 if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "library":
@@ -18,8 +20,10 @@ if Path(library.__path__[0]).resolve() != Path(__file__).resolve().parent / "lib
 
 from library.data import advice
 from library.data.advice import Facts
+from library.data.batches import Loader
 from library.data.plan import divided, pictures
 from library.estimate import page, phases, rates, relief
+from library.models.family import Family
 from library.models.loading import load
 from library.options.parse import parse
 from library.options.rooms import Run
@@ -27,10 +31,11 @@ from library.report.report import Report
 from library.report.told import Told
 from library.training import given, inputs, interrupts, metadata, meters, naming, prepare, preview, start, state
 from library.training.adapter import AdapterOf, DeftAdapter, merge_base
+from library.training.given import Given
 from library.training.interrupts import EndedAtOnce, Interrupted, Interrupts
 from library.training.loop import TrainingLoop
 from library.training.losses import Losses
-from library.training.objective import objective_of
+from library.training.objective import Objective, objective_of
 from library.training.optimizers import evaluated, optimizer_of
 from library.training.record import Record
 from library.training.samples import Samples
@@ -78,15 +83,36 @@ def dry_run(run: Run) -> None:
     """
     start.log_messages(run.logs)
     files = given.read(run)
-    if not start.is_main_process():
+    accelerator, seed = start.accelerator_of(run.process, run.logs)
+    model = phases.empty_model(run)
+    objective = _objective(run, files, model)
+    if not accelerator.is_main_process:
         return
-    trained, _ = divided(files.plan, run.process.seed or 0)
-    batches = sum(sum(dataset.batches().values()) for dataset in trained)
-    length = Length.of(run.loop, batches)
+    files = replace(files, plan=prepare.readable(run.data, files.plan))
+    trained, _ = divided(files.plan, seed)
+    accumulated, processes = run.loop.gradient_accumulation_steps, accelerator.num_processes
+    length = Length.of(run.loop, len(Loader(trained, Dataset(), seed, 0, processes, accumulated)))
+    if run.saves.resume and files.resumed:
+        given.check_left(run, files.resumed[0], length.steps)
     found = rates.measured(prepare.WEIGHT_DTYPES[run.process.mixed_precision])
-    estimate = phases.estimate(run, files, found, length, _drawings(run, length))
-    for line in page.lines(run, files, estimate, found, length):
+    run = replace(run, objective=objective.options)
+    estimate = phases.estimate(run, replace(files, plan=trained), model, found, length, _drawings(run, length))
+    for line in page.lines(run, files, estimate, found, length, _drawings(run, length)):
         print(line)
+    start.end_trackers(accelerator)
+
+
+def _objective(run: Run, files: Given, model: Family) -> Objective:
+    """What is trained towards, once the options and files have been held against the model.
+
+    :raises DeftError: for what the model's family does not do, and for sizes that it cannot have
+    """
+    objective = objective_of(run.objective, model)
+    prepare.check_text_encoders(model, run.network, run.data.caches)
+    prepare.check_sizes(files.plan, model.multiple_of)
+    prepare.tell_what_is_cut(model, files.texts())
+    prepare.tell_what_is_rounded(model, files.samples)
+    return objective
 
 
 def _drawings(run: Run, length: Length) -> int:
@@ -102,11 +128,8 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
     accelerator, seed = start.accelerator_of(run.process, run.logs)
     dtype = prepare.WEIGHT_DTYPES[run.process.mixed_precision]
     model = load(run.model, dtype)
-    objective, texts = objective_of(run.objective, model), Texts(model, accelerator)
+    objective, texts = _objective(run, files, model), Texts(model, accelerator)
     run = replace(run, objective=objective.options)
-    prepare.check_text_encoders(model, run.network, run.data.caches)
-    prepare.tell_what_is_cut(model, files.texts())
-    prepare.tell_what_is_rounded(model, files.samples)
 
     with relief.told(run, files, "caching latents", lambda: "nothing is trained yet"):
         shown = inputs.encoded(files.samples, model, run.data, accelerator.device)

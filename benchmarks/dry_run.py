@@ -225,7 +225,7 @@ def estimated(arguments: list[str]) -> dict[str, Any]:
     start, run = time.perf_counter(), parse(arguments)
     files = given.read(run)
     found = rates.measured(prepare.WEIGHT_DTYPES[run.process.mixed_precision])
-    result = phases.estimate(run, files, found, Length(run.loop.max_train_steps, 1))
+    result = phases.estimate(run, files, phases.empty_model(run), found, Length(run.loop.max_train_steps, 1))
     training = next(phase for phase in result.phases if phase.name == phases.TRAINING)
     return {
         "peaks_mib": {phase.name: round(phase.peak / 2**20) for phase in result.phases},
@@ -235,8 +235,8 @@ def estimated(arguments: list[str]) -> dict[str, Any]:
             "tflop": {str(dtype): round(number / 1e12, 3) for dtype, number in training.work.flops.items()},
             "gbytes": round(training.work.bytes / 1e9, 2),
         },
-        "rates": {"flops": {str(k): v for k, v in found.flops.items()}, "bytes": found.bytes,
-                  "operations": found.operations},
+        "rates": found and {"flops": {str(k): v for k, v in found.flops.items()}, "bytes": found.bytes,
+                            "operations": found.operations},
         "file_bytes": result.file, "parameters": result.parameters, "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pytest
 import torch
 
 from library.estimate import page, pretending
@@ -50,3 +52,21 @@ def test_the_page_is_what_the_training_does(run, tmp_path, capsys, caplog):
     written = (tmp_path / "out" / "cat.safetensors").stat().st_size
     assert page._size(round(written)).split()[1] == size.split()[1]
     assert abs(float(page._size(written).split()[0]) / float(size.split()[0]) - 1) < 0.01
+
+
+def test_what_is_cast_is_what_torch_casts():
+    """torch's own header, which its wheels hold, says what autocast does on CUDA."""
+    header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+    if not header.exists():
+        pytest.skip("a torch without headers")
+    text = header.read_text(encoding="utf-8")
+    for ours, macro in (
+        (pretending.LOWER, "LOWER_PRECISION_FP"), (pretending.FULL, "FP32"),
+        (pretending.FULL_RESULT, "FP32_SET_OPT_DTYPE"),
+    ):  # fmt: skip
+        lines = re.search(rf"#define AT_FORALL_{macro}\(_\)((?:.*\\\n)*.*\n)", text)[1]
+        theirs = set(re.findall(r"_\((\w+)", lines))
+        public = {name for name in theirs if hasattr(torch, name) or hasattr(torch.nn.functional, name)}
+        assert {n for n in ours if not n.startswith("__")} - {"interpolate", "norm"} == {
+            n for n in public if n[0] != "_"
+        }

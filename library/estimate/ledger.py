@@ -55,10 +55,10 @@ class Rates:
 class Ledger(TorchDispatchMode):
     """Within it, everything that is made on `CARD` is counted until it is gone; see `pretending.card`.
 
-    :param rates: of a card
+    :param rates: of a card; None where its work is not asked for
     """
 
-    def __init__(self, rates: Rates):
+    def __init__(self, rates: Rates | None):
         super().__init__()
         self.rates, self.work = rates, Work()
         self.now: Counter[str] = Counter()
@@ -96,8 +96,8 @@ class Ledger(TorchDispatchMode):
         if packet in (torch.ops.aten.any, torch.ops.aten.all):
             for one in made:
                 one.is_all = packet is torch.ops.aten.all  # type: ignore[attr-defined]
-        if not func.is_view:
-            self._work_of(func, args, kwargs, result, made)
+        if self.rates is not None and not func.is_view:
+            self._work_of(self.rates, func, args, kwargs, result, made)
         return result
 
     def _count(self, tensor: Tensor) -> None:
@@ -131,7 +131,7 @@ class Ledger(TorchDispatchMode):
         if self.total >= self.peak:
             self.peak, self.at_peak = self.total, dict(self.now)
 
-    def _work_of(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[Tensor]) -> None:
+    def _work_of(self, rates: Rates, func: Any, args: Any, kwargs: Any, result: Any, made: list[Tensor]) -> None:
         read = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         there = [one for one in (*read, *made) if one.device == CARD]
         if not there:
@@ -141,11 +141,11 @@ class Ledger(TorchDispatchMode):
         work.bytes += moved
         work.operations += 1
         count = flop_registry.get(func._overloadpacket) or _IN_PLACE.get(func._overloadpacket)
-        seconds = moved / self.rates.bytes
+        seconds = moved / rates.bytes
         if count is not None:
             flops, dtype = int(count(*args, **kwargs, out_val=result)), made[0].dtype if made else there[0].dtype
             work.flops[dtype] += flops
-            seconds = max(seconds, flops / self.rates.flops.get(dtype, self.rates.flops[torch.float32]))
+            seconds = max(seconds, flops / rates.flops.get(dtype, rates.flops[torch.float32]))
         work.busy += seconds
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 
 import torch
 
 from library.data import plan
+from library.estimate import relief
 from library.estimate.ledger import Rates, Work
 from library.estimate.phases import Estimate
 from library.options.rooms import Run
@@ -17,10 +19,15 @@ from library.training.state import Length
 # of the time that operations would take at the rates of large products and copies: SDXL's step on an H100 takes 1.7
 # times as long, small models' more (docs/performance.md)
 SLOWEST = 3.0
+OF_CUDA = 2**29  # bytes that CUDA itself takes, about
 
 
-def lines(run: Run, given: Given, found: Estimate, rates: Rates, length: Length) -> Iterator[str]:
-    """In 80 columns."""
+def lines(run: Run, given: Given, found: Estimate, rates: Rates | None, length: Length, drawings: int) -> Iterator[str]:
+    """In 80 columns.
+
+    :param rates: of this machine's card; None where there is none
+    :param drawings: how often all samples are drawn
+    """
     pictures = list(plan.pictures(given.plan))
     sizes = {one.fit.bucket for one in pictures}
     repeated = sum(dataset.appearances for dataset in given.plan)
@@ -37,14 +44,28 @@ def lines(run: Run, given: Given, found: Estimate, rates: Rates, length: Length)
     for what, size in deciding.parts.items():
         if size > 2**20:
             yield f"  {what:<18}{_size(size):>10}"
-    yield from _beside_the_card(deciding.peak)
+    yield from _beside_the_card(deciding.peak, run, given)
     yield ""
+    caches = run.data.caches
+    yield f"host memory  {_size(found.host)} while the model is read, beside Python's own and this:"
+    for what, size, on_disk in (
+        ("latents", found.latents, caches.cache_latents_to_disk),
+        ("texts", found.texts, caches.cache_text_encoder_outputs_to_disk),
+    ):
+        if size:
+            yield f"             {what}: {_size(size)} kept {'on the disk instead' if on_disk else 'in it'}"
     files, states = saves_of(run, length)
     yield f"disk         {files} file{'s' * (files > 1)} of {_size(found.file)}, together {_size(files * found.file)}"
     if states:
         yield f"             {states} state{'s' * (states > 1)} of {_size(found.state)} each"
+    if given.samples and drawings:
+        size = 3 * drawings * sum(one.width * one.height for one in given.samples)
+        yield f"             {drawings * len(given.samples)} samples, up to {_size(size)}"
     yield ""
-    yield "time         " + ("on this machine's card" if torch.cuda.is_available() else "on this machine's processor")
+    if rates is None:
+        yield "time         not known without the GPU"
+        return
+    yield "time         on this card, by its speed in products, copies and starts"
     for phase in found.phases:
         low, high = seconds_of(phase.work, rates)
         yield f"  {phase.name:<18}{_time(low * phase.times)} to {_time(high * phase.times)}"
@@ -72,15 +93,16 @@ def saves_of(run: Run, length: Length) -> tuple[int, int]:
     return number + 1, states + bool(saves.save_state or saves.save_state_on_train_end)
 
 
-def _beside_the_card(peak: int) -> Iterator[str]:
-    if torch.cuda.is_available():
-        free, whole = torch.cuda.mem_get_info()
-        if peak > free:
-            yield f"this card has {_size(whole)}, of which {_size(free)} are free: TOO LITTLE"
-        else:
-            yield f"this card has {_size(whole)}, of which {_size(free)} are free"
-    else:
+def _beside_the_card(peak: int, run: Run, given: Given) -> Iterator[str]:
+    if not torch.cuda.is_available():
         yield "this machine has no CUDA card"
+        return
+    free, whole = torch.cuda.mem_get_info()
+    enough = peak + OF_CUDA < whole
+    yield f"this card has {_size(whole)}, {_size(free)} are free{'' if enough else ': TOO LITTLE'}"
+    if not enough:
+        names = [what for what, *_ in relief.changes(run, given)]
+        yield from textwrap.wrap(f"what would help: {', '.join([*names, 'a smaller --resolution'])}", 80)
 
 
 def _size(number: int) -> str:

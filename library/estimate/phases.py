@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -68,6 +68,9 @@ class Estimate:
     :param parameters: of it that are trained
     :param file: bytes of its tensors as they are saved
     :param state: bytes that a state holds
+    :param host: bytes of the model as it is read, all of which goes through the host's memory
+    :param latents: bytes that are cached of pictures
+    :param texts: of captions and prompts
     """
 
     phases: tuple[Phase, ...]
@@ -75,6 +78,9 @@ class Estimate:
     parameters: int
     file: int
     state: int
+    host: int
+    latents: int
+    texts: int
 
     @property
     def deciding(self) -> Phase:
@@ -96,28 +102,46 @@ class _Process:
         return torch.autocast("cuda", WEIGHT_DTYPES[self.mixed_precision])
 
 
-def estimate(run: Run, given: Given, rates: Rates, length: Length, drawings: int = 1) -> Estimate:
-    """:param length: of the whole training
+def empty_model(run: Run) -> Family:
+    """The training's, without values.
+
+    :raises DeftError: as `library.models.loading.load`
+    """
+    return load(replace(run.model, xformers=False), WEIGHT_DTYPES[run.process.mixed_precision], empty=True)
+
+
+def estimate(
+    run: Run, given: Given, model: Family, rates: Rates | None, length: Length, drawings: int = 1,
+    asked: Collection[str] = PHASES,
+) -> Estimate:  # fmt: skip
+    """:param model: of `empty_model`, which is used up
+    :param length: of the whole training
     :param drawings: how often all samples are drawn
+    :param asked: phases that are wanted; what they build upon is gone through too
     :raises Exception: of many kinds, where something cannot be done without values
     """
-    with _silence(), Bar(len(PHASES) + 1, "estimating memory and time", "phases") as bar:
-        model = load(replace(run.model, xformers=False), WEIGHT_DTYPES[run.process.mixed_precision], empty=True)
-        bar.add(1)
+    with _silence(), Bar(len(asked), "estimating memory", "phases") as bar:
         ledger = Ledger(rates)
         with _no_bars():
             trial = _Trial(run, given, model, ledger, length)
         phases = []
         with pretending.card(), ledger:
             for name, times in zip(PHASES, trial.times(length.steps, drawings), strict=True):
-                if times:
+                if times and (name in asked or name != LATENTS):
                     ledger.start()
                     with _no_bars():
                         trial.passes[name]()
                     phases.append(_phase(name, ledger, times))
-                bar.add(1)
-            trial.end()
-    return Estimate(tuple(phases), trial.modules, trial.parameters, trial.file, trial.state)
+                if name in asked:
+                    bar.add(1)
+                if name == PHASES[max(map(PHASES.index, asked))]:
+                    break
+            ledger.forget()  # what is on the card goes behind it
+    found = tuple(phase for phase in phases if phase.name in asked)
+    return Estimate(
+        found, trial.modules, trial.parameters, trial.file, trial.state, trial.host, trial.latents_kept,
+        trial.texts_kept,
+    )  # fmt: skip
 
 
 def _phase(name: str, ledger: Ledger, times: int) -> Phase:
@@ -142,7 +166,14 @@ class _Trial:
         with mock.patch.object(metadata, "sha256_of", return_value="0" * 64):  # of the model's file, which takes long
             self.fields = metadata.of_training(run, model, self.adapter, given.plan, length, 0)
         self.file = _saved(self.adapter, run, self.fields)
-        self.parameters = self.state = 0
+        self.parameters = self.state = self.texts_kept = 0
+        parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
+        self.host = sum(_bytes(one) for part in parts for one in part.parameters())
+        shown = [
+            (one.fit.bucket, 1 + one.subset.augment.flip_aug) for one in plan.pictures(given.plan) if not one.varies
+        ]
+        shown += [(one.crop.size, 1) for picture in plan.pictures(given.plan) for one in picture.inputs]
+        self.latents_kept = sum(4 * number * math.prod(_latents_of(model, *size)) for size, number in shown)
         self.batch_of = _largest(given.plan)
         self.passes = {LATENTS: self.latents, TEXTS: self.encode, TRAINING: self.step, SAMPLES: self.draw}
         self.kept: Text = {}
@@ -183,11 +214,15 @@ class _Trial:
         texts = self.batch_of.captions[:1] * self._texts_at_once
         with torch.no_grad(), self.process.autocast():
             self.kept = {name: value[:1].cpu() for name, value in self.model.encode_text(texts).items()}
+        number = len(set(self.given.texts_encoded(self.run.preservation)))
+        self.texts_kept = number * sum(map(_bytes, self.kept.values()))
         self.model.free_text_encoders()
 
     def step(self) -> None:
         """A step with the optimizer's state in place."""
         model, adapter, ledger, run = self.model, self.adapter, self.ledger, self.run
+        if model.options.quantize_base:  # a byte a number, widened while a layer's turn is, as --fp8_base has it
+            model.options = replace(model.options, fp8_base=True, quantize_base=None)
         encoders = [] if self.caches.cache_text_encoder_outputs else model.text_encoders
         for encoder in encoders:
             self._fill(encoder, "text encoders", torch.device("cpu"))
@@ -204,7 +239,7 @@ class _Trial:
         self.parameters = sum(one.numel() for one in trained)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda one: ledger.claim("gradients", _given([one.grad])))
-        self.state = sum(one.numel() * one.element_size() for one in _tensors(network))
+        self.state = sum(map(_bytes, _tensors(network)))
         self.state += self._optimized(groups, trained)
         losses = Losses(model, adapter, self._texts(), self.objective, run.preservation, self.process)
         batch = self.batch_of.batch(model)
@@ -231,7 +266,7 @@ class _Trial:
         for parameter in trained:
             parameter.grad = None
         self.ledger.claim("optimizer state", self.kept_state)
-        return sum(one.numel() * one.element_size() for one in self.kept_state)
+        return sum(map(_bytes, self.kept_state))
 
     def draw(self) -> None:
         """The largest sample, in fewer steps."""
@@ -254,10 +289,6 @@ class _Trial:
         more = prompt.steps / steps
         work.busy, work.operations = work.busy * more, int(work.operations * more)
         work.flops = type(work.flops)({dtype: int(number * more) for dtype, number in work.flops.items()})
-
-    def end(self) -> None:
-        """Lets go of what is on the card, before it is gone itself."""
-        self.ledger.forget()
 
     def _latents_of(self, width: int, height: int) -> tuple[int, int, int]:
         return _latents_of(self.model, width, height)
@@ -403,6 +434,10 @@ def _not_shown(image: Tensor, output_type: str = "pil", **_: Any) -> Any:
 
 def _given(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [one for one in tensors if one is not None]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -29,17 +29,24 @@ from networks.deft_batch import BatchedFactors
 
 CARD = torch.device("cuda:0")
 
-# CUDA's lists of torch.autocast (torch 2.13, aten/src/ATen/autocast_mode.h), as far as models call them
+# CUDA's lists of torch.autocast (torch 2.13, ATen/autocast_mode.h): all of it that torch has as a function of Python,
+# and what calls it by another name
 LOWER = frozenset((
-    "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm",
-    "mv", "addmm", "addbmm", "baddbmm", "einsum", "prelu", "scaled_dot_product_attention",
+    "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "chain_matmul", "conv1d", "conv2d", "conv3d", "conv_tbc",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "einsum", "gru_cell", "linear",
+    "lstm_cell", "matmul", "mm", "mv", "prelu", "rnn_relu_cell", "rnn_tanh_cell", "scaled_dot_product_attention",
+    "__matmul__", "__rmatmul__",
 ))  # fmt: skip
 FULL = frozenset((
-    "layer_norm", "native_layer_norm", "group_norm", "exp", "log", "pow", "__pow__", "__rpow__", "rsqrt", "reciprocal",
-    "softplus", "norm", "cosine_similarity", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "cdist", "expm1",
-    "log1p", "log2", "log10", "acos", "asin", "cosh", "sinh", "tan", "erfinv", "renorm", "dist", "nll_loss",
+    "acos", "asin", "binary_cross_entropy_with_logits", "cdist", "cosh", "cosine_embedding_loss", "cosine_similarity",
+    "dist", "erfinv", "exp", "expm1", "frobenius_norm", "group_norm", "hinge_embedding_loss", "huber_loss", "kl_div",
+    "l1_loss", "layer_norm", "log", "log10", "log1p", "log2", "logsumexp", "margin_ranking_loss", "mse_loss",
+    "multi_margin_loss", "multilabel_margin_loss", "native_layer_norm", "nll_loss", "nuclear_norm", "pdist",
+    "poisson_nll_loss", "pow", "reciprocal", "renorm", "rms_norm", "rsqrt", "sinh", "smooth_l1_loss",
+    "soft_margin_loss", "softplus", "tan", "triplet_margin_loss",
+    "__pow__", "__rpow__", "interpolate", "norm",
 ))  # fmt: skip
-FULL_RESULT = frozenset(("softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum"))
+FULL_RESULT = frozenset(("cumprod", "cumsum", "log_softmax", "prod", "softmax", "sum"))
 
 
 @contextlib.contextmanager

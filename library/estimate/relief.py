@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from library.estimate import phases
-from library.estimate.ledger import Rates
+from library.models.loading import outline_of
 from library.options.rooms import Run
 from library.training import start
 from library.training.given import Given
@@ -21,8 +24,8 @@ from networks.deft_config import reason_of
 logger = logging.getLogger(__name__)
 
 _TOLD = ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough")
-_ANY = Rates({torch.float32: 1e12}, 1e12, 1e6)  # times are not asked for
 MOST = 3  # settings that are named
+SECONDS = 50.0  # that figures may take
 
 
 @contextlib.contextmanager
@@ -42,7 +45,7 @@ def told(run: Run, given: Given, phase: str, saved: Callable[[], str]) -> Iterat
         if not start.is_main_process():
             raise TrainingStopped(line) from None
         reason = reason_of(error)
-    raise TrainingStopped(f"{line}. {_helps(run, given)} ({reason})")
+    raise TrainingStopped(f"{line}. {_helps(run, given, phase)} ({reason})")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -50,44 +53,68 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(line in str(error) for line in _TOLD)
 
 
-def changes(run: Run) -> Iterator[tuple[str, Run]]:
-    """Settings that are not in use, go together with the others and take less memory."""
+def changes(run: Run, given: Given, phase: str = phases.TRAINING) -> Iterator[tuple[str, Run, Given]]:
+    """Settings that are not in use, go together with the others and take less memory in a phase: what saves most
+    usually comes first. Each with what it makes of the options and files."""
     model, process, caches, network = run.model, run.process, run.data.caches, run.network
-    if not model.gradient_checkpointing:
-        yield "--gradient_checkpointing", replace(run, model=replace(model, gradient_checkpointing=True))
+
+    def cached(**to: Any) -> Run:
+        return replace(run, data=replace(run.data, caches=replace(caches, **to)))
+
+    if phase == phases.LATENTS:
+        if caches.vae_batch_size > 1:
+            yield "--vae_batch_size 1", cached(vae_batch_size=1), given
+        return
+    if phase == phases.TEXTS and (caches.text_encoder_batch_size or 1) > 1:
+        yield "--text_encoder_batch_size 1", cached(text_encoder_batch_size=1), given
     if process.mixed_precision == "no" and (torch.cuda.is_available() or not torch.backends.mps.is_available()):
-        yield "--mixed_precision bf16", replace(run, process=replace(process, mixed_precision="bf16"))
-    elif process.mixed_precision != "no" and not model.fp8_base:
-        yield "--fp8_base", replace(run, model=replace(model, fp8_base=True))
+        yield "--mixed_precision bf16", replace(run, process=replace(process, mixed_precision="bf16")), given
+    if phase == phases.TEXTS:
+        return
+    if not model.gradient_checkpointing:
+        yield "--gradient_checkpointing", replace(run, model=replace(model, gradient_checkpointing=True)), given
+    if any(dataset.options.batch_size > 1 for dataset in given.plan):
+        one = tuple(replace(d, options=replace(d.options, batch_size=1)) for d in given.plan)
+        yield "--train_batch_size 1", run, replace(given, plan=one)
+    if process.mixed_precision != "no" and not (model.fp8_base or model.quantize_base):
+        yield "--fp8_base", replace(run, model=replace(model, fp8_base=True)), given
     changing = any(subset.captions.changing for dataset in run.data.datasets for subset in dataset.subsets)
-    if network.network_train_unet_only and not caches.cache_text_encoder_outputs and not changing:
-        data = replace(run.data, caches=replace(caches, cache_text_encoder_outputs=True))
-        yield "--cache_text_encoder_outputs", replace(run, data=data)
+    may_keep = not (caches.cache_text_encoder_outputs or changing or network.network_train_text_encoder_only)
+    if may_keep and outline_of(run.model).encoders:
+        names = [] if network.network_train_unet_only else ["--network_train_unet_only"]
+        kept = replace(cached(cache_text_encoder_outputs=True), network=replace(network, network_train_unet_only=True))
+        yield " ".join([*names, "--cache_text_encoder_outputs"]), kept, given
     if (network.network_dim or 4) >= 16 and not network.dim_from_weights:
         half = (network.network_dim or 4) // 2
-        yield f"--network_dim {half}", replace(run, network=replace(network, network_dim=half))
+        yield f"--network_dim {half}", replace(run, network=replace(network, network_dim=half)), given
+    plain = run.optimizer.optimizer_type == "AdamW" and not run.optimizer.optimizer_args
+    if plain and torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes"):
+        eight = replace(run.optimizer, optimizer_type="AdamW8bit")
+        yield "--optimizer_type AdamW8bit", replace(run, optimizer=eight), given
 
 
-def _helps(run: Run, given: Given) -> str:
-    """What would save most; without figures where they cannot be had."""
+def _helps(run: Run, given: Given, phase: str) -> str:
+    """What would save most; without figures where they cannot be had, or not in `SECONDS`."""
+    asked = {phase if phase in phases.PHASES else phases.TRAINING}
+    if phases.TRAINING in asked and given.samples:
+        asked.add(phases.SAMPLES)
+    possible, found = list(changes(run, given, phase)), []
+    end, now = time.monotonic() + SECONDS, 0
     try:
-        now, found = _peak(run, given), []
-        for what, changed in changes(run):
-            found.append((now - _peak(changed, given), what))
-        if any(dataset.options.batch_size > 1 for dataset in given.plan):
-            one = tuple(replace(d, options=replace(d.options, batch_size=1)) for d in given.plan)
-            found.append((now - _peak(run, replace(given, plan=one)), "--train_batch_size 1"))
-        best = [
-            f"{what} (saves {size / 2**30:.1f} GiB)" for size, what in sorted(found, reverse=True)[:MOST] if size > 0
-        ]
-        if best:
-            return f"It would take about {now / 2**30:.1f} GiB; what would help: {', '.join(best)}"
+        now = _peak(run, given, asked)
+        for what, changed, files in possible:
+            start_of_it = time.monotonic()
+            found.append((now - _peak(changed, files, asked), what))
+            if 2 * time.monotonic() - start_of_it > end:
+                break
     except Exception as error:  # whatever: the message counts
         logger.debug(f"no estimate ({reason_of(error)})")
-    names = [what for what, _ in changes(run)]
-    names += ["--train_batch_size 1"] if any(d.options.batch_size > 1 for d in given.plan) else []
-    return f"What would help: {', '.join([*names, 'a smaller --resolution'][:MOST])}"
+    figures = [f"{what} (saves {size / 2**30:.1f} GiB)" for size, what in sorted(found, reverse=True) if size > 2**20]
+    others = [what for what, *_ in possible[len(found) :]]
+    told = f"What would help: {', '.join([*figures, *others, 'a smaller --resolution'][:MOST])}"
+    return f"It would take about {now / 2**30:.1f} GiB. {told}" if now else told
 
 
-def _peak(run: Run, given: Given) -> int:
-    return phases.estimate(run, given, _ANY, Length(1, 1)).deciding.peak
+def _peak(run: Run, given: Given, asked: set[str]) -> int:
+    model = phases.empty_model(run)
+    return phases.estimate(run, given, model, None, Length(1, 1), asked=asked).deciding.peak

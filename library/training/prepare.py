@@ -36,9 +36,8 @@ def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: 
     """Encodes all pictures that are the same in every epoch, and all input pictures; the VAE is put aside where that is
     all. Pictures that cannot be read are named and left out.
 
-    :raises DeftError: when none is left, or for sizes that the model cannot have
+    :raises DeftError: when none is left
     """
-    check_sizes(plan, model.multiple_of)
     caches = options.caches
     on_disk = caches.cache_latents_to_disk
     entries: Entries = Store(caches.folder) if on_disk else Memory()
@@ -53,12 +52,9 @@ def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: 
     wanted = dict(keys)
 
     def load(one: View | InputPicture) -> Decoded:
-        if isinstance(one, InputPicture):
-            found, files = decoded_input(one, options.transparent_background), [one.path]
-        else:
-            found = decoded(one.picture, one.crop, one.mirrored, options.transparent_background)
-            files = [file for file in (one.path, one.picture.mask) if file is not None]
-        for file in files:  # its entry would be kept as that of what it was before
+        files = [one.path] if isinstance(one, InputPicture) else [one.path, one.picture.mask]
+        found = _decoded(options, one)
+        for file in filter(None, files):  # its entry would be kept as that of what it was before
             if hash_of(file) != contents[file]:
                 raise OSError(f"{file.name} has changed in the meantime; start again")
         return found
@@ -85,20 +81,45 @@ def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: 
     )  # fmt: skip
     unreadable |= {one.path: reason_of(failed[key]) for key, one in keys if key in failed}
     unreadable |= unreadable_of([View(picture) for one in plan if one.varies for picture in one.pictures], load)
-    for line in unreadable_lines(given, unreadable):
-        logger.warning(line)
-    left = without(plan, unreadable)
+    left = _left(given, unreadable)
     in_every_step = any(dataset.varies for dataset in left)
     model.vae.to(accelerator.device if in_every_step else "cpu")
-    if not left:
-        path, reason = next(iter(unreadable.items()))
-        raise DeftError(f"none of the {len(unreadable)} images can be read, {path} for one ({reason})")
     where = "on the disk" if on_disk else "in memory"
     number, sizes = sum(1 for _ in pictures(left)), {picture.fit.bucket for picture in pictures(left)}
     repeated = sum(dataset.appearances for dataset in left)
     told = f"{number} images, {repeated} with repeats, in {len(sizes)} size{'s' * (len(sizes) > 1)}"
     logger.info(f"{told}; latents cached {where}")
     return left, latents
+
+
+def readable(options: DataOptions, plan: Plan) -> Plan:
+    """What `read_pictures` would leave of a plan; nothing is encoded or kept.
+
+    :raises DeftError: when nothing is left
+    """
+    asked: list[View | InputPicture] = [View(one) for one in pictures(plan)]
+    asked += [one for picture in pictures(plan) for one in picture.inputs]
+    return _left(plan, unreadable_of(asked, lambda one: _decoded(options, one)))
+
+
+def _decoded(options: DataOptions, one: View | InputPicture) -> Decoded:
+    if isinstance(one, InputPicture):
+        return decoded_input(one, options.transparent_background)
+    return decoded(one.picture, one.crop, one.mirrored, options.transparent_background)
+
+
+def _left(plan: Plan, unreadable: Mapping[Path, str]) -> Plan:
+    """The plan without these, each of which is named.
+
+    :raises DeftError: when nothing is left
+    """
+    for line in unreadable_lines(plan, unreadable):
+        logger.warning(line)
+    left = without(plan, unreadable)
+    if not left:
+        path, reason = next(iter(unreadable.items()))
+        raise DeftError(f"none of the {len(unreadable)} images can be read, {path} for one ({reason})")
+    return left
 
 
 def _lost(plan: Plan, contents: Mapping[Path, str]) -> Iterator[tuple[Path, str]]:
