@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from library.estimate.pretending import CARD, on_the_card
+from library.estimate.pretending import CARD
 
+aten = torch.ops.aten
 BLOCK = 512  # bytes that torch's CUDA allocator gives out at least, and multiples of which
 OTHER = "activations"
 # taken once from torch's allocator for cuBLAS, by a Hopper card (aten/src/ATen/cuda/CUDABlas.cpp, 32 MiB)
@@ -82,9 +83,11 @@ class Ledger(TorchDispatchMode):
         self._look()
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = on_the_card(kwargs or {})
-        if func is torch.ops.aten._local_scalar_dense.default:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
             return _answer(args[0])
+        if func is aten.nonzero.default:  # a sampler asks where a step stands: in the first place
+            return torch.tensor([[0] * args[0].dim()])
         result = func(*args, **kwargs)
         made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
         for one in made:
@@ -93,9 +96,9 @@ class Ledger(TorchDispatchMode):
             if one.device == CARD:
                 self._count(one)
         packet = func._overloadpacket
-        if packet in (torch.ops.aten.any, torch.ops.aten.all):
+        if packet in (aten.any, aten.all):
             for one in made:
-                one.is_all = packet is torch.ops.aten.all  # type: ignore[attr-defined]
+                one.is_all = packet is aten.all  # type: ignore[attr-defined]
         if self.rates is not None and not func.is_view:
             self._work_of(self.rates, func, args, kwargs, result, made)
         return result
@@ -149,14 +152,17 @@ class Ledger(TorchDispatchMode):
         work.busy += seconds
 
 
-aten = torch.ops.aten
 _IN_PLACE: dict[Any, Any] = {}
 for _theirs, _ours in ((aten.addmm, aten.addmm_), (aten.baddbmm, aten.baddbmm_)):
     _IN_PLACE[_ours] = flop_registry[_theirs]
 
 
 def _answer(tensor: Tensor) -> Any:
-    """Of a question about values: everything is finite and good, nothing is wrong."""
+    """Of a question about values: those of small tensors that come from Python are known; else everything is finite and
+    good, nothing is wrong."""
+    known = getattr(tensor, "constant", None)
+    if known is not None:
+        return known.item()
     if tensor.dtype == torch.bool:
         return getattr(tensor, "is_all", True)
     return 1.0 if tensor.is_floating_point() else 1

@@ -22,12 +22,14 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from networks.deft_batch import BatchedFactors
 
 CARD = torch.device("cuda:0")
+KNOWN = 4096  # numbers
 
 # CUDA's lists of torch.autocast (torch 2.13, ATen/autocast_mode.h): all of it that torch has as a function of Python,
 # and what calls it by another name
@@ -74,15 +76,22 @@ def card() -> Iterator[None]:
         for name in ("cuda", "cpu", "meta"):
             is_so = property(functools.partial(_is_on, name))
             stack.enter_context(mock.patch.object(FakeTensor, f"is_{name}", is_so, create=True))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        # what Python has made of numbers stays known while it is small: lengths of texts decide sizes
+        stack.enter_context(mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", KNOWN))
+        stack.enter_context(_Fakes(allow_non_fake_inputs=True))
         stack.enter_context(functions)
         yield
 
 
-def on_the_card(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a function that makes a tensor, which C++ has asked for where another one is."""
-    device = kwargs.get("device")
-    return {**kwargs, "device": CARD} if device is not None and device.type == "meta" else kwargs
+class _Fakes(FakeTensorMode):
+    """Tensors that C++ makes where others are, which it has been told are on the meta device, are on the card."""
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and device.type == "meta":
+            kwargs = {**kwargs, "device": CARD}
+        return super().dispatch(func, types, args, kwargs)
 
 
 def filled(module: nn.Module, device: torch.device) -> None:
