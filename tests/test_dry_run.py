@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from library.estimate import page, pretending
 from library.estimate.ledger import BLOCK, Ledger, Rates
+from tests import small_flux, small_models, small_omnigen
+from tests.conftest import arguments, loaded, reset_accelerator
 
 RATES = Rates({torch.float32: 1e12}, 1e12, 1e6)
 
@@ -70,3 +73,77 @@ def test_what_is_cast_is_what_torch_casts():
         assert {n for n in ours if not n.startswith("__")} - {"interpolate", "norm"} == {
             n for n in public if n[0] != "_"
         }
+
+
+FAMILIES = {
+    "sd2": {"fp8_base": True, "mixed_precision": "bf16"},
+    "sdxl": {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "gradient_checkpointing": True},
+    "flux": {"mixed_precision": "bf16", "network_train_unet_only": True},
+    "omnigen": {"mixed_precision": "bf16", "train_batch_size": 2},
+    "one file": {"network_train_unet_only": True},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families(kind, photos, tmp_path, fresh_accelerator, capsys, caplog):
+    """The parameters that are told are those that the training then has."""
+    import train_network_deft
+
+    options = {"network_dim": 2, "max_train_steps": 1, **FAMILIES[kind]}
+    if kind == "omnigen":
+        model = small_omnigen.build(tmp_path / "model")
+    elif kind == "flux":
+        model = small_flux.build(tmp_path / "model").folder
+    else:
+        model = small_models.build("sd15" if kind == "one file" else kind, tmp_path / "model")
+    if kind == "one file":
+        options["tokenizer"] = model / "tokenizer"
+        file = tmp_path / "model.safetensors"
+        save_file(small_models.single_file(loaded(model).pipeline), file)
+        model = file
+    given = arguments(model, photos, tmp_path, **options)
+    assert train_network_deft.main([*given, "--dry_run"]) == 0
+    told = re.search(r"([\d,]+) parameters", capsys.readouterr().out)[1]
+    reset_accelerator()
+    with caplog.at_level("INFO"):
+        assert train_network_deft.main(given) == 0
+    assert f"training {told} parameters" in caplog.text
+
+
+def test_checkpointing_and_halved_batches_take_less(run, capsys):
+    def training(**options) -> float:
+        reset_accelerator()
+        assert run(network_train_unet_only=True, resolution=128, dry_run=True, **options) == 0
+        number, unit = re.search(r"training +([\d.]+) (\w+)", capsys.readouterr().out).groups()
+        return float(number) * {"GiB": 1024, "MiB": 1}[unit]
+
+    whole = training(train_batch_size=4)
+    assert training(train_batch_size=4, gradient_checkpointing=True) < 0.95 * whole
+    assert training(train_batch_size=2) < 0.95 * whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resolution": 68},  # no multiple of what the model has
+        {"sample_prompts": "a cat --w 4 --h 4"},
+        {"broken": True},
+        {"mixed_precision": "fp16"},
+        {"network_args": ["layers=nowhere"]},
+    ],
+    ids=str,
+)
+def test_what_the_training_refuses_is_refused_by_the_same_line(run, photos, tmp_path, capsys, options):
+    if "sample_prompts" in options:
+        (tmp_path / "p.txt").write_text(options["sample_prompts"])
+        options = {"sample_prompts": tmp_path / "p.txt"}
+    if options.pop("broken", False):
+        for file in photos.glob("*.*"):
+            if file.suffix != ".txt":
+                file.write_bytes(file.read_bytes()[:2000])
+    told = []
+    for dry in (None, True):
+        reset_accelerator()
+        assert run(**options, dry_run=dry) == 2
+        told.append(capsys.readouterr().err.strip().splitlines()[-1])
+    assert told[0] == told[1]

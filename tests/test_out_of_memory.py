@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from library.estimate import relief
+from library.estimate import page, relief
 from library.models.family import Family
 from library.training.losses import Losses
+from tests.conftest import reset_accelerator
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _without_figures(monkeypatch):
     def fail(*_):
         raise ValueError("no estimate here")
@@ -27,7 +30,7 @@ def _without_figures(monkeypatch):
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_a_step_that_finds_no_memory(run, tmp_path, monkeypatch, capsys, error):
+def test_a_step_that_finds_no_memory(_without_figures, run, tmp_path, monkeypatch, capsys, error):
     real, calls = Losses.__call__, []
 
     def at_the_third(self, *args, **kwargs):
@@ -67,3 +70,35 @@ def test_other_errors_stay_what_they_are(run, monkeypatch):
     monkeypatch.setattr(Losses, "__call__", fail)
     with pytest.raises(RuntimeError, match="mat1"):
         run()
+
+
+def test_figures_are_what_the_settings_save(run, monkeypatch, capsys):
+    """Each as far apart as --dry_run says of a training with and without it, and none that saves nothing."""
+    options = {"train_batch_size": 2, "network_dim": 4, "network_train_unet_only": True, "resolution": 128}
+    monkeypatch.setattr(relief, "_told_size", lambda size: f"{size} B")
+    monkeypatch.setattr(relief, "LEAST", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Losses, "__call__", fail_in_training(Losses.__call__))
+        assert run(**options) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    whole = int(re.search(r"It would take about (\d+) B", told)[1])
+    saved = dict((what, int(size)) for what, size in re.findall(r"(--[\w ]+?) \(saves (\d+) B\)", told))
+    assert {"--gradient_checkpointing", "--train_batch_size 1"} <= saved.keys() and len(saved) <= relief.MOST
+    assert list(saved.values()) == sorted(saved.values(), reverse=True)
+    monkeypatch.setattr(page, "_size", lambda size: f"{size} B")
+    for more, expected in (({}, 0), ({"train_batch_size": 1}, saved["--train_batch_size 1"])):
+        reset_accelerator()
+        assert run(**options | more, dry_run=True) == 0
+        shown = capsys.readouterr().out
+        assert whole - int(re.search(r"training +(\d+) B", shown)[1]) == expected
+
+
+def fail_in_training(real):
+    """Out of memory, but not on the card that is not there."""
+
+    def call(self, *args, **kwargs):
+        if self.accelerator.device.type == "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args, **kwargs)
+
+    return call

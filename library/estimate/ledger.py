@@ -67,6 +67,10 @@ class Ledger(TorchDispatchMode):
         self.at_peak: dict[str, int] = {}
         self._known: dict[int, tuple[Any, int, str]] = {}  # a storage's address -> weak reference, bytes, what for
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # nothing is compiled here, and saying so at each operation takes its time
+        return False
+
     def start(self) -> None:
         """Begins a phase: what is there stays, its peak and its work are counted anew."""
         self.work, self.peak, self.at_peak = Work(), self.total, dict(self.now)

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _TOLD = ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough")
 MOST = 3  # settings that are named
+LEAST = 2**26  # bytes that are worth it
 SECONDS = 50.0  # that figures may take
 
 
@@ -99,20 +100,23 @@ def _helps(run: Run, given: Given, phase: str) -> str:
     if phases.TRAINING in asked and given.samples:
         asked.add(phases.SAMPLES)
     possible, found = list(changes(run, given, phase)), []
-    end, now = time.monotonic() + SECONDS, 0
+    begin, now = time.monotonic(), 0
     try:
         now = _peak(run, given, asked)
-        for what, changed, files in possible:
-            start_of_it = time.monotonic()
-            found.append((now - _peak(changed, files, asked), what))
-            if 2 * time.monotonic() - start_of_it > end:
+        for number, (what, changed, files) in enumerate(possible, 2):
+            if (time.monotonic() - begin) * number / (number - 1) > SECONDS:
                 break
+            found.append((now - _peak(changed, files, asked), what))
     except Exception as error:  # whatever: the message counts
         logger.debug(f"no estimate ({reason_of(error)})")
-    figures = [f"{what} (saves {size / 2**30:.1f} GiB)" for size, what in sorted(found, reverse=True) if size > 2**20]
+    figures = [f"{what} (saves {_told_size(size)})" for size, what in sorted(found, reverse=True) if size >= LEAST]
     others = [what for what, *_ in possible[len(found) :]]
     told = f"What would help: {', '.join([*figures, *others, 'a smaller --resolution'][:MOST])}"
-    return f"It would take about {now / 2**30:.1f} GiB. {told}" if now else told
+    return f"It would take about {_told_size(now)}. {told}" if now else told
+
+
+def _told_size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _peak(run: Run, given: Given, asked: set[str]) -> int:
