@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from library.estimate import page, pretending
 from library.estimate.ledger import BLOCK, Ledger, Rates
+from library.models import sd
 from tests import small_flux, small_models, small_omnigen
 from tests.conftest import arguments, loaded, reset_accelerator
 
@@ -76,7 +77,7 @@ def test_what_is_cast_is_what_torch_casts():
 
 
 FAMILIES = {
-    "sd2": {"fp8_base": True, "mixed_precision": "bf16"},
+    "sd2": {"mixed_precision": "bf16", "network_train_unet_only": True},
     "sdxl": {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "gradient_checkpointing": True},
     "flux": {"mixed_precision": "bf16", "network_train_unet_only": True},
     "omnigen": {"mixed_precision": "bf16", "train_batch_size": 2},
@@ -85,7 +86,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_families(kind, photos, tmp_path, fresh_accelerator, capsys, caplog):
+def test_families(kind, photos, tmp_path, monkeypatch, fresh_accelerator, capsys, caplog):
     """The parameters that are told are those that the training then has."""
     import train_network_deft
 
@@ -95,8 +96,9 @@ def test_families(kind, photos, tmp_path, fresh_accelerator, capsys, caplog):
     elif kind == "flux":
         model = small_flux.build(tmp_path / "model").folder
     else:
-        model = small_models.build("sd15" if kind == "one file" else kind, tmp_path / "model")
+        model = small_models.build("sd15" if kind == "one file" else kind, tmp_path / "sd15")
     if kind == "one file":
+        monkeypatch.setattr(sd, "CONFIGS", tmp_path)  # of a file of these sizes
         options["tokenizer"] = model / "tokenizer"
         file = tmp_path / "model.safetensors"
         save_file(small_models.single_file(loaded(model).pipeline), file)
@@ -110,7 +112,7 @@ def test_families(kind, photos, tmp_path, fresh_accelerator, capsys, caplog):
     assert f"training {told} parameters" in caplog.text
 
 
-def test_checkpointing_and_halved_batches_take_less(run, capsys):
+def test_checkpointing_takes_less(run, capsys):
     def training(**options) -> float:
         reset_accelerator()
         assert run(network_train_unet_only=True, resolution=128, dry_run=True, **options) == 0
@@ -119,7 +121,6 @@ def test_checkpointing_and_halved_batches_take_less(run, capsys):
 
     whole = training(train_batch_size=4)
     assert training(train_batch_size=4, gradient_checkpointing=True) < 0.95 * whole
-    assert training(train_batch_size=2) < 0.95 * whole
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def _without_figures(monkeypatch):
     monkeypatch.setattr(relief, "_peak", fail)
 
 
+@pytest.mark.usefixtures("_without_figures")
 @pytest.mark.parametrize(
     "error",
     [
@@ -30,7 +31,7 @@ def _without_figures(monkeypatch):
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_a_step_that_finds_no_memory(_without_figures, run, tmp_path, monkeypatch, capsys, error):
+def test_a_step_that_finds_no_memory(run, tmp_path, monkeypatch, capsys, error):
     real, calls = Losses.__call__, []
 
     def at_the_third(self, *args, **kwargs):
@@ -82,8 +83,9 @@ def test_figures_are_what_the_settings_save(run, monkeypatch, capsys):
         assert run(**options) == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]
     whole = int(re.search(r"It would take about (\d+) B", told)[1])
-    saved = dict((what, int(size)) for what, size in re.findall(r"(--[\w ]+?) \(saves (\d+) B\)", told))
-    assert {"--gradient_checkpointing", "--train_batch_size 1"} <= saved.keys() and len(saved) <= relief.MOST
+    saved = {what: int(size) for what, size in re.findall(r"(--[\w ]+?) \(saves (\d+) B\)", told)}
+    assert {"--gradient_checkpointing", "--train_batch_size 1"} <= saved.keys()
+    assert len(saved) <= relief.MOST
     assert list(saved.values()) == sorted(saved.values(), reverse=True)
     monkeypatch.setattr(page, "_size", lambda size: f"{size} B")
     for more, expected in (({}, 0), ({"train_batch_size": 1}, saved["--train_batch_size 1"])):
