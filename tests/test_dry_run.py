@@ -40,7 +40,8 @@ def test_bytes_of_a_network_that_can_be_counted_by_hand():
 
 
 def test_the_page_is_what_the_training_does(run, tmp_path, capsys, caplog):
-    options = {"network_dim": 4, "save_every_n_steps": 1}
+    options = {"network_dim": 4, "save_every_n_steps": 1, "save_state": True, "save_last_n_steps_state": 1,
+               "max_train_steps": 4}  # fmt: skip
     assert run(**options, dry_run=True) == 0
     told = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -50,9 +51,10 @@ def test_the_page_is_what_the_training_does(run, tmp_path, capsys, caplog):
     size = re.search(r"a file of ([\d.]+ \w+)", told)[1]
     with caplog.at_level("INFO"):
         assert run(**options) == 0
-    assert f"training {parameters:,} parameters for 3 steps in 1 epochs" in caplog.text
+    assert f"training {parameters:,} parameters for 4 steps in 1 epochs" in caplog.text
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert f"{len(files)} files" in told
+    assert f"{len(list((tmp_path / 'out').glob('*-state')))} states" in told
     written = (tmp_path / "out" / "cat.safetensors").stat().st_size
     assert page._size(round(written)).split()[1] == size.split()[1]
     assert abs(float(page._size(written).split()[0]) / float(size.split()[0]) - 1) < 0.01

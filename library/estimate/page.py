@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterator
 
@@ -12,8 +11,9 @@ from library.data import plan
 from library.estimate import relief
 from library.estimate.ledger import Rates, Work
 from library.estimate.phases import Estimate
-from library.options.rooms import Run
+from library.options.rooms import Run, SaveOptions
 from library.training.given import Given
+from library.training.saves import every_n_epochs
 from library.training.state import Length
 
 # of the time that operations would take at the rates of large products and copies: SDXL's step on an H100 takes 1.7
@@ -54,7 +54,7 @@ def lines(run: Run, given: Given, found: Estimate, rates: Rates | None, length: 
     ):
         if size:
             yield f"             {what}: {_size(size)} kept {'on the disk instead' if on_disk else 'in it'}"
-    files, states = saves_of(run, length)
+    files, states = saves_of(run.saves, length)
     yield f"disk         {files} file{'s' * (files > 1)} of {_size(found.file)}, together {_size(files * found.file)}"
     if states:
         yield f"             {states} state{'s' * (states > 1)} of {_size(found.state)} each"
@@ -77,20 +77,24 @@ def seconds_of(work: Work, rates: Rates) -> tuple[float, float]:
     return max(work.busy, starting), SLOWEST * max(work.busy, 2 * starting)
 
 
-def saves_of(run: Run, length: Length) -> tuple[int, int]:
-    """How many adapter files and states there are at most at the end."""
-    saves = run.saves
-    steps = (length.steps - 1) // saves.save_every_n_steps if saves.save_every_n_steps else 0
-    if saves.save_every_n_steps and saves.save_last_n_steps is not None:
-        steps = min(steps, saves.save_last_n_steps // saves.save_every_n_steps + 1)
-    every = saves.save_every_n_epochs
-    if saves.save_n_epoch_ratio:
-        every = length.epochs // saves.save_n_epoch_ratio or 1
-    epochs = (length.epochs - 1) // every if every else 0
-    kept = min(epochs, saves.save_last_n_epochs or math.inf)
-    number = int(steps + kept)
-    states = number if saves.save_state else 0
-    return number + 1, states + bool(saves.save_state or saves.save_state_on_train_end)
+def saves_of(options: SaveOptions, length: Length) -> tuple[int, int]:
+    """How many adapter files and states there are at the end."""
+    in_steps, in_epochs = options.save_every_n_steps, every_n_epochs(options, length)
+
+    def left(last_steps: int | None, last_epochs: int | None) -> int:
+        steps = (length.steps - 1) // in_steps if in_steps else 0
+        if in_steps and last_steps is not None:
+            steps = min(steps, last_steps // in_steps + 1)
+        epochs = (length.epochs - 1) // in_epochs if in_epochs else 0
+        return steps + (min(epochs, last_epochs) if last_epochs else epochs) + 1
+
+    files = left(options.save_last_n_steps, options.save_last_n_epochs)
+    if not options.save_state:
+        return files, int(options.save_state_on_train_end)
+    return files, left(
+        options.save_last_n_steps_state or options.save_last_n_steps,
+        options.save_last_n_epochs_state or options.save_last_n_epochs,
+    )
 
 
 def _beside_the_card(peak: int, run: Run, given: Given) -> Iterator[str]:

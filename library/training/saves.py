@@ -34,12 +34,13 @@ def planned(options: SaveOptions, length: Length, an_epoch: int) -> set[int]:
 
     :param an_epoch: steps of an epoch
     """
-    of_epochs = range(0, length.epochs, _every_n_epochs(options, length) or length.epochs)
+    of_epochs = range(0, length.epochs, every_n_epochs(options, length) or length.epochs)
     of_steps = range(0, length.steps, options.save_every_n_steps or length.steps)
     return {*of_steps, *(epoch * an_epoch for epoch in of_epochs), length.steps} - {0}
 
 
-def _every_n_epochs(options: SaveOptions, length: Length) -> int | None:
+def every_n_epochs(options: SaveOptions, length: Length) -> int | None:
+    """Epochs between saves; None where no epoch is saved."""
     ratio = options.save_n_epoch_ratio
     return length.epochs // ratio or 1 if ratio else options.save_every_n_epochs
 
@@ -80,7 +81,7 @@ class Saves:
         self.dtype, self.adapter, self.metadata = SAVE_DTYPES[options.save_precision], adapter, metadata
         self.setting, self.length, self.record = setting, length, record
         self.sharing, self.evaluated, self.accelerator, self.meters = sharing, evaluated, accelerator, meters
-        self.written, self.every_n_epochs = written, _every_n_epochs(options, length)
+        self.written, self.every_n_epochs = written, every_n_epochs(options, length)
         self.verifies = True
         self.last_good: Path | None = None
         self.last_state = None if options.resume is None else Path(options.resume)
