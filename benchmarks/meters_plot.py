@@ -146,25 +146,22 @@ def told(run: Run) -> str:
 
 
 def draw(data: Mapping[str, Any], figure: Path) -> None:
-    """A column a kind of training, a line a seed, a dot where the trainer has named the save."""
+    """A row a kind of training, a line a seed, a dot where the trainer has named the save."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     kinds = [kind for kind in TITLES if of_kind(data, kind)]
-    rows = ((("learnt", "tab:blue"), ("likeness", "tab:green")), (("old", "tab:orange"),), (("drift", "tab:red"),))
+    panels = ((("learnt", "tab:blue"), ("likeness", "tab:green")), (("old", "tab:orange"),), (("drift", "tab:red"),))
     names = {"learnt": "learnt (trainer)", "likeness": "likeness (judge)", "old": "old world right (judge)",
              "drift": "drift (trainer)"}  # fmt: skip
-    size = (3.4 * len(kinds) + 0.6, 7.2)
-    made, axes = pyplot.subplots(len(rows), len(kinds), figsize=size, sharex=True, sharey="row", squeeze=False)
-    for column, kind in enumerate(kinds):
-        runs = of_kind(data, kind)
-        axes[0][column].set_title(TITLES[kind], fontsize=11)
-        for row, curves in enumerate(rows):
-            axis = axes[row][column]
+    size = (11.5, 3.3 * len(kinds) + 0.6)
+    made, axes = pyplot.subplots(len(kinds), len(panels), figsize=size, sharex=True, sharey="col", squeeze=False)
+    for row, kind in enumerate(kinds):
+        for axis, curves in zip(axes[row], panels, strict=True):
             for name, colour in curves:
-                for i, run in enumerate(runs):
+                for i, run in enumerate(of_kind(data, kind)):
                     points = [figures(run, save["step"]) for save in run["saves"]]
                     label = names[name] if i == 0 else None
                     axis.plot([p["step"] for p in points], [p[name] for p in points], color=colour, alpha=0.55, lw=1.2,
@@ -172,13 +169,12 @@ def draw(data: Mapping[str, Any], figure: Path) -> None:
                     named = figures(run, run["named"])
                     axis.plot(named["step"], named[name], "o", color=colour, ms=5, mec="black", mew=0.8, zorder=3)
             axis.grid(alpha=0.25)
-            if row == len(rows) - 1:
-                axis.set_xlabel("step")
-            if column == 0:
-                axis.legend(fontsize=8, loc="lower right" if row == 0 else "best")
-    made.suptitle("Trainings three times too long, five creatures; dots: the save that the trainer names", fontsize=12)
+            axis.legend(fontsize=8)
+            axis.set_title(TITLES[kind] if len(kinds) > 1 else "", fontsize=10)
+            axis.set_xlabel("step" if row == len(kinds) - 1 else "")
+    made.suptitle("Trainings three times too long; a line a creature; dots: the save that the trainer names", fontsize=12)
     made.tight_layout()
-    made.savefig(figure, dpi=110)
+    made.savefig(figure, dpi=90)
 
 
 def report(data: Mapping[str, Any], figure: Path) -> None:

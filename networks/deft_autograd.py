@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from networks.deft_config import DeftConfig
-from networks.deft_targets import Layer
+from networks.deft_targets import Layer, weight_shape
 from networks.deft_weights import read_weight
 
 
@@ -187,24 +188,32 @@ class AdaptedLinear(torch.autograd.Function):
             return dx, None, None, None, None, g.t() @ z, gz.t() @ x
 
 
-class FrozenLinear(torch.autograd.Function):
-    """A quantised layer's own forward pass, and dx = g W, W read anew. As torchao's layers do it themselves (0.18), W
-    is kept dequantised in between.
+class FrozenLayer(torch.autograd.Function):
+    """A frozen layer's own forward pass, and dx, for which W is read anew: as it is kept, it may be smaller than what
+    the forward pass computes with, which would be kept in between (torchao 0.18, diffusers' layerwise casting 0.42).
 
-    Inputs: x (..., n), the layer's forward, and the layer. Output: y (..., m).
+    Inputs: x, (..., n), or (b, n, h, w) of a convolution that pads with zeros; the layer's forward; and the layer.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, own: Callable[[Tensor], Tensor], layer: Layer) -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
+        ctx.layer, ctx.dtype, ctx.shape = layer, x.dtype, x.shape
         return own(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        g = grads[0]
+        g, layer = grads[0], ctx.layer
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
         with without_autocast(g):
-            dx = g @ read_weight(ctx.layer, device=g.device).to(g.dtype) if ctx.needs_input_grad[0] else None
-            return None if dx is None else dx.to(ctx.dtype), None, None
+            weight = read_weight(layer, device=g.device).to(g.dtype)
+            if isinstance(layer, nn.Conv2d):
+                kernel = weight.view(weight_shape(layer))
+                sizes = layer.stride, layer.padding, layer.dilation, layer.groups
+                dx = conv2d_input(ctx.shape, kernel, g, *sizes)
+            else:
+                dx = g @ weight
+            return dx.to(ctx.dtype), None, None
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.deft_autograd import AdaptedLinear, Batch, FrozenLinear, Handover, adapted_linear
+from networks.deft_autograd import AdaptedLinear, Batch, FrozenLayer, Handover, adapted_linear
 from networks.deft_config import DeftConfig
 from networks.deft_targets import Layer, Target, weight_shape
 from networks.deft_weights import is_quantised
@@ -111,7 +111,7 @@ class AdaptedForward:
         x = x.to(_compute_dtype(x))
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.org_forward(x)
-        return FrozenLinear.apply(x, self.org_forward, self.org_module)
+        return FrozenLayer.apply(x, self.org_forward, self.org_module)
 
     @property
     def _has_inner_dropout(self) -> bool:

@@ -331,7 +331,7 @@ def test_what_is_kept_of_any_of_the_three_is_kept(tmp_path):
         (omnigen_transformer, {"rank_dropout": "0.1"}, "rank_dropout=0.1: fuse_qkv=true has no dropout"),
         (omnigen_transformer, {"dropout": "0.1"}, "network_dropout=0.1: fuse_qkv=true has no dropout"),
         (Flux, {"split_qkv": "true"}, "together or apart"),
-        (sdxl_unet, {}, "fuse_qkv: an option for FLUX.1 or Chroma, OmniGen, not for SDXL"),
+        (sdxl_unet, {}, "HunyuanVideo 1.5, not for SDXL"),
         (omnigen_transformer, {"network_reg_dims": "0_self_attn_to_k=2"}, "ranks or alphas that differ"),
         (omnigen_transformer, {"network_reg_lrs": "0_self_attn_to_k=1e-3"}, "rates that differ"),
     ],

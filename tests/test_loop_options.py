@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -128,16 +127,3 @@ def test_output_config_writes_what_can_be_read_again(model_folder, photos, tmp_p
     assert parse(["--config_file", str(file)]) == parse(given)
     with pytest.raises(DeftError, match="is there already"):
         parse([*given, "--output_config", "--config_file", str(file)])
-
-
-@pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="needs fp8")
-def test_a_base_model_in_8_bits_trains_nearly_alike(run, tmp_path):
-    common = {"mixed_precision": "bf16", "network_train_unet_only": True, "learning_rate": 1e-3, "max_train_steps": 4}
-    losses = []
-    for name, fp8 in (("whole", None), ("eighth", True)):
-        assert run(output_name=name, fp8_base=fp8, logging_dir=tmp_path / name, **common) == 0
-        losses.append([event.value for event in logged(tmp_path / name).Scalars("loss/current")])
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
-    with safe_open(str(tmp_path / "out" / "eighth.safetensors"), "pt") as file:
-        assert "float8_e4m3fn" in file.metadata()["deft_base_dtype"]
-        assert json.loads(file.metadata()["ss_fp8_base"].lower()) is True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import library.models.flux
 import library.models.quantised
 import train_network_deft
-from library.models.quantised import PACKAGES, quantise
+from library.models.quantised import PACKAGES, quantise, read_anew
 from networks import deft, deft_io, deft_math, deft_weights
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule
@@ -276,6 +276,20 @@ class Packed(nn.Linear):
     def __init__(self) -> None:
         super().__init__(64, 192)
         self.weight = nn.Parameter(torch.zeros(192, 34, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_is_not_adapted_keeps_no_dequantised_weight(kind):
+    model = flux(kind, torch.bfloat16)
+    layer, kept = model.double_blocks[0].img_attn.qkv, []
+    read_anew(model)
+    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert not [t for t in kept if t.is_floating_point() and t.numel() >= 64 * 192 and t is not layer.weight]
+    g = torch.randn_like(y)
+    y.backward(g)
+    assert relative_error(x.grad.double(), g.double() @ deft_weights.read_weight(layer).double()) < 1e-2
 
 
 def test_layers_of_unknown_quantisation_are_refused_by_name():

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library.models.quantised import quantise
+from library.models.quantised import quantise, read_anew
 from library.options.rooms import ModelOptions
 from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
@@ -161,6 +161,8 @@ class Family(ABC):
         parts = [self.denoiser, *(self.text_encoders if encoders else ())]
         for part in parts:
             nn.Module.to(part, dtype=dtype)  # transformers hides its signature
+            if part is self.denoiser and (self.options.fp8_base or self.options.quantize_base):
+                read_anew(self.denoiser)
             if part is self.denoiser and self.options.fp8_base:  # back in dtype while a layer's turn is
                 self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
             nn.Module.to(part, device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from networks.deft_autograd import FrozenLayer
 from networks.deft_config import DeftError, reason_of
 from networks.deft_progress import Bar
 from networks.deft_targets import recognise, targets
@@ -43,6 +45,23 @@ def quantise(denoiser: nn.Module, kind: str, device: torch.device, dtype: torch.
             if found is not layer:
                 denoiser.set_submodule(path, found)
             bar.add(1)
+
+
+def read_anew(denoiser: nn.Module) -> None:
+    """Makes frozen layers read their weight again in the backward pass, kept as it is in fewer bits than they compute
+    with. Comes behind what adapts them, and before what casts them."""
+    for layer in denoiser.modules():
+        if type(layer) not in (nn.Linear, nn.Conv2d):
+            continue
+        holder: Any = layer
+        name = "forward"  # the layer's own, behind those of adapters
+        while hasattr(adapter := getattr(getattr(holder, name), "__self__", None), "org_forward"):
+            holder, name = adapter, "org_forward"
+        setattr(holder, name, functools.partial(_frozen, layer, getattr(holder, name)))
+
+
+def _frozen(layer: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return FrozenLayer.apply(x, own, layer)
 
 
 def _adaptable(denoiser: nn.Module) -> list[str]:

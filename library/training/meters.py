@@ -41,7 +41,6 @@ from networks.deft_progress import Bar
 logger = logging.getLogger(__name__)
 
 PROBES = 8  # pictures with a timestep each, of either meter
-LEARNT_AT = 0.8  # of the timesteps' range: what is learnt at more noise shows in no picture, and never ends
 STEPS = 6  # of each
 SHARE = 0.03  # of the training's time, at most
 FORWARDS = 2  # that a training step takes for a picture: frozen weights need no gradients; measured, 2.3 and more
@@ -113,7 +112,7 @@ class Learnt:
             self.base = self._losses(0.0)
 
     def _questions(self, loader: Loader) -> Iterator[Question]:
-        timesteps = _timesteps(self.losses.objective, LEARNT_AT)
+        timesteps = _timesteps(self.losses.objective)
         for turns, batch in zip(loader.turns(1), loader.epoch(1), strict=True):
             if turns:
                 randoms = Randoms(SEED, _STEP, [turn.place for turn in turns])
@@ -330,11 +329,7 @@ def _at_least(least: float, value: float) -> float:
     return least if value < least else value
 
 
-def _timesteps(objective: Objective, share: float = 1.0) -> list[int]:
-    """The middles of `PROBES` equal parts of the training's, in an order in which neighbours are far apart.
-
-    :param share: of the range, from the least noise
-    """
-    low, high = objective.bounds
-    middles = np.linspace(low, low + share * (high - low), 2 * PROBES + 1, dtype=int)[1::2].tolist()
+def _timesteps(objective: Objective) -> list[int]:
+    """The middles of `PROBES` equal parts of the training's range, in an order in which neighbours are far apart."""
+    middles = np.linspace(*objective.bounds, 2 * PROBES + 1, dtype=int)[1::2].tolist()
     return [middles[3 * i % PROBES] for i in range(PROBES)]

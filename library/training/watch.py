@@ -11,8 +11,7 @@ from library.training.record import Reading
 
 NOTHING = 0.005  # of the base model's loss: what is learnt is not told from nothing
 FAIR = 0.25  # of the steps, behind which something should have been learnt
-# docs/results.md: with a drift of 0.2 or more, every adapter had lost a third of the old world's accuracy or more
-FAR = 0.2
+FAR = 0.2  # of drift: a warning's; docs/trainer.md says where it comes from
 SOME = 0.05  # of drift, that is too much where less than that has been learnt
 USUAL = {"Lion": 2e-5}  # rates of published models, twice a LoRA's
 USUAL_ELSE = 2e-4
