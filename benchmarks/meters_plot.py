@@ -172,7 +172,9 @@ def draw(data: Mapping[str, Any], figure: Path) -> None:
             axis.legend(fontsize=8)
             axis.set_title(TITLES[kind] if len(kinds) > 1 else "", fontsize=10)
             axis.set_xlabel("step" if row == len(kinds) - 1 else "")
-    made.suptitle("Trainings three times too long; a line a creature; dots: the save that the trainer names", fontsize=12)
+    made.suptitle(
+        "Trainings three times too long; a line a creature; dots: the save that the trainer names", fontsize=12
+    )
     made.tight_layout()
     made.savefig(figure, dpi=90)
 
