@@ -133,7 +133,7 @@ class Ledger(TorchDispatchMode):
             self.at_peak = dict(self.now)
 
     def _passing(self, size: int) -> None:
-        """What a convolution of float32 takes beside what it reads and makes: cuDNN puts both into another order, for its
+        """What a convolution of float32 takes beside its input and output: cuDNN puts both into another order, for
         tensor cores. Measured on an H100: without it, the peaks of the VAE were 15% too low."""
         if self.total + size > self.peak:
             self.peak = self.total + size
