@@ -4,8 +4,8 @@
 
 Each case is a training of `train_network_deft.py` from its pictures to its file, of which only the reading of weights
 is left out: the model is made of the published configuration. Peaks are torch's of allocated memory, phase by phase.
-Then the same options go to `library.estimate`. Writes benchmarks/results/dry_run.json anew after each case. About eight
-minutes on an H100, 24 GB of its memory for FLUX.1 and 60 GB of the host's.
+Then the same options go to `library.estimate`. Writes benchmarks/results/dry_run.json anew after each case. A case
+takes 20 to 60 seconds on an H100, and FLUX.1 29 GB of its memory.
 
 `--tiny` tries it on a CPU with small models, without peaks.
 """
