@@ -188,7 +188,7 @@ def ours(given: Given, argv: list[str]) -> None:
     def losses(self: Losses, batch: Batch, randoms: Randoms, **more: Any) -> Tensor:
         latents, caption, sizes = given.picture(randoms.step)
         loss = own(self, Batch(latents, [caption], sizes), randoms, **more)
-        if torch.is_grad_enabled():  # a look at whether anything was learnt follows
+        if torch.is_grad_enabled():  # the meters ask too
             assert randoms.step == given.step
             given.losses.append(float(loss.mean()))
         return loss
