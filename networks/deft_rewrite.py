@@ -37,7 +37,7 @@ Changes: TypeAlias = Callable[[str, tuple[int, ...]], Change | None]
 
 _ROWS_SIZE = 1 << 19  # elements that are computed at once: 2 MiB in float32, which a core's cache holds
 _COPY_SIZE = 1 << 26  # bytes that are copied at once
-_WORKERS = min(4, os.cpu_count() or 1)  # more take longer; each with one thread of torch's, whose own would wait
+_WORKERS = min(4, os.cpu_count() or 1)  # more take longer; each has one thread of torch's
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".msgpack", ".onnx", ".onnx_data", ".h5")  # not copied along
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
