@@ -10,9 +10,10 @@ from networks import deft_formats
 from networks.deft_checkpoint import open_checkpoint
 from networks.deft_config import DeftError
 
-# keys as these kinds of files have them, written from memory: sd-vae-ft-mse in both forms, Wan's VAE, EasyNegative and SDXL embeddings, diffusers'
-# textual inversion, control_v11p_sd15_canny in both forms, FLUX.1's by InstantX, ip-adapter_sd15, t2iadapter_canny,
-# 4x-UltraSharp, RealESRGAN_x4plus, SwinIR_4x, CLIP-ViT-H, Stable Diffusion 3's unknown sisters
+# Keys as these kinds of files have them, written from memory: sd-vae-ft-mse in both forms, Wan's VAE, EasyNegative and
+# SDXL embeddings, diffusers' textual inversion, control_v11p_sd15_canny in both forms, FLUX.1's by InstantX,
+# ip-adapter_sd15, t2iadapter_canny, 4x-UltraSharp, RealESRGAN_x4plus, SwinIR_4x, CLIP-ViT-H, Stable Diffusion 3's
+# unknown sisters.
 OTHERS = [
     ("a VAE", "models/vae", ["decoder.up.0.block.0.conv1.weight", "encoder.conv_in.weight"]),
     ("a VAE", "models/VAE", ["first_stage_model.encoder.down.0.block.0.conv1.weight"]),

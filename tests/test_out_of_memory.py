@@ -88,11 +88,10 @@ def test_figures_are_what_the_settings_save(run, monkeypatch, capsys):
     assert len(saved) <= relief.MOST
     assert list(saved.values()) == sorted(saved.values(), reverse=True)
     monkeypatch.setattr(page, "_size", lambda size: f"{size} B")
-    for more, expected in (({}, 0), ({"train_batch_size": 1}, saved["--train_batch_size 1"])):
-        reset_accelerator()
-        assert run(**options | more, dry_run=True) == 0
-        shown = capsys.readouterr().out
-        assert whole - int(re.search(r"training +(\d+) B", shown)[1]) == expected
+    reset_accelerator()
+    assert run(**options | {"train_batch_size": 1}, dry_run=True) == 0
+    shown = capsys.readouterr().out
+    assert whole - int(re.search(r"training +(\d+) B", shown)[1]) == saved["--train_batch_size 1"]
 
 
 def fail_in_training(real):
