@@ -18,6 +18,7 @@ from library.data.batches import Batch
 from library.data.index import Index
 from library.models.family import Family
 from library.options.rooms import ObjectiveOptions, PreservationOptions
+from library.training.given import METERED
 from library.training.losses import Losses
 from library.training.objective import objective_of
 from library.training.randoms import Randoms
@@ -240,8 +241,8 @@ def test_caches_on_the_disk_are_used_by_the_next_training_and_change_nothing(run
     on_disk = common | {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
     files = {}
     for name, changes, pictures, texts in (
-        ("memory", common, 10, 5),
-        ("first", on_disk, 10, 5),
+        ("memory", common, 10, 5 + METERED),
+        ("first", on_disk, 10, 5 + METERED),
         ("second", on_disk, 0, 0),
         ("unchecked", on_disk | {"skip_cache_check": True}, 0, 0),
         ("larger", on_disk | {"resolution": "96"}, 10, 0),

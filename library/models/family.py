@@ -221,9 +221,17 @@ class Family(ABC):
             self.pipeline.scheduler = trained_with
         return latents
 
-    def draw(self, prompt: Prompt, *asked: Any) -> Image.Image:
-        """One picture; see `drawn`."""
-        return self.decode(self.drawn(prompt, *asked))
+    def draw(
+        self,
+        prompt: Prompt,
+        text: Text,
+        negative: Text | None,
+        sampler: str | None = None,
+        bar: Bar | None = None,
+        inputs: Sequence[Tensor] = (),
+    ) -> Image.Image:
+        """One picture; parameters as `drawn` has them."""
+        return self.decode(self.drawn(prompt, text, negative, sampler, bar, inputs))
 
 
 def _checkpointed(block: nn.Module, *given: Any) -> Any:

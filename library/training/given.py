@@ -116,7 +116,8 @@ def _read(run: Run) -> Given:
 
 def _metered(to_keep: list[Prompt], size: tuple[int, int]) -> list[Prompt]:
     """Some of what is to be kept, from all over it; of configs/keep.txt where nothing is given."""
-    found = to_keep or keep.read_prompts(keep.PROMPTS, size)
+    possible = max(8, size[0] - size[0] % 8), max(8, size[1] - size[1] % 8)  # what else is wrong is told later
+    found = to_keep or keep.read_prompts(keep.PROMPTS, possible)
     number = min(METERED, len(found))
     return [found[i * len(found) // number] for i in range(number)]
 
