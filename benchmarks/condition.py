@@ -197,7 +197,7 @@ def train(args: argparse.Namespace, data: Path, adapter: str, rate: float, seed:
             "--learning_rate", str(rate), "--unet_lr", str(rate), "--lr_scheduler", "constant", "--network_dim",
             str(args.rank), "--network_alpha", str(args.rank), "--save_precision", "float", "--console_log_level",
             "WARNING", "--mixed_precision", args.precision, "--condition_dropout_prob", "0.1",
-            "--meter_every_n_steps", "0",
+            "--meter_every_n_steps", "0", "--no_report",
         ])  # fmt: skip
         train_network_deft.train(run, adapters.adapter_of(adapter))
     return file, time.perf_counter() - start

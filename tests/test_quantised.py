@@ -1,4 +1,8 @@
-"""Frozen layers in 8 and 4 bits, as torchao and bitsandbytes keep them: what DEFT computes on them, and keeps."""
+"""Frozen layers in 8 and 4 bits, as torchao and bitsandbytes keep them: what DEFT computes on them, and keeps.
+
+Where these are installed: `pip install torchao bitsandbytes`. They are not in tests/requirements.txt: diffusers imports
+them wherever it finds them, which takes every process seconds, and torchao tells stderr what it cannot load.
+"""
 
 from __future__ import annotations
 
