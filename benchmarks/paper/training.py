@@ -94,8 +94,8 @@ def _options(settings: Settings, training: Training) -> list[str]:
     rate, rank = f"{method.rate:g}", str(method.rank)
     found = ["--output_name", training.name, "--max_train_steps", str(method.steps), "--seed", str(training.seed),
              "--learning_rate", rate, "--unet_lr", rate, "--lr_scheduler", "constant", "--lr_warmup_steps", "0",
-             "--train_batch_size", "1", "--gradient_accumulation_steps", "1", "--meter_every_n_steps", "0", "--no_report",
-             "--network_dim", rank, "--network_alpha", rank, "--network_train_unet_only",
+             "--train_batch_size", "1", "--gradient_accumulation_steps", "1", "--meter_every_n_steps", "0",
+             "--no_report", "--network_dim", rank, "--network_alpha", rank, "--network_train_unet_only",
              "--network_args", *(f"{key}={value}" for key, value in args.items())]  # fmt: skip
     if file.suffix == ".jsonl":
         found += ["--train_data_dir", "", "--train_jsonl", str(file), "--image_path", str(settings.data)]
