@@ -138,7 +138,8 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
     base = meters.base_of(model) if files.metered else ""
     with relief.told(run, files, "quantising the model", lambda: "nothing is trained yet"):
         model.quantise(accelerator.device, dtype)
-    adapter = adapter_of(run.network, files, model, accelerator, folder)
+    with relief.told(run, files, "making the adapter, with what it keeps", lambda: "nothing is trained yet"):
+        adapter = adapter_of(run.network, files, model, accelerator, folder)
     caches = run.data.caches
     if caches.cache_text_encoder_outputs:
         with relief.told(run, files, "caching texts", lambda: "nothing is trained yet"):
@@ -176,10 +177,11 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
             loading(kept, noise, shuffle=False), losses, adapter, noise, options.max_validation_steps
         )
     an_epoch = loader.steps_an_epoch
-    measuring = meters.meters_of(
-        run, files.metered, base, trained, loading, losses, length.steps, loader.pictures / an_epoch,
-        planned(run.saves, length, an_epoch),
-    )  # fmt: skip
+    with relief.told(run, files, "measuring the base model", lambda: "nothing is trained yet"):
+        measuring = meters.meters_of(
+            run, files.metered, base, trained, loading, losses, length.steps, loader.pictures / an_epoch,
+            planned(run.saves, length, an_epoch),
+        )  # fmt: skip
     fields = metadata.of_training(run, model, adapter, trained, length, seed)
     shared = sharing_of(run, record, files.samples, fields)
     report = Report(
@@ -210,6 +212,9 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
         if named:
             logger.info(named.line())
         report.write("finished")
+    except EndedAtOnce as ended:
+        report.write(str(ended))
+        raise
     except Exception as error:
         report.write(str(error))
         start.end_trackers(accelerator)

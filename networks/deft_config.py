@@ -311,9 +311,13 @@ class DeftConfig:
         return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in shown)
 
     def to_json(self) -> str:
-        """The options that were set, and those that a training from the file takes over, as JSON for its metadata."""
+        """The options that were set, and those that a training from the file takes over, as JSON for its metadata. Of
+        files to `keep` their names alone: a shared file tells nothing of its author's disk."""
         kept = [f for f in fields(self) if f.metadata["of_file"] or getattr(self, f.name) != f.default]
-        return json.dumps({f.name: getattr(self, f.name) for f in kept})
+        found = {f.name: getattr(self, f.name) for f in kept}
+        if self.keep:
+            found["keep"] = ",".join(re.split(r"[/\\]", one.strip())[-1] for one in self.keep.split(","))
+        return json.dumps(found)
 
 
 _COMMAND_LINE_NAMES = {"dim": "network_dim", "alpha": "network_alpha", "neuron_dropout": "network_dropout"}

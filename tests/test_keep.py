@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import statistics
 
@@ -17,7 +18,7 @@ from library.prompts import Prompt
 from library.world import measure
 from library.world import tokenizer as clip_tokenizer
 from networks import deft, deft_io, deft_keep
-from networks.deft_config import DeftError
+from networks.deft_config import DeftConfig, DeftError
 from tests.conftest import deltas, relative_error
 from tests.test_architectures import Flux, flux_transformer, network, sdxl_unet
 
@@ -132,6 +133,16 @@ def test_a_training_goes_on_from_its_file(file, tmp_path, save_format):
     whole, _ = deft.create_network_from_weights(1.0, saved, None, [], Flux(), for_inference=True)
     assert whole.config.keep is None
     assert "kept" not in "".join(again.state_dict())
+
+
+def test_a_file_names_what_was_kept_without_its_folders(file, tmp_path):
+    saved = tmp_path / "cat.safetensors"
+    net = kept_network(Flux(), f"{file}, {file}")
+    net.save_weights(str(saved), torch.float32, {})
+    metadata = deft_io.read_metadata(saved)
+    assert json.loads(metadata["deft_options"])["keep"] == "keep.safetensors,keep.safetensors"
+    assert str(tmp_path) not in str(metadata)
+    assert DeftConfig(keep="C:\\Users\\me\\k.safetensors").to_json().count("me") == 0
 
 
 def test_what_is_refused(file, tmp_path):

@@ -306,6 +306,7 @@ def test_a_drift_ends_a_training_as_if_it_were_over(model_folder, photos, tmp_pa
     with caplog.at_level("INFO"):
         assert train_network_deft.main(arguments(model_folder, photos, tmp_path, **options)) == 0
     assert len([line for line in caplog.messages if "--stop_at_drift 1e-09 ends the training here" in line]) == 1
+    assert "--stop_at_drift 1e-09 ends the training here" in (tmp_path / "out" / "cat.html").read_text()
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["cat-state", "cat.html", "cat.safetensors"]
     assert json.loads((out / "cat-state" / "train_state.json").read_text())["step"] == 2

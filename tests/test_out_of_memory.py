@@ -103,3 +103,21 @@ def fail_in_training(real):
         return real(self, *args, **kwargs)
 
     return call
+
+
+@pytest.mark.usefixtures("_without_figures")
+@pytest.mark.parametrize(
+    ("place", "phase"),
+    [
+        ("library.keep.directions_to_keep", "making the adapter"),
+        ("library.training.meters.Drift", "measuring the base"),
+    ],
+)
+def test_what_is_drawn_and_measured_at_first_finds_no_memory(run, tmp_path, monkeypatch, capsys, place, phase):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(place, fail)
+    (tmp_path / "keep.txt").write_text("a cat --w 64 --h 64 --s 1\n")
+    assert run(network_args=[f"keep={tmp_path / 'keep.txt'}"], meter_every_n_steps=1) == 1
+    assert f"out of memory while {phase}" in capsys.readouterr().err

@@ -113,6 +113,7 @@ class Report:
             "written": time.strftime("%Y-%m-%d %H:%M"),
             "time": self._time(ended),
             "named": next((one for one in files if one.saved == named), None),
+            "last_measured": next((one for one in reversed(files) if one.learnt), None),
             "files": files,
             "at_step": {one.saved.step: one.saved.name for one in files},
             "earlier_files": len(record.files) - len(files),

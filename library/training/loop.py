@@ -240,7 +240,7 @@ class TrainingLoop:
 
     def _draw(self, label: str) -> None:
         with self.evaluated():
-            self.samples.draw(label, self.position.step)
+            self.samples.draw(label, self.position.step, lambda: bool(self.signals.number))
         self.report.write()
 
     def _validate(self, when: str) -> None:
@@ -264,7 +264,9 @@ class TrainingLoop:
             logger.warning(line)
         most = meters.stop_at_drift
         if most is not None and found.drift >= most and step < self.length.steps:
-            logger.info(f"step {step}: the drift is {found.drift:.3f}; --stop_at_drift {most:g} ends the training here")
+            logger.warning(
+                f"step {step}: the drift is {found.drift:.3g}; --stop_at_drift {most:g} ends the training here"
+            )
             self.length = self.saves.length = self.report.length = Length(step, self.position.epoch)
 
     def _log(self, values: dict[str, float]) -> None:

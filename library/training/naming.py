@@ -54,4 +54,4 @@ def best(record: Record, folder: Path) -> Best | None:
 
 
 def _told(file: Saved) -> str:
-    return f"learnt {file.learnt:.3f}, drift {file.drift:.3f}"
+    return f"learnt {file.learnt:.3f}, drift {file.drift:.3g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,15 +65,19 @@ class Samples:
         for prompt in self.prompts:
             self.model.sampler(prompt.sampler or self.sampler)
 
-    def draw(self, label: str, step: int) -> None:
+    def draw(self, label: str, step: int, ending: Callable[[], bool] = lambda: False) -> None:
         """Writes `sample/<name>_<label>_<number>_<time>[_<seed>].png`, sd-scripts' names, and shows the trackers the
         pictures; every process has to call.
 
         A picture that cannot be drawn or written is reported, and does not end a training.
+
+        :param ending: whether the training is to end, so that those that are left are not waited for
         """
         if self.prompts and self.accelerator.is_main_process:
             now = time.strftime("%Y%m%d%H%M%S")
             for i, prompt in enumerate(self.prompts):
+                if ending():
+                    break
                 seed = "" if prompt.seed is None else f"_{prompt.seed}"
                 path = self.folder / "sample" / f"{self.name}_{label}_{i:02d}_{now}{seed}.png"
                 try:
