@@ -78,7 +78,7 @@ def test_before_the_first_step_one_line_and_the_end(run, tmp_path, signal_at, ca
     assert run() == CODES[number]
     assert said(capsys)[-1] == "interrupted before the first step: nothing had been trained yet"
     assert "Traceback" not in capsys.readouterr().err
-    assert [path.name for path in tmp_path.glob("out/*")] == ["cat.html"]
+    assert not list(tmp_path.glob("out/*"))
 
 
 @pytest.mark.parametrize("number", CODES)
