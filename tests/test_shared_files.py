@@ -74,7 +74,7 @@ def test_every_file_shows_the_sample_of_its_step_and_its_trigger(run, prompts, t
         assert metadata[THUMBNAIL].startswith("data:image/jpeg;base64,")
         assert metadata["modelspec.trigger_phrase"] == "sks cat"
         assert int.from_bytes(file.read_bytes()[:8], "little") < HEADER_LIMIT
-    names = ["cat-step00000001.safetensors", "cat.json", "cat.metadata.json", "cat.png", "cat.safetensors"]
+    names = ["cat-step00000001.safetensors", "cat.html", "cat.json", "cat.metadata.json", "cat.png", "cat.safetensors"]
     assert beside(tmp_path) == names
     assert (tmp_path / "out" / "cat.png").read_bytes() == drawn[2].read_bytes()
     webui = json.loads((tmp_path / "out" / "cat.json").read_text(encoding="utf-8"))
