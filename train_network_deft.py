@@ -45,6 +45,7 @@ from library.training.sharing import sharing_of
 from library.training.state import Length, Position, Setting
 from library.training.texts import Texts
 from library.training.validation import Validation
+from library.training.watch import watch_of
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
@@ -178,9 +179,10 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
         )
     an_epoch = loader.steps_an_epoch
     with relief.told(run, files, "measuring the base model", lambda: "nothing is trained yet"):
+        watch = functools.partial(watch_of, run.data.datasets, run.network, run.optimizer, length.steps)
         measuring = meters.meters_of(
-            run, files.metered, base, trained, loading, losses, length.steps, loader.pictures / an_epoch,
-            planned(run.saves, length, an_epoch),
+            run.meters, caches, watch, files.metered, base, trained, loading, losses, length.steps,
+            loader.pictures / an_epoch, planned(run.saves, length, an_epoch),
         )  # fmt: skip
     fields = metadata.of_training(run, model, adapter, trained, length, seed)
     shared = sharing_of(run, record, files.samples, fields)

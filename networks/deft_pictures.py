@@ -83,12 +83,14 @@ def of_data_url(url: str) -> bytes | None:
 def _jpegs(picture: Path | bytes) -> Callable[[int, int], bytes]:
     """A picture's JPEG for a largest side in pixels and a quality."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError:
         raise DeftError("needs Pillow; pip install pillow") from None
     try:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as file:
             whole = ImageOps.exif_transpose(file).convert("RGB")
+    except UnidentifiedImageError:  # whose own words name the memory that it was read from
+        raise DeftError("cannot be read as a picture (of no format that Pillow knows)") from None
     except Exception as error:  # of many kinds, as files may be damaged
         raise DeftError(f"cannot be read as a picture ({reason_of(error)})") from None
 

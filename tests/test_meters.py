@@ -325,7 +325,8 @@ def test_a_drift_to_stop_at_needs_the_meters(model_folder, photos, tmp_path):
 
 
 def watched(model_folder, photos, tmp_path, has_loss: bool = True, **changes):
-    return watch_of(parse(arguments(model_folder, photos, tmp_path, **changes)), 100, has_loss)
+    run = parse(arguments(model_folder, photos, tmp_path, **changes))
+    return watch_of(run.data.datasets, run.network, run.optimizer, 100, has_loss)
 
 
 def test_nothing_learnt_is_said_once_with_causes_that_fit(model_folder, photos, tmp_path):

@@ -267,7 +267,7 @@ class TrainingLoop:
             logger.warning(
                 f"step {step}: the drift is {found.drift:.3g}; --stop_at_drift {most:g} ends the training here"
             )
-            self.length = self.saves.length = self.report.length = Length(step, self.position.epoch)
+            self.length.steps, self.length.epochs = step, self.position.epoch
 
     def _log(self, values: dict[str, float]) -> None:
         self.record.log(values, self.position.step)

@@ -25,7 +25,7 @@ from library.data.batches import Loader
 from library.data.cache import Store
 from library.data.plan import Picture, Plan, pictures
 from library.models.family import Family
-from library.options.rooms import CacheOptions, MeterOptions, Run
+from library.options.rooms import CacheOptions, MeterOptions
 from library.prompts import Prompt
 from library.training.given import METERED
 from library.training.losses import Asked, Losses
@@ -34,7 +34,7 @@ from library.training.randoms import Purpose, Randoms
 from library.training.record import Reading
 from library.training.samples import drawing
 from library.training.validation import Question, losses_of, ratio, undisturbed
-from library.training.watch import Watch, watch_of
+from library.training.watch import Watch
 from networks import deft_io
 from networks.deft_progress import Bar
 
@@ -278,7 +278,9 @@ class Meters:
 
 
 def meters_of(
-    run: Run,
+    options: MeterOptions,
+    caches: CacheOptions,
+    watch: Callable[[bool], Watch],
     prompts: Sequence[Prompt],
     base: str,
     plan: Plan,
@@ -290,6 +292,7 @@ def meters_of(
 ) -> Meters | None:
     """The meters of a training; None where they are off. Every process has to call.
 
+    :param watch: whether the model has a loss on the pictures, without the adapter -> what says that something is wrong
     :param prompts: of what the base model draws
     :param base: of `base_of`
     :param plan: what is trained on
@@ -298,10 +301,10 @@ def meters_of(
     :param step_pictures: pictures of a step, in all processes
     :param saves: the steps of saves, the last one's too
     """
-    every = every_of(run.meters, steps, step_pictures, saves)
+    every = every_of(options, steps, step_pictures, saves)
     some = chosen(plan)
     if every is None or not some:
-        if run.meters.meter_every_n_steps != 0:
+        if options.meter_every_n_steps != 0:
             why = "it would take over 3% of so short a training; --meter_every_n_steps asks for it all the same"
             why = why if some else "all pictures are only to be preserved"
             logger.info(f"drift and what is learnt are not measured: {why}")
@@ -309,9 +312,9 @@ def meters_of(
     logger.info(f"drift and what is learnt are measured every {min(every, steps)} steps, and before each save")
     loader = loading(some, SEED, shuffle=False)
     learnt = Learnt(loader, losses)
-    drift = Drift(prompts, drawn(prompts, base, losses, run.data.caches), losses, loader.batch_size)
+    drift = Drift(prompts, drawn(prompts, base, losses, caches), losses, loader.batch_size)
     losses.adapter.set_multiplier(1.0)
-    return Meters(learnt, drift, every, saves, watch_of(run, steps, any(learnt.base)), run.meters.stop_at_drift)
+    return Meters(learnt, drift, every, saves, watch(any(learnt.base)), options.stop_at_drift)
 
 
 def every_of(options: MeterOptions, steps: int, step_pictures: float, saves: Collection[int]) -> int | None:

@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 FILE = "train_state.json"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Length:
-    """Of a whole training."""
+    """Of a whole training; all that were told of it see when it is to end earlier."""
 
     steps: int
     epochs: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from library.options.rooms import NetworkOptions, OptimizerOptions, Run
+from library.options.rooms import DatasetOptions, NetworkOptions, OptimizerOptions
 from library.training import optimizers
 from library.training.record import Reading
 
@@ -45,15 +45,18 @@ class Watch:
             yield f"step {step}: {what} (learnt {learnt:.4f}, drift {drift:.3f}). Likely: {'; '.join(causes)}"
 
 
-def watch_of(run: Run, steps: int, has_loss: bool) -> Watch:
+def watch_of(
+    datasets: Sequence[DatasetOptions], network: NetworkOptions, rates: OptimizerOptions, steps: int, has_loss: bool
+) -> Watch:
     """:param steps: of the whole training
     :param has_loss: whether the model has one on the pictures, without the adapter
     """
-    return Watch(steps, list(_of_nothing(run, has_loss)), list(_of_much(run)))
+    return Watch(steps, list(_of_nothing(datasets, network, rates, has_loss)), list(_of_much(network, rates)))
 
 
-def _of_nothing(run: Run, has_loss: bool) -> Iterator[str]:
-    datasets, network = run.data.datasets, run.network
+def _of_nothing(
+    datasets: Sequence[DatasetOptions], network: NetworkOptions, rates: OptimizerOptions, has_loss: bool
+) -> Iterator[str]:
     subsets = [subset for dataset in datasets for subset in dataset.subsets if not (subset.is_reg or subset.preserved)]
     if not has_loss:
         yield "the masks are black, so that nothing of the pictures is trained on"
@@ -66,7 +69,7 @@ def _of_nothing(run: Run, has_loss: bool) -> Iterator[str]:
         yield "--network_train_text_encoder_only: the denoiser, which draws, learns nothing"
     if network.scale_weight_norms is not None and network.scale_weight_norms < 0.1:
         yield f"--scale_weight_norms {network.scale_weight_norms:g} keeps every layer from changing"
-    rate, usual = _rate(run.optimizer, network), _usual(run.optimizer)
+    rate, usual = _rate(rates, network), _usual(rates)
     if usual and rate < LOW * usual:
         yield f"a learning rate of {rate:g} is low: {usual:g} is usual"
     elif usual and rate > HIGH * usual:
@@ -75,13 +78,13 @@ def _of_nothing(run: Run, has_loss: bool) -> Iterator[str]:
         yield f"a learning rate of {rate:g} is too low for this model and these pictures, or the steps are too few"
 
 
-def _of_much(run: Run) -> Iterator[str]:
-    rate, usual = _rate(run.optimizer, run.network), _usual(run.optimizer)
+def _of_much(network: NetworkOptions, rates: OptimizerOptions) -> Iterator[str]:
+    rate, usual = _rate(rates, network), _usual(rates)
     if usual and rate > HIGH * usual:
         yield f"a learning rate of {rate:g} is high: {usual:g} is usual"
     else:
         yield f"a learning rate of {rate:g} is too high for this model, or the steps are too many"
-    if not run.network.network_args.get("keep"):
+    if not network.network_args.get("keep"):
         yield "nothing holds it: --network_args keep=configs/keep.txt does, and regularisation pictures do"
     yield "an earlier file may be the better one; --stop_at_drift ends a training by itself"
 
