@@ -46,9 +46,9 @@ def ensure_environment(requirements: Path) -> Path:
     return python
 
 
-def run_environment() -> dict[str, str]:
-    """Environment variables for the commands: no hub, and one thread, since the models they run are tiny."""
-    return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **os.environ}
+def run_environment(threads: int) -> dict[str, str]:
+    """Environment variables for the commands: no hub, and so many threads, since the models they run are tiny."""
+    return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), **os.environ}
 
 
 def _succeeds(python: Path, *arguments: str) -> bool:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 CONFIGS = Path("configs/quickstart")
 NAMES = ("creature", "photos")
 CREATURE = 4  # the seed of the creature on the five pictures
-MEASURED = 32  # pictures a side
+MEASURED = 16  # pictures a side
+THREADS = min(4, os.cpu_count() or 1)  # the model is tiny: more would wait for each other
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +36,9 @@ def main(argv: list[str]) -> int:
         return 2
     python = ensure_environment(ROOT / "requirements.txt")
     if Path(sys.prefix).resolve() != python.parent.parent.resolve():
-        return subprocess.run([python, "-m", "library.quickstart", name], cwd=ROOT, env=run_environment()).returncode
+        return subprocess.run(
+            [python, "-m", "library.quickstart", name], cwd=ROOT, env=run_environment(THREADS)
+        ).returncode
     return run(name)
 
 
@@ -156,11 +159,8 @@ def judged(pipeline: StableDiffusionPipeline) -> list[tuple[str, object]]:
 
     :returns: rows of the closing table
     """
-    import torch
-
     from library.world import concepts, judge, measure
 
-    torch.set_num_threads(os.cpu_count() or 1)  # large batches, and no other process by now
     print(f"drawing {4 * MEASURED} pictures to measure", flush=True)
     net = judge.load()
     likeness = measure.Likeness(net, concepts.creature(CREATURE))

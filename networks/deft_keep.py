@@ -71,12 +71,28 @@ def most_directions(n: int, k: int) -> int:
     return min(k, max(1, n // 4))
 
 
-def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a Linear layer or a convolution multiplies its weight with, as (number, n)."""
+def inputs_of(layer: nn.Module, x: Tensor, most: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """What a Linear layer or a convolution multiplies its weight with.
+
+    A convolution's are gathered from views of x: all of them together are as large as x times the kernel.
+
+    :param most: where there are more, as many are chosen at random, by `generator`
+    :returns: (number, n)
+    """
     if isinstance(layer, nn.Conv2d):
-        padded = F.pad(x, layer._reversed_padding_repeated_twice)  # numbers also for a padding such as "same"
-        return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).mT.flatten(0, 1)
-    return x.reshape(-1, x.shape[-1])
+        windows = F.pad(x, layer._reversed_padding_repeated_twice)  # numbers also for a padding such as "same"
+        for axis, (size, step, apart) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+            windows = windows.unfold(2 + axis, (size - 1) * apart + 1, step)[..., ::apart]
+        windows = windows.movedim(1, 3)  # picture, row, column; channel, and the kernel's
+        places = windows.shape[:3]
+    else:
+        windows = x.reshape(-1, x.shape[-1])
+        places = windows.shape[:1]
+    number = places.numel()
+    if most is None or number <= most:
+        return windows.reshape(number, -1)
+    chosen = torch.randint(number, (most,), generator=generator).to(x.device)
+    return windows[torch.unravel_index(chosen, places)].flatten(1)
 
 
 class Watch:
@@ -112,9 +128,7 @@ class Watch:
     @torch.compiler.disable
     def _look(self, name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
-            X = inputs_of(layer, args[0].detach())
-            if len(X) > ROWS:
-                X = X[torch.randint(len(X), (ROWS,), generator=self._generator).to(X.device)]
+            X = inputs_of(layer, args[0].detach(), ROWS, self._generator)
             self._sketch(name, X.device).add(X)
 
     def _sketch(self, name: str, device: torch.device) -> Sketch:

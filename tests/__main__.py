@@ -31,7 +31,7 @@ def main(pytest_arguments: list[str]) -> int:
     for name, command in stages.items():
         print(f"--- {name}", flush=True)
         start = time.time()
-        if subprocess.run(command, cwd=ROOT, env=run_environment()).returncode != 0:
+        if subprocess.run(command, cwd=ROOT, env=run_environment(1)).returncode != 0:
             failed.append(name)
         times[name] = time.time() - start
     print("--- " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()))

@@ -77,6 +77,9 @@ def test_inputs_are_what_the_weight_is_multiplied_with(layer):
     out = layer(x) if isinstance(layer, nn.Linear) else layer(x).permute(0, 2, 3, 1)
     rows = F.linear(deft_keep.inputs_of(layer, x), layer.weight.flatten(1), layer.bias)
     assert relative_error(rows, out.reshape(rows.shape)) < 1e-6
+    some = deft_keep.inputs_of(layer, x, 5, torch.Generator().manual_seed(0))
+    chosen = torch.randint(len(rows), (5,), generator=torch.Generator().manual_seed(0))
+    assert relative_error(F.linear(some, layer.weight.flatten(1), layer.bias), rows[chosen]) < 1e-6
 
 
 @pytest.mark.parametrize("options", [{}, {"split_qkv": "true"}], ids=str)
