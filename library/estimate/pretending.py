@@ -26,6 +26,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from library.models import swapping
 from networks.deft_batch import BatchedFactors
 
 CARD = torch.device("cuda:0")
@@ -69,6 +70,7 @@ def card() -> Iterator[None]:
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda: True),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
+            (swapping, "group_of", _Moved),
             # the state of a card's random numbers is nothing that checkpoints could keep
             (torch.utils.checkpoint, "_get_device_module", lambda device="cuda": types.SimpleNamespace()),
         ):
@@ -97,6 +99,19 @@ class _Fakes(FakeTensorMode):
 def filled(module: nn.Module, device: torch.device) -> None:
     """Takes a module from the meta device to one that `card` knows; weights that are one stay one."""
     _applied(module, lambda one: torch.empty_strided(one.size(), one.stride(), dtype=one.dtype, device=device))
+
+
+class _Moved:
+    """See `library.models.swapping.Group`."""
+
+    def __init__(self, block: nn.Module, device: torch.device, stream: Any):
+        self.block, self.device = block, device
+
+    def onload_(self) -> None:
+        _applied(self.block, lambda one: one.to(self.device))
+
+    def offload_(self) -> None:
+        _applied(self.block, lambda one: one.to("cpu"))
 
 
 def _is_on(kind: str, tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.models.quantised import quantise, read_anew
+from library.models.swapping import Swapping, spread
 from library.options.rooms import ModelOptions
 from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
@@ -22,6 +24,8 @@ from networks.deft_config import reason_of
 from networks.deft_progress import Bar
 
 logger = logging.getLogger(__name__)
+
+_SHARED = ("cpu", "mps")  # devices whose memory is the host's
 
 Text = dict[str, Tensor]  # a family's own names -> what the text encoders make of captions, (captions, ...) each
 
@@ -153,19 +157,29 @@ class Family(ABC):
         if self.options.quantize_base:
             quantise(self.denoiser, self.options.quantize_base, device, dtype)
 
+    def swappable(self) -> list[tuple[nn.Module, ...]]:
+        """The denoiser's blocks that --blocks_to_swap counts, in their order; what counts as one is together."""
+        kinds = getattr(self.denoiser, "_repeated_blocks", ()) or getattr(self.denoiser, "_no_split_modules", ())
+        return [(block,) for block in self.denoiser.modules() if type(block).__name__ in kinds]
+
     def place(self, device: torch.device, dtype: torch.dtype, encoders: bool) -> None:
         """The frozen parts that every step needs, in the training's precision, with the memory options.
 
         :param encoders: whether the text encoders are needed in every step
+        :raises DeftError: where blocks are to be swapped, and cannot be
         """
         parts = [self.denoiser, *(self.text_encoders if encoders else ())]
+        checkpointing: Any = _checkpointed
         for part in parts:
             nn.Module.to(part, dtype=dtype)  # transformers hides its signature
             if part is self.denoiser and (self.options.fp8_base or self.options.quantize_base):
                 read_anew(self.denoiser)
             if part is self.denoiser and self.options.fp8_base:  # back in dtype while a layer's turn is
                 self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
-            nn.Module.to(part, device)
+            if part is self.denoiser and (waiting := self._waiting(device)):
+                checkpointing = functools.partial(_swapped_or_not, Swapping(part, waiting, device))
+            else:
+                nn.Module.to(part, device)
         if self.options.xformers:
             try:
                 self.denoiser.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
@@ -175,9 +189,17 @@ class Family(ABC):
             for part in parts:
                 part.train()
                 if hasattr(part, "enable_gradient_checkpointing"):
-                    part.enable_gradient_checkpointing(_checkpointed)
+                    part.enable_gradient_checkpointing(checkpointing)
                 else:
                     part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _waiting(self, device: torch.device) -> list[nn.Module]:
+        """The blocks of --blocks_to_swap."""
+        number = self.options.blocks_to_swap
+        if number and device.type in _SHARED:
+            logger.warning(f"--blocks_to_swap: no effect on {device.type}, whose memory is the host's")
+            return []
+        return spread(self.swappable(), number)
 
     @abstractmethod
     def sampler(self, name: str | None) -> Any:
@@ -232,6 +254,10 @@ class Family(ABC):
     ) -> Image.Image:
         """One picture; parameters as `drawn` has them."""
         return self.decode(self.drawn(prompt, text, negative, sampler, bar, inputs))
+
+
+def _swapped_or_not(swapping: Swapping, block: nn.Module, *given: Any) -> Any:
+    return swapping.checkpointed(block, *given) if block in swapping else _checkpointed(block, *given)
 
 
 def _checkpointed(block: nn.Module, *given: Any) -> Any:

@@ -76,6 +76,13 @@ class Flux(Family):
         """See `Family`: a token is 2 x 2 latents."""
         return 2 * self.pixels_per_latent
 
+    def swappable(self) -> list[tuple[nn.Module, ...]]:
+        """See `Family`: as sd-scripts counts, two single blocks are one."""
+        transformer = self.pipeline.transformer
+        single = list(transformer.single_transformer_blocks)
+        pairs = [tuple(single[i : i + 2]) for i in range(0, len(single), 2)]
+        return [*((block,) for block in transformer.transformer_blocks), *pairs]
+
     @property
     def is_dev(self) -> bool:
         """Whether it is told its guidance."""

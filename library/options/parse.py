@@ -149,6 +149,9 @@ def _run(values: dict[str, Any]) -> Run:
         raise DeftError("--fp8_base needs --mixed_precision bf16 or fp16")
     if values["fp8_base"] and values["quantize_base"]:
         raise DeftError("--fp8_base and --quantize_base do not go together: each keeps the denoiser in fewer bits")
+    if values["blocks_to_swap"] and not values["gradient_checkpointing"]:
+        raise DeftError("--blocks_to_swap needs --gradient_checkpointing: without it, weights have to stay for the "
+                        "backward pass")  # fmt: skip
     if values["cache_text_encoder_outputs"] and not values["network_train_unet_only"]:
         raise DeftError("--cache_text_encoder_outputs: text encoders that are trained give new outputs in every step; "
                         "add --network_train_unet_only, or leave it out")  # fmt: skip

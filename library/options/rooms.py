@@ -24,6 +24,7 @@ class ModelOptions:
     gradient_checkpointing: bool = False
     fp8_base: bool = False  # or --fp8_base_unet
     quantize_base: str | None = None  # "int8", "fp8", "nf4"
+    blocks_to_swap: int = 0
     v2: bool = False
     v_parameterization: bool = False
     zero_terminal_snr: bool = False

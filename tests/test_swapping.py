@@ -1,0 +1,206 @@
+"""Blocks that wait in the host's memory: gradients, files, and how many are on the device at once."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import train_network_deft
+from library.estimate import phases
+from library.models import family as families
+from library.models import swapping
+from library.models.flux import Flux
+from library.models.swapping import spread
+from library.options.parse import parse
+from library.training import given
+from library.training.state import Length
+from networks.deft_config import DeftError
+from tests import small_flux, small_models, small_omnigen
+from tests.conftest import arguments, reset_accelerator
+from tests.test_fp8_base import backward, placed
+
+FAMILIES = ["sd15", "sdxl", "flux", "omnigen"]
+OPTIONS: list[tuple[str, dict[str, str]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("sdxl", {"conv_dim": "2", "conv_alpha": "1", "removal": "1"}),
+    ("flux", {"removal": "1", "basis": "relu"}),
+    ("flux", {"train_blocks": "single"}),
+    ("flux", {"fuse_qkv": "true"}),
+]
+
+
+class Away:
+    """A group whose weights are elsewhere while they wait: on the meta device, where reading one fails, or in float64,
+    with which no layer computes."""
+
+    now: ClassVar[set[nn.Module]] = set()
+    turns: ClassVar[Counter[nn.Module]] = Counter()
+    most: ClassVar[int] = 0
+    where: ClassVar[Any] = "meta"
+
+    def __init__(self, block: nn.Module, device: torch.device, stream: Any):
+        self.block = block
+        places = [
+            (module, name)
+            for module in block.modules()
+            for name in module._parameters
+            if module._parameters[name] is not None
+        ]
+        self.home = [(module, name, module._parameters[name]) for module, name in places]
+        self.offload_()
+
+    def onload_(self) -> None:
+        assert self.block not in Away.now
+        for module, name, here in self.home:
+            module._parameters[name] = here
+        Away.now.add(self.block)
+        Away.most = max(Away.most, len(Away.now))
+        Away.turns[self.block] += 1
+
+    def offload_(self) -> None:
+        for module, name, here in self.home:
+            module._parameters[name] = nn.Parameter(here.data.to(Away.where), requires_grad=False)
+        Away.now.discard(self.block)
+
+
+@pytest.fixture
+def away(monkeypatch):
+    Away.now, Away.most, Away.turns, Away.where = set(), 0, Counter(), "meta"
+    monkeypatch.setattr(swapping, "group_of", Away)
+    monkeypatch.setattr(families, "_SHARED", ())
+    return Away
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made: dict[str, Any] = {}
+
+    def folder(family: str) -> Any:
+        if family not in made:
+            to = tmp_path_factory.mktemp(family)
+            small: dict[str, Any] = {
+                "flux": lambda: small_flux.build(to).folder,
+                "omnigen": lambda: small_omnigen.build(to),
+            }
+            made[family] = small.get(family, lambda: small_models.build(family, to))()
+        return made[family]
+
+    return folder
+
+
+@pytest.mark.parametrize("number", [1, "all"])
+@pytest.mark.parametrize(("family", "options"), OPTIONS, ids=str)
+def test_gradients_are_those_of_a_model_that_stays(family, options, number, folders, away):
+    """To the bit, step after step; two blocks are there at once, and no block longer than that."""
+    wanted = backward(*placed(folders(family), options, gradient_checkpointing=True))
+    all_of_them = len(placed(folders(family))[0].swappable())
+    swap = all_of_them if number == "all" else 1
+    model, network = placed(folders(family), options, gradient_checkpointing=True, blocks_to_swap=swap)
+    waiting = [block for units in model.swappable() for block in units] if number == "all" else [*away.turns]
+    for _ in range(3):
+        network.zero_grad()
+        found = backward(model, network)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
+        assert len(away.now) <= 1  # the first of the next step
+    assert away.most <= 2
+    if number == "all":
+        assert away.turns.keys() == set(waiting)
+        assert max(away.turns.values()) <= 3 * 2 + 1  # loaded for each pass of each step, and no more often
+
+
+def test_what_is_drawn_without_gradients_is_the_same(folders, away):
+    """Between steps as well, when other blocks follow each other than the last time."""
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([40.0])
+    answers = []
+    for number in (0, 2):
+        model, network = placed(folders("sdxl"), {}, gradient_checkpointing=True, blocks_to_swap=number)
+        found = []
+        for _ in range(2):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                text = model.encode_text(["a cat"])
+                for _ in range(2):
+                    found.append(model.predict(*inputs, text, torch.full((1, 6), 64.0)))
+            backward(model, network)
+        answers.append(torch.stack(found))
+    assert torch.equal(*answers)
+    assert away.most == 2
+
+
+@pytest.mark.parametrize("more", [{}, {"fp8_base": True}, {"network_args": ["removal=1"]}], ids=str)
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_the_file_is_that_of_a_training_without(more, folders, photos, tmp_path, away):
+    """With samples, validation and meters beside the steps, and saves, which read all weights where they are."""
+    away.where = torch.float64
+    (tmp_path / "p.txt").write_text("a cat --w 64 --h 64 --s 2\n")
+    common = {"mixed_precision": "bf16", "learning_rate": 1e-3, "max_train_steps": 3, "network_train_unet_only": True,
+              "sample_prompts": tmp_path / "p.txt", "sample_at_first": True, "validation_split": 0.4,
+              "validate_every_n_steps": 2, "meter_every_n_steps": 2, "t5xxl_max_token_length": 12,
+              "gradient_checkpointing": True, **more}  # fmt: skip
+    files = []
+    for name, number in (("stays", None), ("swapped", 2)):
+        reset_accelerator()
+        argv = arguments(folders("flux"), photos, tmp_path, output_name=name, blocks_to_swap=number, **common)
+        assert train_network_deft.main(argv) == 0
+        files.append(load_file(tmp_path / "out" / f"{name}.safetensors"))
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert away.most == 2
+    assert sum(away.turns.values()) > 3 * 2 * 3
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_mistakes_are_told(folders, photos, tmp_path, capsys, caplog, monkeypatch):
+    few: dict[str, Any] = {"max_train_steps": 1, "network_train_unet_only": True}
+    assert train_network_deft.main(arguments(folders("sd15"), photos, tmp_path, blocks_to_swap=2, **few)) == 2
+    assert "--blocks_to_swap needs --gradient_checkpointing" in capsys.readouterr().err
+    few |= {"gradient_checkpointing": True}
+    with caplog.at_level(logging.WARNING):
+        assert train_network_deft.main(arguments(folders("sd15"), photos, tmp_path, blocks_to_swap=2, **few)) == 0
+    assert "--blocks_to_swap: no effect on cpu" in caplog.text
+    monkeypatch.setattr(families, "_SHARED", ())
+    reset_accelerator()
+    assert train_network_deft.main(arguments(folders("sd15"), photos, tmp_path, blocks_to_swap=99, **few)) == 2
+    number = len(placed(folders("sd15"))[0].swappable())
+    assert f"error: --blocks_to_swap 99: this model has {number}; give at most that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 7, 18, 35, 38])
+def test_flux_counts_as_sd_scripts_does(number):
+    """Half of them double blocks, and two single ones for each of the others (flux_models.py, enable_block_swap)."""
+    double, single = ([nn.Linear(1, 1) for _ in range(n)] for n in (19, 38))
+    transformer = SimpleNamespace(transformer_blocks=double, single_transformer_blocks=single)
+    units = Flux.swappable(SimpleNamespace(pipeline=SimpleNamespace(transformer=transformer)))  # type: ignore[arg-type]
+    found = spread(units, number)
+    of_double = sum(block in double for block in found)
+    assert abs(of_double - number / 2) <= 0.5
+    assert len(found) - of_double == 2 * (number - of_double)
+    order = [*double, *single]
+    places = [order.index(block) for block in found]
+    assert places == sorted(set(places))
+    with pytest.raises(DeftError, match="39: this model has 38"):
+        spread(units, 39)
+
+
+def test_a_dry_run_knows_what_is_saved(photos, folders, tmp_path):
+    """Of the weights, all but one or two blocks of those that are swapped."""
+    peaks = []
+    for number in (0, 4):
+        argv = arguments(
+            folders("flux"), photos, tmp_path, gradient_checkpointing=True, blocks_to_swap=number, network_dim=2,
+            mixed_precision="bf16", cache_text_encoder_outputs=True, network_train_unet_only=True, max_train_steps=1,
+        )  # fmt: skip
+        run = parse(argv)
+        model = phases.empty_model(run)
+        sizes = sorted(sum(p.nbytes for p in block.parameters()) for block in spread(model.swappable(), number))
+        length = Length(run.loop.max_train_steps, 1)
+        found = phases.estimate(run, given.read(run), model, None, length, asked=[phases.TRAINING])
+        peaks.append(found.deciding.peak)
+    assert sum(sizes[:-2]) <= peaks[0] - peaks[1] <= sum(sizes)
