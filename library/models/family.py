@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.hooks import apply_layerwise_casting
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,9 @@ from networks.deft_progress import Bar
 
 logger = logging.getLogger(__name__)
 
+# of diffusers' layers that fp8_base leaves as they are: inputs and outputs. FLUX.1's layers that modulate are inside of
+# its norms, and a seventh of it; sd-scripts casts them too
+_NOT_CAST = ("pos_embed", "patch_embed", "embed_tokens", "^proj_in$", "^proj_out$")
 _SHARED = ("cpu", "mps")  # devices whose memory is the host's
 
 Text = dict[str, Tensor]  # a family's own names -> what the text encoders make of captions, (captions, ...) each
@@ -175,7 +179,7 @@ class Family(ABC):
             if part is self.denoiser and (self.options.fp8_base or self.options.quantize_base):
                 read_anew(self.denoiser)
             if part is self.denoiser and self.options.fp8_base:  # back in dtype while a layer's turn is
-                self.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+                apply_layerwise_casting(part, torch.float8_e4m3fn, dtype, _NOT_CAST)
             if part is self.denoiser and (waiting := self._waiting(device)):
                 checkpointing = functools.partial(_swapped_or_not, Swapping(part, waiting, device))
             else:
