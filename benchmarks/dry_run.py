@@ -13,6 +13,7 @@ takes 20 to 60 seconds on an H100, and FLUX.1 29 GB of its memory.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -122,6 +123,7 @@ class Peaks:
         return mock.patch.object(TrainingLoop, "_after_step", watched)
 
 
+@functools.cache
 def folder_of(kind: str, world: Path, tiny: bool) -> Path:
     """A Diffusers folder without weights, or a small one with them."""
     folder = world / kind

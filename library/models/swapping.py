@@ -163,7 +163,7 @@ def _locked(tensor: Tensor) -> Tensor:
     """
     own = tensor.clone()  # weights are parts of files, which cannot be locked
     runtime: Any = torch.cuda.cudart()
-    if runtime.cudaHostRegister(own.data_ptr(), own.nbytes, 0):
+    if int(runtime.cudaHostRegister(own.data_ptr(), own.nbytes, 0)):  # an error's number
         raise DeftError("--blocks_to_swap: not enough of the host's memory can be locked; swap fewer, or --fp8_base")
     weakref.finalize(own, runtime.cudaHostUnregister, own.data_ptr())
     return own

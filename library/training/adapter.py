@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library import keep
 from library.models.family import Family
+from library.models.lending import on_device
 from library.options.rooms import NetworkOptions, OptimizerOptions
 from library.prompts import Prompt
 from library.training.given import Given
@@ -196,10 +197,8 @@ def _directions(prompts: list[Prompt], source: str, model: Family, accelerator: 
             logger.info(f"{source}: {file} is of this base model and these prompts")
             return file
         logger.info(f"{source}: drawing {len(prompts)} pictures with the base model, once, to make {file}")
-        model.pipeline.to(accelerator.device)
-        with accelerator.autocast():
+        with on_device(model.pipeline, accelerator.device), accelerator.autocast():
             keep.write(keep.directions_to_keep(model.pipeline, prompts, keep.DIRECTIONS), file)
-        model.pipeline.to("cpu")
     return file
 
 
