@@ -114,11 +114,11 @@ class Peaks:
     def steps(self) -> Any:
         after = TrainingLoop._after_step
 
-        def watched(loop: TrainingLoop, loss: float) -> None:
+        def watched(loop: TrainingLoop) -> None:
             if CUDA:
                 torch.cuda.synchronize()
             self.times.append(time.perf_counter())
-            after(loop, loss)
+            after(loop)
 
         return mock.patch.object(TrainingLoop, "_after_step", watched)
 

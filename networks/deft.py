@@ -455,20 +455,26 @@ class DeftNetwork(nn.Module):
 
     @torch.no_grad()
     def apply_max_norm_regularization(self, max_norm: float, device: torch.device) -> tuple[int, float, float]:
-        """Scales every delta whose Frobenius norm is above `max_norm` down to it, exactly.
+        """`limit_norms`, told.
 
         :returns: how many were scaled, and the mean and the largest norm afterwards
         """
+        norms = self.limit_norms(max_norm).tolist()
+        limited = [min(norm, max_norm) for norm in norms]
+        return sum(norm > max_norm for norm in norms), sum(limited) / len(limited), max(limited)
+
+    @torch.no_grad()
+    def limit_norms(self, max_norm: float) -> Tensor:
+        """Scales every delta whose Frobenius norm is above `max_norm` down to it, exactly. In the default form, no
+        device is waited for.
+
+        :returns: (modules,), the norms before, where the parameters are
+        """
         self._forget_factors()
-        norms: list[float] = []
-        scaled = 0
-        for module in self.all_modules:
-            norm = float(deft_factors.norm(*module.lora_factors()))
-            if norm > max_norm:
-                module.scale_delta(max_norm / norm)
-                scaled, norm = scaled + 1, max_norm
-            norms.append(norm)
-        return scaled, sum(norms) / len(norms), max(norms)
+        norms = torch.stack([module.delta_norm() for module in self.all_modules])
+        for module, factor in zip(self.all_modules, (max_norm / norms).clamp(max=1), strict=True):
+            module.scale_delta(factor)
+        return norms
 
     @torch.no_grad()
     def update_grad_norms(self) -> None:

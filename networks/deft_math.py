@@ -320,6 +320,6 @@ def _well_conditioned(T: Tensor) -> bool:
     return bool(len(size) and (size > 1e-6 * T.norm(dim=0).clamp(min=torch.finfo(T.dtype).tiny)).all())
 
 
-def scaled_start(E: Tensor, E0: Tensor, rho: float) -> Tensor:
+def scaled_start(E: Tensor, E0: Tensor, rho: Tensor | float) -> Tensor:
     """The E0 from which E is rho times as far: with rho R, that of the adapter whose delta is rho times as large."""
     return E + rho * (E0 - E)

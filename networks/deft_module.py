@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from networks import deft_math, deft_weights
+from networks import deft_factors, deft_math, deft_weights
 from networks.deft_autograd import Batch
 from networks.deft_config import DeftConfig, DeftError
 from networks.deft_forward import AdaptedForward
@@ -195,11 +195,19 @@ class DeftModule(AdaptedForward, nn.Module):
             self.E0.copy_(E - (E - self.E0) / self.config.removal)
 
     @torch.no_grad()
-    def scale_delta(self, rho: float) -> None:
-        """Makes the delta rho times as large, P untouched. PaRa has nothing to scale."""
+    def delta_norm(self) -> Tensor:
+        """The Frobenius norm of the delta, (), float32; of Q times something, that of the something."""
+        R = self.effective_R
+        if R is not None and self.E0 is None and self.config.basis in deft_math.ORTHONORMAL:
+            return (self.effective_scale * R).norm()
+        return deft_factors.norm(*self.lora_factors())
+
+    @torch.no_grad()
+    def scale_delta(self, rho: Tensor | float) -> None:
+        """Makes the delta rho, a (), times as large, P untouched. PaRa has nothing to scale."""
         assert self.R is not None, "refused by the network before training"
         self.R.mul_(rho)
-        if self.E0 is not None:
+        if self.E0 is not None and bool(rho != 1):
             self.E0.copy_(deft_math.scaled_start(self.left_and_eraser()[1], self.E0, rho))
 
     @torch.no_grad()

@@ -189,10 +189,10 @@ def test_killed_and_resumed_is_as_never_killed(whole, run, tmp_path, monkeypatch
         trained.append(one.key)
         return record
 
-    def killed_at_its_second_step(loop, loss):
+    def killed_at_its_second_step(loop):
         if len(trained) == 1 and loop.position.step == 2:
             raise Killed
-        steps(loop, loss)
+        steps(loop)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "train", train)
@@ -264,11 +264,11 @@ def test_a_signal_saves_a_training_which_then_goes_on(run, tmp_path, monkeypatch
     assert run(tmp_path / "whole", *options) == 0
     steps, seen = TrainingLoop._after_step, []
 
-    def asked_to_end(loop, loss):
+    def asked_to_end(loop):
         seen.append(loop.position.step)
         if len(seen) == 1:
             loop.ending = signal.SIGTERM
-        steps(loop, loss)
+        steps(loop)
 
     monkeypatch.setattr(TrainingLoop, "_after_step", asked_to_end)
     assert run(tmp_path / "ended", *options) == 128 + signal.SIGTERM

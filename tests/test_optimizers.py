@@ -186,12 +186,20 @@ def test_defaults_of_options_and_rooms_agree():
     assert parsed() == OptimizerOptions()
 
 
-def test_adamw_is_fused_on_cuda_unless_the_user_says_otherwise():
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "SGDNesterov", "torch.optim.AdamW"])
+def test_torchs_are_fused_on_cuda_unless_the_user_says_otherwise(name):
     parameters = [{"params": list(net().parameters()), "lr": 1e-3}]
-    for arguments, on_cuda, fused in (({}, True, True), ({}, False, None), ({"foreach": False}, True, None)):
-        found = optimizers._built(OptimizerOptions(optimizer_args=arguments), parameters, on_cuda)
+    for arguments, on_cuda, fused in (
+        ({}, True, True), ({}, False, None), ({"foreach": False}, True, None), ({"fused": False}, True, False)
+    ):  # fmt: skip
+        found = optimizers._built(OptimizerOptions(name, optimizer_args=arguments), parameters, on_cuda)
         assert found.defaults["fused"] == fused
-    assert "fused" not in optimizers.described(OptimizerOptions())
+    assert "fused" not in optimizers.described(OptimizerOptions(name))
+
+
+def test_others_than_torchs_are_not_fused():
+    parameters = [{"params": list(net().parameters()), "lr": 1e-3}]
+    assert "fused" not in optimizers._built(OptimizerOptions("Adafactor"), parameters, True).defaults
 
 
 def test_what_files_say_of_the_optimizer():

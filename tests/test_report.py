@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -439,9 +440,9 @@ def test_no_report_and_one_step(run, tmp_path):
 def test_a_training_that_ends_early_says_why(run, tmp_path, monkeypatch):
     after = TrainingLoop._after_step
 
-    def interrupted(self, loss):
+    def interrupted(self):
         self.ending = 15 if self.position.step == 2 else 0
-        after(self, loss)
+        after(self)
 
     monkeypatch.setattr(TrainingLoop, "_after_step", interrupted)
     assert run(max_train_steps=4) == 143
@@ -452,10 +453,10 @@ def test_a_training_that_ends_early_says_why(run, tmp_path, monkeypatch):
 
 
 def test_warnings_of_the_run_are_shown(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("library.training.loop.TrainingLoop._update", lambda self: setattr(self, "non_finite", "loss"))
+    monkeypatch.setattr("library.training.loop.TrainingLoop._update", lambda self: torch.tensor(torch.inf))
     assert run(max_train_steps=2, max_nan_steps=9) == 0
     shown = page_of(tmp_path / "out" / "cat.html").of("li")
-    assert "step 1: non-finite loss, left out (1 in a row)" in shown
+    assert "step 1: non-finite gradient inf, left out (1 in a row)" in shown
     assert not any(isinstance(one, Told) for one in logging.getLogger().handlers)
 
 

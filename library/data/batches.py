@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -185,9 +186,27 @@ class Loader:
         return found + [[]] * (len(self) - len(found))
 
     def epoch(self, number: int, done: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch behind the first `done`."""
+        """The batches of an epoch behind the first `done`. While one is used, a thread reads the next."""
         turns = self.turns(number)[done:]
-        loader = DataLoaderShard(self.examples, device=None, batch_sampler=turns, collate_fn=joined)
         filled = self.total - (len(self) - 1) * self.processes  # of the last round's batches
-        for i, batch in enumerate(loader, done):
-            yield batch if i < len(self) - 1 else replace(batch, share=self.processes / filled)
+        with ThreadPoolExecutor(1, "batches") as thread:
+            # it looks one batch ahead, which is so being read when the one before it is given out
+            loader = DataLoaderShard(
+                _Turns(), device=None, batch_sampler=turns, collate_fn=lambda found: thread.submit(self._batch, found)
+            )
+            try:
+                for i, reading in enumerate(loader, done):
+                    batch = reading.result()
+                    yield batch if i < len(self) - 1 else replace(batch, share=self.processes / filled)
+            finally:
+                thread.shutdown(cancel_futures=True)
+
+    def _batch(self, turns: Sequence[Turn]) -> Batch:
+        return joined([self.examples[turn] for turn in turns])
+
+
+class _Turns(TorchDataset):
+    """Each is its own example, for a loader that only has to know which batch is the last one."""
+
+    def __getitem__(self, turn: Turn) -> Turn:
+        return turn

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from library.transfer import is_small
 from networks.deft_config import DeftError
 from networks.deft_progress import Bar
 
@@ -45,7 +46,7 @@ class Entries(Protocol):
         """:param check: whether the content is verified, not only that it is there"""
 
     def read(self, key: str, check: bool = True) -> Tensors | None:
-        """An entry on the CPU, not to be changed in place; None where there is none."""
+        """An entry, not to be changed in place; None where there is none."""
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keeps an entry; one that is there is replaced."""
@@ -65,6 +66,13 @@ class Memory:
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         self._entries[key] = _apart(tensors)
+
+    def place(self, device: torch.device) -> None:
+        """Takes all entries to a device where they are small beside its memory; else, and at first, they are on the
+        CPU."""
+        if is_small(sum(one.nbytes for entry in self._entries.values() for one in entry.values()), device):
+            for entry in self._entries.values():
+                entry |= {name: one.to(device) for name, one in entry.items()}
 
 
 class Store:

@@ -90,6 +90,7 @@ def in_latents(mask: np.ndarray, size: tuple[int, int]) -> Tensor:
 def stacked(masks: Iterable[Tensor | None], size: tuple[int, int]) -> Tensor | None:
     """(b, 1, height, width) of a batch's masks, 1 for pictures without; None when none has one."""
     found = list(masks)
-    if all(mask is None for mask in found):
+    one = next((mask for mask in found if mask is not None), None)
+    if one is None:
         return None
-    return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in found])
+    return torch.stack([one.new_ones(1, *size) if mask is None else mask for mask in found])

@@ -65,6 +65,7 @@ def card() -> Iterator[None]:
         for place, name, value in (
             (torch.autograd, "_engine_run_backward", run_backward),
             (torch.Tensor, "_make_subclass", _unlike(torch.Tensor._make_subclass)),
+            (torch.Tensor, "pin_memory", lambda tensor: tensor),
             (nn.Module, "_apply", _applied),
             (BatchedFactors, "_is_possible", staticmethod(lambda module: True)),  # which wants plain parameters
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),

@@ -16,6 +16,7 @@ from library.models import weighted
 from library.models.outline import Encoder
 from library.models.reading import CLIP_L, find_tokenizer
 from library.options.rooms import ModelOptions
+from library.transfer import sent
 from networks.deft_config import DeftError
 
 
@@ -127,7 +128,7 @@ def states(encoder: nn.Module, tokens: Tensor) -> Any:
     """What the encoder makes of tokens (captions, windows, positions): `hidden_states`, of each layer, and
     `last_hidden_state`, behind the last norm; all (captions * windows, positions, width)."""
     device: Any = encoder.device
-    return encoder(tokens.flatten(0, 1).to(device), output_hidden_states=True)
+    return encoder(sent(tokens.flatten(0, 1), device), output_hidden_states=True)
 
 
 def last_norm(encoder: nn.Module) -> nn.Module:
@@ -151,7 +152,7 @@ def weighed(hidden: Tensor, weights: Tensor | None) -> Tensor:
     :param hidden: of `joined`
     :param weights: of `Reader.weights`
     """
-    return hidden if weights is None else (hidden * weights[..., None].to(hidden.device)).to(hidden.dtype)
+    return hidden if weights is None else (hidden * sent(weights[..., None], hidden.device)).to(hidden.dtype)
 
 
 def pooled(encoder: nn.Module, last: Tensor, tokens: Tensor, end: int) -> Tensor:
@@ -161,7 +162,7 @@ def pooled(encoder: nn.Module, last: Tensor, tokens: Tensor, end: int) -> Tensor
     :param tokens: (captions, windows, positions)
     """
     captions, windows, _ = tokens.shape
-    places = (tokens[:, 0] == end).int().argmax(-1).to(last.device)
+    places = sent((tokens[:, 0] == end).int().argmax(-1), last.device)
     at_end = last[::windows][torch.arange(captions, device=last.device), places]
     projection: nn.Linear = encoder.text_projection  # type: ignore[assignment]
     return projection(at_end.to(projection.weight.dtype)).to(last.dtype)

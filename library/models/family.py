@@ -21,6 +21,7 @@ from library.models.swapping import Swapping, spread
 from library.options.rooms import ModelOptions
 from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
+from library.transfer import sent
 from networks.deft_config import reason_of
 from networks.deft_progress import Bar
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 # its norms, and a seventh of it; sd-scripts casts them too
 _NOT_CAST = ("pos_embed", "patch_embed", "embed_tokens", "^proj_in$", "^proj_out$")
 _SHARED = ("cpu", "mps")  # devices whose memory is the host's
+TILE = 64  # latents a side, of what the VAE decodes at once where memory is short
 
 Text = dict[str, Tensor]  # a family's own names -> what the text encoders make of captions, (captions, ...) each
 
@@ -91,17 +93,34 @@ class Family(ABC):
         config = self.vae.config
         found = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         noise = [torch.randn(found.mean.shape[1:], generator=generator) for generator in generators]
-        latents = found.mean + found.std * torch.stack(noise).to(found.mean)
+        latents = found.mean + found.std * sent(torch.stack(noise), found.mean.device)
         return (latents - (config.get("shift_factor") or 0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Image.Image:
-        """A picture of latents (1, c, h, w), in float32 under autocast too: SDXL's VAE overflows in float16."""
+        """A picture of latents (1, c, h, w), in float32 under autocast too: SDXL's VAE overflows in float16. One that
+        is too large for the device's memory is put together of tiles."""
         config = self.vae.config
         with torch.autocast(self.vae.device.type, enabled=False):
             latents = latents.to(self.vae.device, self.vae.dtype) / config.scaling_factor
-            pixels = self.vae.decode(latents + (config.get("shift_factor") or 0)).sample
+            latents = latents + (config.get("shift_factor") or 0)
+            try:
+                pixels = self.vae.decode(latents).sample
+            except torch.OutOfMemoryError:
+                pixels = None  # and not here, where the error holds what had been computed
+            if pixels is None:
+                pixels = self._of_tiles(latents)
         return self.pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+
+    def _of_tiles(self, latents: Tensor) -> Tensor:
+        """What the VAE makes of latents (1, c, h, w), part by part; each goes over into the next."""
+        torch.cuda.empty_cache()
+        self.vae.tile_latent_min_size, self.vae.tile_sample_min_size = TILE, TILE * self.pixels_per_latent
+        self.vae.enable_tiling()
+        try:
+            return self.vae.decode(latents).sample
+        finally:
+            self.vae.disable_tiling()
 
     def free_text_encoders(self) -> None:
         """Drops them, once what they make of all texts is kept; `text_encoders` is empty then."""

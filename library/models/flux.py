@@ -41,6 +41,7 @@ from library.models.reading import (
 )
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
+from library.transfer import sent
 from networks import deft_targets
 from networks.deft_config import DeftError, reason_of
 
@@ -94,8 +95,8 @@ class Flux(Family):
         read = clip.config.max_position_embeddings
         short = self._tokens_of(self.pipeline.tokenizer, list(map(cleaned, captions)), read)
         long = self._tokens_of(self.pipeline.tokenizer_2, captions, self.tokens)
-        ids, mask = long.input_ids.to(t5.device), long.attention_mask.to(t5.device)
-        pooled = clip(short.input_ids.to(clip.device)).pooler_output
+        ids, mask = sent(long.input_ids, t5.device), sent(long.attention_mask, t5.device)
+        pooled = clip(sent(short.input_ids, clip.device)).pooler_output
         if not self.options.apply_t5_attn_mask:
             return {"pooled": pooled, "hidden": t5(ids)[0]}
         return {"pooled": pooled, "hidden": t5(ids, mask)[0].where(mask.bool()[..., None], 0)}
@@ -113,8 +114,8 @@ class Flux(Family):
         """See `Family`: noise - latents, by a model that has learnt it."""
         b, _, height, width = noisy.shape
         hidden = text["hidden"].to(noisy)
-        rows, columns = torch.arange(height // 2), torch.arange(width // 2)
-        places = torch.cartesian_prod(torch.tensor([0]), rows, columns).to(noisy.device, torch.float32)
+        one, rows, columns = (torch.arange(n, device=noisy.device) for n in (1, height // 2, width // 2))
+        places = torch.cartesian_prod(one, rows, columns).float()
         answer = self.pipeline.transformer(
             hidden_states=F.pixel_unshuffle(noisy, 2).flatten(2).mT,
             encoder_hidden_states=hidden,

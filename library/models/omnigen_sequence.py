@@ -14,6 +14,7 @@ from torch import Tensor
 
 from library.models.family import Text
 from library.placeholders import PICTURE, misplaced
+from library.transfer import sent
 from networks.deft_config import DeftError
 
 AROUND = "<|user|>\nGenerate an image according to the following instructions\n{}<|end|>\n<|assistant|>\n<|diffusion|>"
@@ -58,7 +59,7 @@ def encoded(
             _, height, width = picture.shape
             pictures[i, k, :, :height, :width] = picture
             places[i, k] = torch.tensor([len(row) - start, height, width])
-    return {"ids": ids.to(device), "pictures": pictures, "lengths": lengths, "places": places}
+    return {"ids": sent(ids, device), "pictures": pictures, "lengths": lengths, "places": places}
 
 
 def _row(
@@ -105,11 +106,17 @@ def answer(transformer: Any, noisy: Tensor, times: Tensor, text: Text) -> Tensor
     if len(groups) == 1:
         return _answer(transformer, noisy, times, text)
     parts = [
-        _answer(transformer, noisy[rows], times[rows], {name: value[rows] for name, value in text.items()})
-        for rows in groups
+        _answer(
+            transformer, _of(noisy, rows), _of(times, rows), {name: _of(value, rows) for name, value in text.items()}
+        )
+        for rows in map(torch.tensor, groups)
     ]
-    order = torch.tensor([i for rows in groups for i in rows]).argsort()
-    return torch.cat(parts)[order.to(noisy.device)]
+    return _of(torch.cat(parts), torch.tensor([i for rows in groups for i in rows]).argsort())
+
+
+def _of(values: Tensor, rows: Tensor) -> Tensor:
+    """Some rows, whose numbers are on the CPU."""
+    return values[sent(rows, values.device)]
 
 
 def _answer(transformer: Any, noisy: Tensor, times: Tensor, text: Text) -> Tensor:
@@ -145,7 +152,7 @@ def _seen(lengths: Tensor, tokens: int, spans: dict[int, list[list[int]]], devic
     length = int(lengths.max())
     place = torch.arange(length + 1 + tokens, device=device)
     seen = (place[:, None] >= place) | (place[:, None] > length)  # the time stands at `length`
-    padding = place < (length - lengths.to(device))[:, None]
+    padding = place < (length - sent(lengths, device))[:, None]
     mask = seen & ~padding[:, None] | padding[..., None]
     for i, found in spans.items():
         for start, end in found:

@@ -152,11 +152,12 @@ class DeftAdapter:
     def after_step(self) -> None:
         """See `Adapter`; scales deltas above --scale_weight_norms down."""
         if self.max_norm:
-            self.module.apply_max_norm_regularization(self.max_norm, self.device)
+            self.module.limit_norms(self.max_norm)
 
     def set_multiplier(self, multiplier: float) -> None:
         """See `Adapter`."""
-        self.module.set_multiplier(multiplier)
+        if multiplier != self.module.multiplier:  # hundreds of layers
+            self.module.set_multiplier(multiplier)
 
     def save(self, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
         """See `Adapter`."""

@@ -1,4 +1,8 @@
-"""The training loop: one batch, one step, one epoch."""
+"""The training loop: one batch, one step, one epoch.
+
+Where the device can leave a step out by itself, the CPU queues one step behind the other, and reads the numbers of each
+once the next one is queued: see `Queued`. Where anything but another step follows, all numbers are read before it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from tqdm import tqdm
 from library.data.batches import Batch, Gone, Loader
 from library.options.rooms import LoopOptions
 from library.report.report import Report
-from library.training import start
+from library.training import optimizers, start
 from library.training.adapter import Adapter
 from library.training.interrupts import Interrupted, Interrupts
 from library.training.losses import Losses
@@ -29,8 +33,24 @@ from library.training.samples import Samples
 from library.training.saves import Saves, TrainingStopped
 from library.training.state import Length, Position
 from library.training.validation import Validation
+from library.transfer import Late
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A step that the device has been given, and what will be told of it.
+
+    :param step: of the optimizer, that is done with it
+    :param numbers: the losses of its batches, over all processes; the signal that all are to end by; and the
+        gradients' norm
+    :param rates: for the logs
+    """
+
+    step: int
+    numbers: Late
+    rates: dict[str, float]
 
 
 @dataclass
@@ -68,13 +88,18 @@ class TrainingLoop:
     meters: Meters | None = None
     ending: int = 0  # the signal that all processes have agreed to end by
     accumulated: int = 0  # batches of the step that is under way
+    found: list[Tensor] = field(default_factory=list)  # the numbers of the step that is under way, as `Queued` has them
     has_gradients: bool = False  # of the step that is under way
-    non_finite: str = ""  # what was not finite in it
+    queued: Queued | None = None  # the last step, until its numbers are read
     non_finite_in_a_row: int = 0
     recent_losses: deque[float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.recent_losses = deque(self.position.recent, maxlen=100)
+        self.trained = list(self.adapter.parameters())
+        # whether no other gradients would suffer from a loss that is not finite, so that nobody has to know it first
+        self.alone = self.options.gradient_accumulation_steps == 1 and self.accelerator.scaler is None
+        self.late = self.alone and optimizers.leaves_out(self.optimizer)
 
     def run(self) -> None:
         """Trains for `length.steps` optimizer steps.
@@ -110,11 +135,11 @@ class TrainingLoop:
         for batch in self.loader.epoch(number, position.batches):
             position.epoch = number
             with self.accelerator.accumulate():
-                loss = self._batch(batch)
+                self._batch(batch)
             position.batches += 1
             if self.accelerator.sync_gradients:
                 position.step += 1
-                self._after_step(loss)
+                self._after_step()
                 if position.step >= self.length.steps:
                     break
         if position.batches >= len(self.loader):  # else more steps may follow it one day
@@ -123,6 +148,7 @@ class TrainingLoop:
 
     def _stopped_by(self, error: Gone) -> TrainingStopped:
         """After saving, where all of the last step is done and no other process has to take part."""
+        self._settle()
         if self.accelerator.num_processes == 1 and not self.accumulated and self.position.step:
             self.saves.interrupted(self.position)
         return TrainingStopped(
@@ -135,52 +161,53 @@ class TrainingLoop:
         first = (self.accumulated * self.accelerator.num_processes + self.accelerator.process_index) * b
         return Randoms(self.seed, self.position.step, range(first, first + len(batch)))
 
-    def _batch(self, batch: Batch) -> float:
-        """Forward, backward and, where gradients are complete, the update; returns the loss over all processes."""
+    def _batch(self, batch: Batch) -> None:
+        """Forward, backward and, where gradients are complete, the update."""
         self.adapter.start_step()
         loss = torch.zeros((), device=self.accelerator.device)
         if len(batch):
             loss = self.losses(batch, self._randoms(batch)).mean() * batch.share
         self.accumulated += 1
-        # where no other gradients would suffer, the backward pass does not wait for what the loss is
-        alone = self.options.gradient_accumulation_steps == 1 and self.accelerator.scaler is None
-        if alone and len(batch):
+        if self.alone and len(batch):
             self.accelerator.backward(loss)
-        value = self._agree_on(loss)
-        if math.isfinite(value):
-            self.recent_losses.append(value)
-            if not alone and len(batch):
+        mean, signal = self._agree_on(loss)
+        self.found.append(mean)
+        if self.alone:
+            self.has_gradients = True
+        elif math.isfinite(mean.item()):
+            if len(batch):
                 self.accelerator.backward(loss)
             self.has_gradients = True
-        else:
-            self.non_finite = f"loss {value}"
         if self.accelerator.sync_gradients:
-            if self.has_gradients:
-                self._update()
-            self._count_non_finite()
+            norm = self._update() if self.has_gradients else torch.zeros_like(mean)
+            self.found += [signal, norm]
             self.has_gradients, self.accumulated = False, 0
             if not self.optimizer.step_was_skipped:  # by a GradScaler
                 self.schedule.step()
             self.optimizer.zero_grad()
-        return value
 
-    def _agree_on(self, loss: Tensor) -> float:
-        """The loss's mean over processes; a signal that one of them has noted by now is to end all."""
-        signal = torch.tensor(float(self.signals.number), device=loss.device)
-        found = self.accelerator.gather(torch.stack([loss.detach().float(), signal])).view(-1, 2)
-        mean, self.ending = found[:, 0].mean().item(), int(found[:, 1].max())
-        return mean
+    def _agree_on(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss's mean over processes; and a signal that one of them has noted by now, which is to end all."""
+        loss = loss.detach().float()
+        found = torch.stack([loss, torch.full_like(loss, self.signals.number)])
+        found = self.accelerator.gather(found).view(-1, 2)
+        return found[:, 0].mean(), found[:, 1].max()
 
-    def _update(self) -> None:
-        """Averages the gradients over processes, clips them, and steps unless they are not finite."""
-        parameters = list(self.adapter.parameters())
+    def _update(self) -> Tensor:
+        """Averages the gradients over processes, clips them, and steps unless they or the loss are not finite.
+
+        :returns: (), their norm
+        """
         if self.accelerator.num_processes > 1:
-            self._average_gradients(parameters)
-        norm = float(self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm or math.inf))
-        if self.accelerator.scaler is not None or math.isfinite(norm):
-            self.optimizer.step()  # a GradScaler skips non-finite gradients by itself, and finds its scale that way
-        else:
-            self.non_finite = f"gradient {norm}"
+            self._average_gradients(self.trained)
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.options.max_grad_norm or math.inf)
+        norm = norm.to(self.found[0])  # that of no gradients at all is on the CPU
+        if self.accelerator.scaler is not None:
+            self.optimizer.step()  # it skips non-finite gradients by itself, and finds its scale that way
+            return torch.zeros_like(norm)
+        finite = norm.isfinite()
+        optimizers.step(self.optimizer, finite & self.found[0].isfinite() if self.alone else finite)
+        return norm
 
     def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """In one piece. DistributedDataParallel would count each gradient as it comes; ours come together, at the end
@@ -193,25 +220,17 @@ class TrainingLoop:
         for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _count_non_finite(self) -> None:
-        """Counts steps in a row with a non-finite loss or gradient; what was not finite has been left out."""
-        number, what, self.non_finite = self.position.step + 1, self.non_finite, ""
-        self.non_finite_in_a_row = self.non_finite_in_a_row + 1 if what else 0
-        if what:
-            logger.warning(f"step {number}: non-finite {what}, left out ({self.non_finite_in_a_row} in a row)")
-        if self.non_finite_in_a_row >= self.options.max_nan_steps:
-            raise TrainingStopped(
-                f"stopped at step {number}: non-finite {what} {self.non_finite_in_a_row} times in a row; try a lower "
-                f"learning rate, or bf16 for fp16. Last good save: {self.saves.last_good or 'none yet'}"
-            )
-
-    def _after_step(self, loss: float) -> None:
+    def _after_step(self) -> None:
         options, step = self.options, self.position.step
         self.adapter.after_step()
-        self.position.recent = list(self.recent_losses)
-        self._show()
-        self._log(self._meters(loss))
+        before, self.queued = self.queued, Queued(step, Late(torch.stack(self.found)), self._rates())
+        self.found = []
+        if before is not None:
+            self._tell(before)
+        if not self.late or self._pauses():
+            self._settle()
         if self.ending and step < self.length.steps:  # before what may take longer than a shutdown waits
+            self._settle()
             raise Interrupted(self.ending, self.saves.interrupted(self.position), self.saves.described())
         if self.meters and self.meters.due(step):
             self._measure(self.meters)
@@ -220,6 +239,57 @@ class TrainingLoop:
         self.saves.at_step(self.position)
         if options.validate_every_n_steps and step % options.validate_every_n_steps == 0:
             self._validate("step")
+
+    def _pauses(self) -> bool:
+        """Whether something else than another step follows this one."""
+        step, options = self.position.step, self.options
+        every = options.sample_every_n_steps, options.validate_every_n_steps
+        return (
+            step >= self.length.steps
+            or self.position.batches >= len(self.loader)
+            or any(number and step % number == 0 for number in every)
+            or self.saves.due(step)
+            or (self.meters is not None and self.meters.due(step))
+        )
+
+    def _settle(self) -> None:
+        """Reads what has not been read yet."""
+        queued, self.queued = self.queued, None
+        if queued is not None:
+            self._tell(queued)
+
+    def _tell(self, queued: Queued) -> None:
+        """What a step has come to: counts what was not finite in it, which has been left out, and logs the rest.
+
+        :raises TrainingStopped: see `run`
+        """
+        *losses, signal, norm = queued.numbers.read()
+        self.ending = self.ending or int(signal)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        self.recent_losses.extend(finite)
+        what = ""
+        if finite and not math.isfinite(norm):
+            what = f"gradient {norm}"
+        elif len(finite) < len(losses):
+            what = f"loss {next(loss for loss in reversed(losses) if not math.isfinite(loss))}"
+        self._count_non_finite(what, queued.step)
+        self.position.recent = list(self.recent_losses)
+        self._show()
+        self._log({"loss/current": losses[-1], "loss/average": self.average_loss, **queued.rates}, queued.step)
+
+    def _count_non_finite(self, what: str, step: int) -> None:
+        """Counts steps in a row with a non-finite loss or gradient.
+
+        :param what: was not finite, or nothing
+        """
+        self.non_finite_in_a_row = self.non_finite_in_a_row + 1 if what else 0
+        if what:
+            logger.warning(f"step {step}: non-finite {what}, left out ({self.non_finite_in_a_row} in a row)")
+        if self.non_finite_in_a_row >= self.options.max_nan_steps:
+            raise TrainingStopped(
+                f"stopped at step {step}: non-finite {what} {self.non_finite_in_a_row} times in a row; try a lower "
+                f"learning rate, or bf16 for fp16. Last good save: {self.saves.last_good or 'none yet'}"
+            )
 
     def _show(self) -> None:
         try:
@@ -269,18 +339,19 @@ class TrainingLoop:
             )
             self.length.steps, self.length.epochs = step, self.position.epoch
 
-    def _log(self, values: dict[str, float]) -> None:
-        self.record.log(values, self.position.step)
-        start.log(self.accelerator, values, self.position.step)
+    def _log(self, values: dict[str, float], step: int | None = None) -> None:
+        step = self.position.step if step is None else step
+        self.record.log(values, step)
+        start.log(self.accelerator, values, step)
 
     def _memory(self) -> dict[str, str]:
         """The most that was taken of the GPU's, for the bar."""
         device = self.accelerator.device
         return {"GPU": f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}G"} if device.type == "cuda" else {}
 
-    def _meters(self, loss: float) -> dict[str, float]:
+    def _rates(self) -> dict[str, float]:
         """Under sd-scripts' names; of optimizers that find their own rate, also that."""
-        found = {"loss/current": loss, "loss/average": self.average_loss}
+        found: dict[str, float] = {}
         for name, group in zip(self.group_names, self.optimizer.param_groups, strict=True):
             rate = group["lr"]
             found[f"lr/{name}"] = float(rate) if rate is not None else math.nan

@@ -17,6 +17,7 @@ from library.training.adapter import Adapter
 from library.training.objective import Noised, Objective
 from library.training.randoms import Purpose, Randoms
 from library.training.texts import Texts
+from library.transfer import sent
 
 
 class Asked(NamedTuple):
@@ -47,19 +48,19 @@ class Losses:
         :param multiplier: a factor of the adapter's own
         """
         device, strength = self.accelerator.device, batch.multiplier * multiplier
-        latents, sizes = self.latents(batch, randoms), batch.sizes.to(device)
+        latents, sizes = self.latents(batch, randoms), sent(batch.sizes, device)
         timesteps = None if at is None else torch.tensor(at)
         noised, asked = self.objective.draw(randoms, latents, timesteps), Asked(batch.captions, batch.inputs)
         if batch.preserved:
-            own, target = self._own_answer(noised, asked, sizes), noised.target.clone()
-            target[list(batch.preserved)] = own[list(batch.preserved)]
-            noised = replace(noised, target=target)
+            own, preserved = self._own_answer(noised, asked, sizes), torch.zeros(len(batch), 1, 1, 1, dtype=torch.bool)
+            preserved[list(batch.preserved)] = True
+            noised = replace(noised, target=own.where(sent(preserved, device), noised.target))
         self.adapter.set_multiplier(strength)
         randoms.seed_torch()  # for dropout
-        masks = None if batch.masks is None else batch.masks.to(device)
+        masks = None if batch.masks is None else sent(batch.masks, device)
         losses = self.objective.loss(noised, self.predicted(noised, asked, sizes), masks)
         if batch.weights is not None:
-            losses = losses * batch.weights.to(device)
+            losses = losses * sent(batch.weights, device)
         if at is None and self.preservation.diff_output_preservation_class is not None:
             losses = losses + self._of_the_class(noised, asked, sizes, strength)
         return losses
@@ -68,9 +69,9 @@ class Losses:
         """(b, c, h, w), float32, on the training's device."""
         device = self.accelerator.device
         if batch.latents is not None:
-            return batch.latents.to(device)
+            return sent(batch.latents, device)
         assert batch.pixels is not None
-        return self.model.encode_image(batch.pixels.to(device), randoms.generators(Purpose.LATENTS)).float()
+        return self.model.encode_image(sent(batch.pixels, device), randoms.generators(Purpose.LATENTS)).float()
 
     def predicted(self, noised: Noised, asked: Asked, sizes: Tensor) -> Tensor:
         """(b, c, h, w), the model's answer, with the adapter as it is.
@@ -93,11 +94,12 @@ class Losses:
         found = {i: words for i, caption in enumerate(captions) if (words := self.preservation.of_class(caption))}
         losses, which = torch.zeros(len(captions), device=sizes.device), list(found)
         if which:
-            some, inputs = noised.of(which), [asked.inputs[i] for i in which] if asked.inputs else ()
+            places = sent(torch.tensor(which), sizes.device)
+            some, inputs = noised.of(places), [asked.inputs[i] for i in which] if asked.inputs else ()
             of_class = Asked(list(found.values()), inputs)
-            own = self._own_answer(some, of_class, sizes[which])
+            own = self._own_answer(some, of_class, sizes[places])
             self.adapter.set_multiplier(strength)
-            answered = self.predicted(some, of_class, sizes[which])
+            answered = self.predicted(some, of_class, sizes[places])
             cost = self.objective.loss(replace(some, target=own), answered)
-            losses = losses.index_add(0, torch.tensor(which, device=losses.device), cost)
+            losses = losses.index_add(0, places, cost)
         return losses * self.preservation.diff_output_preservation_multiplier

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from library.models.family import Family
 from library.options.rooms import ObjectiveOptions
 from library.training.randoms import Purpose, Randoms
+from library.transfer import sent
 from networks.deft_config import DeftError
 
 logger = logging.getLogger(__name__)
@@ -59,10 +60,10 @@ class Noised:
     weights: Tensor
     thresholds: Tensor | None
 
-    def of(self, which: Sequence[int]) -> Noised:
-        """Some of the pictures."""
+    def of(self, which: Tensor) -> Noised:
+        """Some of the pictures, whose numbers (n,) are on the latents' device."""
         chosen: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
-        chosen = {name: None if value is None else value[list(which)] for name, value in chosen.items()}
+        chosen = {name: None if value is None else value[which] for name, value in chosen.items()}
         return Noised(**chosen)
 
 
@@ -89,7 +90,7 @@ class Objective(ABC):
         """
         noise = self._noise(randoms, latents)
         timesteps = self._timesteps(randoms, latents) if timesteps is None else timesteps
-        return self.at(latents, noise, timesteps.to(latents.device), self._perturbed(randoms, noise))
+        return self.at(latents, noise, sent(timesteps, latents.device), self._perturbed(randoms, noise))
 
     @abstractmethod
     def at(self, latents: Tensor, noise: Tensor, timesteps: Tensor, noise_in: Tensor | None = None) -> Noised:
@@ -115,16 +116,16 @@ class Objective(ABC):
     def _timesteps(self, randoms: Randoms, latents: Tensor) -> Tensor: ...
 
     def _noise(self, randoms: Randoms, latents: Tensor) -> Tensor:
-        return randoms.normal(Purpose.NOISE, latents.shape[1:]).to(latents.device)
+        return sent(randoms.normal(Purpose.NOISE, latents.shape[1:]), latents.device)
 
     def _perturbed(self, randoms: Randoms, noise: Tensor) -> Tensor | None:
         """Input perturbation, arXiv 2301.11706: the model sees other noise than it is asked for."""
         gamma = self.options.ip_noise_gamma
         if gamma is None:
             return None
-        more = randoms.normal(Purpose.PERTURBATION, noise.shape[1:]).to(noise)
+        more = sent(randoms.normal(Purpose.PERTURBATION, noise.shape[1:]), noise.device)
         if self.options.ip_noise_gamma_random_strength:
-            more = more * _each(randoms.uniform(Purpose.PERTURBATION_STRENGTH)).to(noise)
+            more = more * sent(_each(randoms.uniform(Purpose.PERTURBATION_STRENGTH)), noise.device)
         return noise + gamma * more
 
     def answer(self, noised: Noised, prediction: Tensor) -> Tensor:
@@ -186,11 +187,11 @@ class Diffusion(Objective):
         if options.noise_offset is not None:
             strength: Tensor | float = options.noise_offset
             if options.noise_offset_random_strength:
-                strength = strength * _each(randoms.uniform(Purpose.OFFSET_STRENGTH)).to(noise)
+                strength = strength * sent(_each(randoms.uniform(Purpose.OFFSET_STRENGTH)), noise.device)
             if options.adaptive_noise_scale is not None:
                 means = latents.float().mean((2, 3), keepdim=True).abs()
                 strength = (strength + options.adaptive_noise_scale * means).clamp(min=0)
-            noise = noise + strength * randoms.normal(Purpose.OFFSET, (noise.shape[1], 1, 1)).to(noise)
+            noise = noise + strength * sent(randoms.normal(Purpose.OFFSET, (noise.shape[1], 1, 1)), noise.device)
         if options.multires_noise_iterations is not None:
             ratios = 2 + 2 * randoms.uniform(Purpose.MULTIRES_RATIOS, (options.multires_noise_iterations,))
             pictures = zip(randoms.each(), noise, ratios.tolist(), strict=True)
@@ -205,7 +206,7 @@ class Diffusion(Objective):
             sizes.append((max(1, int(h / ratio**i)), max(1, int(w / ratio**i))))
             if 1 in sizes[-1]:
                 break
-        drawn = randoms.normal(Purpose.MULTIRES, (sum(c * m * n for m, n in sizes),)).to(noise)
+        drawn = sent(randoms.normal(Purpose.MULTIRES, (sum(c * m * n for m, n in sizes),)), noise.device)
         for i, (size, part) in enumerate(zip(sizes, drawn.split([c * m * n for m, n in sizes], 1), strict=True)):
             coarse = F.interpolate(part.view(1, c, *size), (h, w), mode="bilinear")[0]
             noise = noise + self.options.multires_noise_discount**i * coarse
@@ -217,7 +218,14 @@ class Diffusion(Objective):
 
     def _weights(self, timesteps: Tensor) -> Tensor:
         """min-SNR: arXiv 2303.09556, section 3.4; debiased: arXiv 2310.08442."""
-        options, snr = self.options, compute_snr(self.weighing, timesteps)
+        options = self.options
+        asked = options.min_snr_gamma, options.v_pred_like_loss
+        plain = not (options.scale_v_pred_loss_like_noise_pred or options.debiased_estimation_loss)
+        if plain and all(one is None for one in asked):
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        # as `add_noise` does with its own: `compute_snr` would move them in every step
+        self.weighing.alphas_cumprod = self.weighing.alphas_cumprod.to(timesteps.device)
+        snr = compute_snr(self.weighing, timesteps)
         limited = snr.clamp(max=_LARGEST_SNR)
         like_noise = limited / (limited + 1)
         weights = torch.ones_like(snr)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from library.options.rooms import OptimizerOptions
@@ -47,6 +47,9 @@ def _of(module: str, *names: str, **rest: Any) -> list[Kind]:
 
 _NESTEROV: dict[str, Any] = {"usual": {"momentum": 0.9}, "fixed": {"nesterov": True}}
 _PREPRINT = ("dadaptation.experimental", "DAdaptAdamPreprint")
+
+# of torch.optim, one kernel for all parameters; of those that have it, the ones that every torch for CUDA has
+FUSED = ("Adam", "AdamW", "SGD")
 
 KINDS = [
     *_of("torch.optim", "AdamW"),
@@ -168,9 +171,8 @@ def _built(options: OptimizerOptions, groups: list[dict[str, Any]], on_cuda: boo
     check_arguments("optimizer_args", made, options.optimizer_args, ours)
     own_rates = sets_own_rates(options)
     groups = [{k: v for k, v in group.items() if not (own_rates and k == "lr")} for group in groups]
-    fused: dict[str, Any] = (
-        {"fused": True} if on_cuda and kind.name == "AdamW" and not {"fused", "foreach"} & arguments.keys() else {}
-    )
+    fusing = on_cuda and kind.module == "torch.optim" and kind.class_name in FUSED
+    fused = {"fused": True} if fusing and not {"fused", "foreach", "differentiable"} & arguments.keys() else {}
     rate = None if own_rates else options.learning_rate
     try:
         return made(groups, lr=rate, **arguments, **kind.fixed, **fused)
@@ -204,6 +206,34 @@ def _tell_of_rates(options: OptimizerOptions, rates: Sequence[float]) -> None:
         )
     if kind.own_rate and len(set(rates)) > 1:
         logger.warning(f"{kind.name} goes by the first of several rates, {rates[0]:g}; the others have no effect")
+
+
+# --- steps that are left out ------------------------------------------------------------------------------------------
+
+
+def leaves_out(optimizer: Optimizer) -> bool:
+    """Whether the device leaves a step out by itself, as a GradScaler's does. torch's fused Adams and Adagrad do it
+    right; SGD would go on from a momentum of arbitrary numbers if that was the first step (torch 2.13)."""
+    inner = unwrapped(optimizer)
+    fused = all(group.get("fused") for group in inner.param_groups)
+    return fused and type(inner) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+
+
+def step(optimizer: Optimizer, finite: Tensor) -> None:
+    """A step, or none, which changes nothing. The device is waited for where the optimizer does not `leaves_out`.
+
+    :param finite: (), bool, whether it is taken
+    """
+    if not leaves_out(optimizer):
+        if bool(finite):
+            optimizer.step()
+        return
+    inner: Any = unwrapped(optimizer)
+    inner.grad_scale, inner.found_inf = None, (~finite).float()  # as torch.amp.GradScaler gives them
+    try:
+        optimizer.step()
+    finally:
+        del inner.grad_scale, inner.found_inf
 
 
 # --- schedule-free optimizers: the weights that are trained on are not those to be used -------------------------------

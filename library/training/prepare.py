@@ -84,6 +84,8 @@ def read_pictures(options: DataOptions, plan: Plan, model: Family, accelerator: 
     left = _left(given, unreadable)
     in_every_step = any(dataset.varies for dataset in left)
     model.vae.to(accelerator.device if in_every_step else "cpu")
+    if isinstance(entries, Memory):
+        entries.place(accelerator.device)
     where = "on the disk" if on_disk else "in memory"
     number, sizes = sum(1 for _ in pictures(left)), {picture.fit.bucket for picture in pictures(left)}
     repeated = sum(dataset.appearances for dataset in left)

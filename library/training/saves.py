@@ -91,12 +91,17 @@ class Saves:
         state = "" if self.last_state is None else f"; --resume {self.last_state} goes on"
         return f"last good save: {self.last_good or 'none'}{state}"
 
+    def due(self, step: int) -> bool:
+        """Whether --save_every_n_steps says so."""
+        every = self.options.save_every_n_steps
+        return every is not None and every > 0 and step % every == 0 and step < self.length.steps
+
     def at_step(self, position: Position) -> None:
-        """Where --save_every_n_steps says so."""
+        """Where `due` says so."""
         options = self.options
         every, last = options.save_every_n_steps, options.save_last_n_steps
         last_states = options.save_last_n_steps_state or last
-        if every and position.step % every == 0 and position.step < self.length.steps:
+        if every and self.due(position.step):
             self._save(
                 self._of_step,
                 position,

@@ -13,6 +13,7 @@ from library.data.batches import Gone
 from library.data.cache import Entries, Memory, Store
 from library.models.family import Family, Text
 from library.options.rooms import CacheOptions
+from library.transfer import sent
 from networks.deft_config import DeftError
 
 
@@ -31,10 +32,10 @@ class Texts:
         """
         if not self._keys:
             device = self.accelerator.device
-            placed = [[one.to(device) for one in row] for row in inputs]
+            placed = [[sent(one, device) for one in row] for row in inputs]
             return self.model.encode_text(list(captions), *([placed] if any(placed) else []))
         found = [self._kept(caption) for caption in captions]
-        return {name: torch.cat([text[name] for text in found]).to(self.accelerator.device) for name in found[0]}
+        return {name: sent(torch.cat([t[name] for t in found]), self.accelerator.device) for name in found[0]}
 
     def _kept(self, caption: str) -> Text:
         """:raises Gone: when the entry is gone, which the disk's is when somebody deletes it"""
@@ -77,5 +78,7 @@ class Texts:
         if failed:
             error = next(iter(failed.values()))
             raise DeftError(f"--cache_text_encoder_outputs: {len(failed)} texts could not be encoded ({error})")
+        if isinstance(self._entries, Memory):
+            self._entries.place(device)
         self._keys = keys
         self.model.free_text_encoders()
