@@ -141,7 +141,7 @@ def test_musubis_own_network_reads_and_merges_the_file(worlds, kind, tmp_path):
         products.keys()
         == adapter.layers.keys()
         == {name for name, weight in weights.items() if weight.any()}
-        | {name for name, layer in adapter.layers.items() if not layer.up.any()}
+        | {name for name, layer in adapter.layers.items() if not (layer.up @ layer.down).any()}
     )
     for name, layer in adapter.layers.items():
         delta = layer.up.double() @ layer.down.double()
