@@ -6,8 +6,8 @@ musubi-tuner's own classes at their full sizes, random weights, 1024 x 1024; its
 layers. Both adapters are alive in one process, on the same base weights; their steps are taken in turn, and ratios are
 of steps that followed one another. A step is as in train_step.py: forward, backward, clipping, fused AdamW; bfloat16
 base, float32 adapters and autocast. Peak memory is of whole steps with one adapter alone. Prints tables and writes JSON
-under benchmarks/results/. accelerate and transformers need not be there: a step uses nothing of them. --small is for a
-CPU.
+under benchmarks/results/. diffusers, accelerate and transformers need not be there: a step uses nothing of them;
+einops has to be. --small is for a CPU.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+for package in ("diffusers", "transformers", "accelerate"):
+    if importlib.util.find_spec(package) is None:
+        sys.modules[package] = MagicMock()
 
 from benchmarks import train_step  # noqa: E402
 from benchmarks.train_step import Case, Contestant, in_turn, ratio_of, released  # noqa: E402
@@ -53,9 +56,6 @@ def musubi(name: str) -> ModuleType:
     folder = str(Path(os.environ["MUSUBI_DIR"]) / "src")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    for package in ("transformers", "accelerate"):
-        if package not in sys.modules and importlib.util.find_spec(package) is None:
-            sys.modules[package] = MagicMock()
     return importlib.import_module(f"musubi_tuner.{name}")
 
 
