@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from networks import deft_io
 from tests.integration.conftest import ROOT, delta_norms
+from tests.test_musubi_files import assert_equal, changes, products, saved, trained
 
 MUSUBI = os.environ.get("MUSUBI_DIR")
 PYTHON = os.environ.get("MUSUBI_PYTHON", sys.executable)
@@ -147,6 +148,21 @@ def test_musubis_own_network_reads_and_merges_the_file(worlds, kind, tmp_path):
         delta = layer.up.double() @ layer.down.double()
         for found in (weights[name], products[name]):
             assert float((found - delta).norm()) <= 1e-6 * float(delta.norm()), name
+
+
+@pytest.mark.parametrize(("name", "script", "options"), [
+    ("Z-Image", "convert_lora.py", "--target default"),
+    ("HunyuanVideo", "convert_lora.py", "--target default"),
+    ("HunyuanVideo 1.5", "networks/convert_hunyuan_video_1_5_lora_to_comfy.py", "--reverse"),
+])  # fmt: skip
+def test_its_converters_give_files_its_own_names(name, script, options, tmp_path):
+    """Where they have ComfyUI's; with the same deltas, one layer of its own network each."""
+    network, file, output = trained(name), tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    saved(network, file)
+    files = (file, output) if "networks" in script else ("--input", file, "--output", output)
+    run(Path(MUSUBI or "") / "src" / "musubi_tuner" / script, *files, *options.split())
+    expected = {f"lora_unet_{path.replace('.', '_')}": change for path, change in changes(network).items()}
+    assert_equal(products(load_file(output)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
