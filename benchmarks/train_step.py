@@ -64,7 +64,7 @@ def random_model(make: Callable[[], nn.Module], device: str, dtype: torch.dtype)
     model = model.to_empty(device=device).to(dtype).requires_grad_(False)
     for name, tensor in model.state_dict().items():
         size = math.prod(tensor.shape[1:])
-        if "norm" in name and name.endswith("weight"):
+        if "norm" in name and name.endswith(("weight", "scale")):
             tensor.fill_(1.0)
         elif tensor.dim() > 1:
             tensor.normal_(0, size**-0.5)
@@ -239,9 +239,11 @@ class Case:
 
 
 class Contestant:
-    """One adapter on its own twin of the model."""
+    """One adapter on its own twin of the model, put there by `adapt`."""
 
-    def __init__(self, name: str, base: nn.Module, inputs: Callable[[int, int], dict], case: Case, args) -> None:
+    def __init__(
+        self, name: str, base: nn.Module, inputs: Callable[[int, int], dict], case: Case, args, adapt=adapt
+    ) -> None:
         self.device, self.inputs = args.device, lambda: inputs(case.batch, case.resolution)
         self.dtype = torch.bfloat16 if args.device != "cpu" else torch.float32
         self.model = twin(base)
@@ -300,9 +302,9 @@ def busy(contestant: Contestant) -> float:
     return total / 1e6
 
 
-def peak_memory(name: str, base: nn.Module, inputs: Callable, case: Case, args) -> dict[str, float]:
+def peak_memory(name: str, base: nn.Module, inputs: Callable, case: Case, args, adapt=adapt) -> dict[str, float]:
     """MiB that whole steps with this adapter alone take at most, and that remain between them."""
-    contestant = Contestant(name, base, inputs, case, args)
+    contestant = Contestant(name, base, inputs, case, args, adapt)
     contestant.step()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):

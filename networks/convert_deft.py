@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = deft_tools.parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="an adapter: .safetensors, or a peft folder")
     parser.add_argument("--save_to", metavar="OUT", help="what to write: .safetensors; with --to peft a folder")
-    parser.add_argument("--to", choices=FORMATS, help="the form (default: kohya, which most programs read)")
+    parser.add_argument("--to", choices=FORMATS, help="the form (default: kohya's, which most programs read)")
     parser.add_argument("--rank", type=int, metavar="N", help="of layers that cannot be converted exactly")
     parser.add_argument(
         "--energy", type=float, metavar="E", help="instead: the part of the change's squares to keep, 0.99"

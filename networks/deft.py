@@ -22,7 +22,7 @@ from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer
 from networks.deft_load import LoadResult
 from networks.deft_module import DeftModule
-from networks.deft_names import looks_made_for
+from networks.deft_names import looks_made_for, with_dots
 from networks.deft_progress import progress
 from networks.deft_ranks import Ranks
 from networks.deft_targets import Part, Target, as_list, base_metadata, recognise, weight_shape
@@ -510,9 +510,13 @@ class DeftNetwork(nn.Module):
         :param dtype: of the LoRA's tensors; None is float32
         :param metadata: of the trainer; DEFT's own fields are added to a copy, and what model the file is for where
             they do not say it, as those of train_leco.py
-        :raises DeftError: for non-finite parameters or a failing disk; what was in the file's place stays
+        :raises DeftError: for non-finite parameters, a failing disk, or base weights that are needed and not there;
+            what was in the file's place stays
         """
         self._check_finite(file)
+        streamed = deft_weights.streamed(module.target for module in self.all_modules)
+        if streamed and (self.config.removal or self.config.para):
+            raise DeftError(f"{file}: not saved, since {streamed} has another layer's weight while blocks are streamed")
         dtype = dtype or torch.float32
         exponents: Mapping[str, int] = {}
         factors = self._file_factors()
@@ -525,6 +529,7 @@ class DeftNetwork(nn.Module):
             tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
             if self.config.basis in deft_math.ORTHONORMAL:  # any scaling of up spans the same subspace
                 exponents = {}
+            tensors = with_dots(tensors, self.ranks.architecture.name)
             self._log_padding(file, dtype, [(f.rank, f.up.shape[0] + f.down.shape[1]) for f in factors.values()])
         recorded: dict[str, list[float]] = {}
         for m in self.all_modules:
@@ -535,7 +540,10 @@ class DeftNetwork(nn.Module):
         full = self._known_as | {key: str(value) for key, value in (metadata or {}).items()}
         full |= {deft_io.VERSION_KEY: deft_io.VERSION}
         full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
-        full |= self._base_metadata()
+        if streamed:
+            logger.warning(f"{file}: without a hash of the base model, since blocks are streamed ({streamed} for one)")
+        else:
+            full |= self._base_metadata()
         deft_io.write_hashed(tensors, file, full)
 
     def _file_factors(self) -> dict[str, Factors]:

@@ -356,7 +356,10 @@ def write(output: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     if to == "peft":
         _write_peft(output, tensors, metadata)
         return
-    deft_tools.write_adapter(output, tensors, metadata)
+    if to == "kohya":
+        deft_io.write_hashed(tensors, output, metadata)
+    else:
+        deft_tools.write_adapter(output, tensors, metadata)
     size = output.stat().st_size / 2**20
     print(f"{output}: {to or 'kohya'}, {size:.1f} MiB, {_dtype_of(tensors)}")
 

@@ -347,7 +347,8 @@ def _makers(
         kernel = _kernel(name, first_generation)
         said = _pattern_value(config, "rank_pattern", "r", path)
         rank = None if said is None else int(said)
-        facts = Facts(config, path, rank, str(metadata.get("ss_network_module", "")), recorded.get(layer), kernel)
+        record = recorded.get(layer) or recorded.get(name)
+        facts = Facts(config, path, rank, str(metadata.get("ss_network_module", "")), record, kernel)
         make = _maker(layer, _with_alpha(parts, config, rank, path), facts, source)
         make()  # which finds what is wrong with it
         made = [(name, given or piece, make)]

@@ -1,9 +1,8 @@
 """Adapter files: reading LoRA and DEFT files, writing them whole or not at all, hashes and metadata.
 
-Names in a LoRA file are `<layer>.lora_up.weight`, `<layer>.lora_down.weight`, `<layer>.alpha`; in a DEFT file
-(`save_format=deft`) `<layer>.deft_P` (`.deft_P_relu` and the like under other bases than
-qr), `.deft_R`, `.deft_E0`, `.deft_g` and `.alpha`,
-the formula's own matrices with s = alpha / rank.
+Names in a LoRA file are `<layer>.lora_up.weight`, `<layer>.lora_down.weight`, `<layer>.alpha`, or those of
+`Architecture.dotted`; in a DEFT file (`save_format=deft`) `<layer>.deft_P` (`.deft_P_relu` and the like under other
+bases than qr), `.deft_R`, `.deft_E0`, `.deft_g` and `.alpha`, the formula's own matrices with s = alpha / rank.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch import Tensor
 from networks import deft_factors, deft_layouts, deft_math, deft_partial, deft_pictures
 from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_factors import Factors
-from networks.deft_names import looks_made_for
+from networks.deft_names import looks_made_for, without_dots
 from networks.deft_targets import TOGETHER, Target
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ class AdapterFile:
 
         :raises DeftError: when the method's own matrices are those of the whole, and a part is asked for, or of parts
         """
-        found = self.layers.get(target.name)
+        found = self.layers.get(target.name) or self.layers.get(target.own_name)
         if found is None and len(target.pieces) > 1:
             return self._together(target)
         if target.file_rows is None and found is None and f"{target.name}-0" in self.layers:
@@ -232,7 +231,7 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], so
             f"part of a LoRA, and what is saved will not hold them"
         )
     for key, value in tensors.items():
-        layer, _, part = key.partition(".")
+        layer, _, part = without_dots(key).partition(".")
         if key not in embeddings:
             grouped.setdefault(layer, {})[part] = value
     options, recorded = parse_metadata(metadata, source)
@@ -344,7 +343,7 @@ def _refuse_rest(parts: Mapping[str, Tensor]) -> None:
 
 def is_adapter_dict(tensors: Iterable[str]) -> bool:
     """Whether names are those of an adapter file, not of a network's state dict."""
-    return any(key.endswith((".lora_up.weight", ".lora_down.weight", ".deft_E0")) for key in tensors)
+    return any(without_dots(key).endswith((".lora_up.weight", ".lora_down.weight", ".deft_E0")) for key in tensors)
 
 
 def lora_tensors(

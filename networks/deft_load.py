@@ -100,7 +100,7 @@ def refuse_unknown(
 
 def _names(module: DeftModule) -> list[str]:
     """What a file may call it, or parts of it."""
-    return [module.lora_name, *(piece.file_name for piece in module.target.pieces)]
+    return [module.lora_name, module.target.own_name, *(piece.file_name for piece in module.target.pieces)]
 
 
 def check_shape(adapter: AdapterFile, target: Target) -> None:

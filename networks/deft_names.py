@@ -31,6 +31,7 @@ _SAID = (
     ("Kandinsky 5", r"^kandinsky5$"),
     ("Krea 2", r"^krea2$"),
     ("Ideogram 4", r"^ideogram4$"),
+    ("HiDream-O1", r"^hidream_o1_image$"),
 )
 
 # What can be seen in the names of layers, with underscores and behind their model's: the first row that fits any. Where
@@ -231,6 +232,40 @@ def _dotted(tokens: tuple[str, ...], words: frozenset[str]) -> str | None:
     return None
 
 
+_PEFT_ENDS = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
+_DOTTED_KEY = re.compile(r"^diffusion_model\.(.+)\.(lora_[AB]\.weight|lora_(?:up|down)\.weight|alpha)$")
+
+
+def with_dots(tensors: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """A plain LoRA's tensors by the keys that files for this model have: kohya's, or those of `Architecture.dotted`.
+
+    :param tensors: as `deft_io.lora_tensors` makes them: an alpha is the rank, and so is one that is not there
+    :param architecture: name of a row of `ARCHITECTURES`
+    """
+    row = named(architecture)
+    if row is None or row.dotted is None:
+        return dict(tensors)
+    own = next(part for part in row.denoisers if not part.renames)
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name, _, end = key.partition(".")
+        path = dotted(name.removeprefix(f"{own.prefix}_"), own.words.split())
+        if path is None or end not in (*_PEFT_ENDS, "alpha"):  # not known here: the whole file keeps its names
+            return dict(tensors)
+        if end in _PEFT_ENDS:
+            found[f"{row.dotted}{path}.{_PEFT_ENDS[end]}"] = tensor
+    return found
+
+
+def without_dots(key: str) -> str:
+    """Kohya's key of one that a file has with the dots of ComfyUI's paths; others as they are."""
+    found = _DOTTED_KEY.match(key)
+    if found is None:
+        return key
+    end = next((ours for ours, theirs in _PEFT_ENDS.items() if theirs == found[2]), found[2])
+    return f"lora_unet_{found[1].replace('.', '_')}.{end}"
+
+
 def _is_path(path: str, words: Collection[str]) -> bool:
     return all(part.isdecimal() or part in words for part in path.split("."))
 
@@ -313,8 +348,8 @@ def places(architecture: Architecture, name: str, form: str) -> list[tuple[str, 
             if not path:
                 raise KeyError(name)
             return [("text_encoder" if number == 1 else f"text_encoder_{number}", path, "")]
-    own = next(part for part in architecture.denoisers if not part.renames)
-    path = dotted(name.removeprefix(f"{own.prefix}_"), own.words.split()) if name.startswith(own.prefix) else None
+    own = next((part for part in architecture.denoisers if not part.renames), None)
+    path = dotted(name.removeprefix(f"{own.prefix}_"), own.words.split()) if own and name.startswith(own.prefix) else ""
     other = next((part for part in architecture.denoisers if part.form == form), None)
     if not path or other is None:
         raise KeyError(name)

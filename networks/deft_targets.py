@@ -104,6 +104,8 @@ class Architecture:
     :param peft_form: the form of the denoiser whose programs read a folder of peft's
     :param patterns_fit_paths: `network_reg_dims` and `network_reg_lrs` have to fit a layer's whole path, with dots,
         instead of being found in its key name
+    :param dotted: what a LoRA's keys begin with in files that have paths with dots and peft's names instead of kohya's:
+        where ComfyUI and diffusers do not know musubi-tuner's
     """
 
     name: str
@@ -123,6 +125,7 @@ class Architecture:
     with_convolutions: str = "(?!)"
     peft_form: str = "diffusers"
     patterns_fit_paths: bool = False
+    dotted: str | None = None
 
     def options(self) -> set[str]:
         """The options that only some architectures have, of those that this one has."""
@@ -314,6 +317,44 @@ _OMNIGEN_FUSED = (
 OMNIGEN_RENAMES = inverted(_OMNIGEN_FUSED)
 _OMNIGEN_WORDS = "layers self_attn to_q to_k to_v to_out mlp gate_up_proj down_proj"
 _OMNIGEN_ORIGINAL_WORDS = "llm layers self_attn qkv_proj o_proj mlp gate_up_proj down_proj"
+
+_Z_IMAGE_WORDS = (
+    "layers noise_refiner context_refiner attention to_q to_k to_v to_out feed_forward w1 w2 w3 adaLN_modulation "
+    "all_x_embedder all_final_layer x_embedder final_layer linear cap_embedder t_embedder mlp qkv out"
+)
+_HUNYUAN_WORDS = (
+    "double_blocks img_attn txt_attn qkv proj img_mlp txt_mlp img_mod txt_mod lin img_in txt_in time_in guidance_in "
+    "vector_in byt5_in vision_in in_layer out_layer mlp t_embedder c_embedder input_embedder individual_token_refiner "
+    "blocks self_attn self_attn_qkv self_attn_proj adaLN_modulation final_layer linear linear_1 linear_2 fc1 fc2 fc3"
+)
+_HUNYUAN_VIDEO_WORDS = (
+    f"{_HUNYUAN_WORDS} single_blocks img_attn_qkv img_attn_proj txt_attn_qkv txt_attn_proj linear1 linear2 modulation"
+)
+# musubi-tuner's paths of HunyuanVideo 1.5 to ComfyUI's, as its convert_hunyuan_video_1_5_lora_to_comfy.py has them
+_HUNYUAN_VIDEO_1_5_RENAMES = tuple(
+    (rf"^double_blocks\.(\d+)\.{stream}_{theirs}$", rf"double_blocks.\1.{stream}_{comfy}")
+    for stream in ("img", "txt")
+    for theirs, comfy in (
+        *((f"attn_{part}", f"attn.qkv#{k}") for k, part in enumerate("qkv")),
+        ("attn_proj", "attn.proj"),
+        (r"mlp\.fc1", "mlp.0"),
+        (r"mlp\.fc2", "mlp.2"),
+        (r"mod\.linear", "mod.lin"),
+    )
+)
+_KANDINSKY_WORDS = (
+    "text_transformer_blocks visual_transformer_blocks self_attention cross_attention to_query to_key to_value "
+    "out_layer feed_forward in_layer text_modulation visual_modulation modulation time_embeddings text_embeddings "
+    "pooled_text_embeddings visual_embeddings"
+)
+_KREA_WORDS = (
+    "first blocks attn wq wk wv wo gate mlp up down tmlp tproj txtmlp txtfusion projector layerwise_blocks "
+    "refiner_blocks last linear"
+)
+_IDEOGRAM_WORDS = (
+    "layers attention qkv o feed_forward w1 w2 w3 adaln_modulation input_proj llm_cond_proj t_embedding mlp_in mlp_out "
+    "adaln_proj final_layer linear"
+)
 
 CROSS_ATTENTION_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 
@@ -559,7 +600,7 @@ ARCHITECTURES = (
         together=("_self_attn_to_q", "_self_attn_to_k", "_self_attn_to_v"),
         peft_form="original",  # its pipeline's merge_lora
     ),
-    # --- musubi-tuner: containers and patterns of its networks/lora*.py --------------------------------------------
+    # --- musubi-tuner: containers and patterns of its networks/lora*.py; paths of files as ComfyUI has them -----------
     Architecture(
         "FLUX.1 Kontext",
         (Part("lora_unet", ("musubi_tuner.Flux",), _FLUX_CONTAINERS, words=_FLUX_WORDS),),
@@ -585,10 +626,19 @@ ARCHITECTURES = (
     ),
     Architecture(
         "Z-Image",
-        (Part("lora_unet", ("ZImageTransformer2DModel",), ("ZImageTransformerBlock",)),),
+        (
+            Part(
+                "lora_unet",
+                ("ZImageTransformer2DModel",),
+                ("ZImageTransformerBlock",),
+                base=_base("z_image", ""),
+                words=_Z_IMAGE_WORDS,
+            ),
+        ),
         together=("_attention_to_q", "_attention_to_k", "_attention_to_v"),
         left_out=".*(_modulation|_refiner).*",
         patterns_fit_paths=True,
+        dotted="diffusion_model.",
     ),
     Architecture(
         "Wan 2.1 or 2.2",
@@ -599,15 +649,35 @@ ARCHITECTURES = (
     ),
     Architecture(
         "HunyuanVideo",
-        (Part("lora_unet", ("HYVideoDiffusionTransformer",), ("MMDoubleStreamBlock", "MMSingleStreamBlock")),),
+        (
+            Part(
+                "lora_unet",
+                ("HYVideoDiffusionTransformer",),
+                ("MMDoubleStreamBlock", "MMSingleStreamBlock"),
+                base=_base("hunyuan_video", ""),
+                words=_HUNYUAN_VIDEO_WORDS,
+            ),
+        ),
         fused={r"_double_blocks_.*qkv$": False, r"_single_blocks_.*linear1$": True},
         left_out=".*(img_mod|txt_mod|modulation).*",
         patterns_fit_paths=True,
+        dotted="diffusion_model.",
     ),
     Architecture(
         "HunyuanVideo 1.5",
-        (Part("lora_unet", ("HunyuanVideo_1_5_DiffusionTransformer",), ("MMDoubleStreamBlock",)),),
-        together=("_attn_q", "_attn_k", "_attn_v"),
+        (
+            Part(
+                "lora_unet",
+                ("HunyuanVideo_1_5_DiffusionTransformer",),
+                ("MMDoubleStreamBlock",),
+                renames=_HUNYUAN_VIDEO_1_5_RENAMES,
+                base=_base("hunyuan_video_1_5", ""),
+                form="musubi-tuner",
+                words="double_blocks img_attn_q img_attn_k img_attn_v img_attn_proj txt_attn_q txt_attn_k txt_attn_v "
+                "txt_attn_proj img_mlp txt_mlp fc1 fc2 img_mod txt_mod linear",
+            ),
+            Part("lora_unet", (), (), words=_HUNYUAN_WORDS),  # in files alone
+        ),
         left_out=".*_in.*",
         patterns_fit_paths=True,
     ),
@@ -625,7 +695,14 @@ ARCHITECTURES = (
     ),
     Architecture(
         "Kandinsky 5",
-        (Part("lora_unet", ("DiffusionTransformer3D",), ("TransformerEncoderBlock", "TransformerDecoderBlock")),),
+        (
+            Part(
+                "lora_unet",
+                ("DiffusionTransformer3D",),
+                ("TransformerEncoderBlock", "TransformerDecoderBlock"),
+                words=_KANDINSKY_WORDS,
+            ),
+        ),
         left_out=".*modulation.*",
         put_back=(
             r".*(self|cross)_attention\.(to_query|to_key|to_value|out_layer).*",
@@ -635,15 +712,33 @@ ARCHITECTURES = (
     ),
     Architecture(
         "Krea 2",
-        (Part("lora_unet", ("SingleStreamDiT",), ("SingleStreamDiT",)),),  # all of its layers
+        (Part("lora_unet", ("SingleStreamDiT",), ("SingleStreamDiT",), words=_KREA_WORDS),),  # all of its layers
         left_out="(?!)",
         patterns_fit_paths=True,
     ),
     Architecture(
         "Ideogram 4",
-        (Part("lora_unet", ("Ideogram4Transformer",), ("Ideogram4TransformerBlock",)),),
+        (Part("lora_unet", ("Ideogram4Transformer",), ("Ideogram4TransformerBlock",), words=_IDEOGRAM_WORDS),),
         fused={r"_attention_qkv$": False},
         left_out=".*adaln_modulation.*",
+        patterns_fit_paths=True,
+    ),
+    Architecture(
+        "HiDream-O1",
+        tuple(
+            Part(
+                "lora_unet",
+                (f"musubi_tuner.Qwen3VLForConditionalGeneration{task}",),
+                ("Qwen3VLTextDecoderLayer", "BottleneckPatchEmbed", "FinalLayer", *visual),
+                renames=((r"^model\.", ""),),
+                base=_base("hidream_o1_image", ""),
+            )
+            for task, visual in (
+                ("", ()),
+                (" for i2i", ("Qwen3VLVisionPatchEmbed", "Qwen3VLVisionBlock", "Qwen3VLVisionPatchMerger")),
+            )
+        ),
+        left_out=".*(embed_tokens|lm_head).*",
         patterns_fit_paths=True,
     ),
 )
@@ -655,8 +750,9 @@ def recognise(unet: nn.Module) -> tuple[Architecture, Part]:
     :raises DeftError: for one that is not in `ARCHITECTURES`
     """
     sdxl = getattr(getattr(unet, "config", None), "addition_embed_type", None) == "text_time"
+    edits = getattr(unet, "hidream_o1_task", None) == "i2i"
     for kind in type(unet).__mro__:
-        name = f"{kind.__name__}{' with text_time' if sdxl else ''}"
+        name = f"{kind.__name__}{' with text_time' * sdxl}{' for i2i' * edits}"
         for called in (f"{kind.__module__.partition('.')[0]}.{name}", name):
             for architecture in ARCHITECTURES:
                 for part in architecture.denoisers:
@@ -703,7 +799,7 @@ class Target:
 
     :param name: unique in a network: the files' key name, with `-k` behind it for the k-th part of a fused weight, and
         `+` between those of several
-    :param path: with the architecture's own names, dots in it
+    :param path: in the model, with dots
     :param layer: of several, the first
     :param rows: (first, behind last) of the layer's outputs; None for all
     :param file_rows: (first, number of all) of these outputs in the files' weight; None for all
@@ -721,6 +817,11 @@ class Target:
     def file_name(self) -> str:
         """The key name in files, those of several with `+` between them."""
         return self.name.partition("-")[0]
+
+    @property
+    def own_name(self) -> str:
+        """The key name that musubi-tuner's own networks give it."""
+        return self.name if self.parts or self.rows else f"lora_unet_{self.path.replace('.', '_')}"
 
     @property
     def places(self) -> tuple[Target, ...]:
@@ -784,12 +885,13 @@ def outside_targets(model: nn.Module, part: Part, words: Sequence[str]) -> list[
 
 
 def _target(part: Part, path: str, layer: Layer) -> Target:
+    in_files = path
     for pattern, replacement in part.renames:
-        path = re.sub(pattern, replacement, path)
-    path, _, number = path.partition("#")
-    if not path.startswith(part.path_root):
-        path = part.path_root + path
-    file_name = f"{part.prefix}_{path}".replace(".", "_")
+        in_files = re.sub(pattern, replacement, in_files)
+    in_files, _, number = in_files.partition("#")
+    if not in_files.startswith(part.path_root):
+        in_files = part.path_root + in_files
+    file_name = f"{part.prefix}_{in_files}".replace(".", "_")
     return Target(f"{file_name}-{number}" if number else file_name, path, layer)
 
 

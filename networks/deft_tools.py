@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from networks import deft_io
+from networks import deft_io, deft_names
 from networks.deft_config import DeftError, reason_of
 from networks.deft_factors import Factors
 
@@ -126,9 +126,10 @@ def carried(metadata: Mapping[str, str], tool: str, done: Mapping[str, object]) 
 def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes an adapter file whole or not at all, with the hashes by which UIs know it.
 
+    :param tensors: by kohya's keys; the file has those that its model's files have
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
-    deft_io.write_hashed(tensors, path, metadata)
+    deft_io.write_hashed(deft_names.with_dots(tensors, deft_names.said(metadata)), path, metadata)
 
 
 class Losses:

@@ -74,6 +74,18 @@ def check_readable(target: Target) -> None:
             )
 
 
+def streamed(targets: Iterable[Target]) -> str:
+    """The name of a layer whose weight is in the memory of another's, "" if none is: both are streamed through one
+    buffer, which at this moment holds the weight of one of them."""
+    seen: dict[tuple[torch.device, int], Layer] = {}
+    for place in (place for target in targets for place in target.places):
+        weight = place.layer.weight
+        plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta
+        if plain and seen.setdefault((weight.device, weight.data_ptr()), place.layer) is not place.layer:
+            return place.name
+    return ""
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from networks import deft, deft_io, deft_keep, deft_names, deft_report
 from networks.deft_config import DeftError, parse_options
 from networks.deft_targets import recognise
-from tests.conftest import relative_error
+from tests import small_musubi
+from tests.conftest import perturb, relative_error
+from tests.test_fused import plain_delta
 
 WIDTH = 12
 
@@ -232,59 +234,101 @@ def test_models_of_diffusers_with_the_same_classes():
 
 
 class Ring:
-    """Frozen weights of blocks, streamed into one buffer that all of them share in turn: what musubi-tuner's
+    """Frozen weights of blocks, streamed into buffers that they share in turn: what musubi-tuner's
     `--block_swap_h2d_only` does with a layer's `weight`, on one device. A block has its master again after its turn.
+
+    :param slots: buffers; with two, the next block is there before its turn
+    :param by_data: `weight.data` is put in place instead of the weight
+    :param forgetful: a block keeps the buffer, whatever is in it
     """
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
+    def __init__(self, blocks: nn.ModuleList, slots: int = 1, by_data: bool = False, forgetful: bool = False) -> None:
+        self.by_data, self.forgetful = by_data, forgetful
         self.layers = [[m for m in block.modules() if isinstance(m, nn.Linear)] for block in blocks]
-        self.masters = [[layer.weight for layer in layers] for layers in self.layers]
-        self.buffers = [nn.Parameter(torch.empty_like(w), requires_grad=False) for w in self.masters[0]]
-        self.loaded: int | None = None
+        self.masters = [[own(layer.weight.data) for layer in layers] for layers in self.layers]
+        self.buffers = [[own(torch.empty_like(w)) for w in self.masters[0]] for _ in range(slots)]
+        self.loaded: list[int | None] = [None] * slots
         for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(lambda *_, number=number: self.load(number))
-            block.register_full_backward_pre_hook(lambda *_, number=number: self.load(number))
+            block.register_forward_pre_hook(lambda *_, number=number: self.turn_of(number, 1))
+            block.register_full_backward_pre_hook(lambda *_, number=number: self.turn_of(number, -1))
 
-    def load(self, number: int) -> None:
-        if self.loaded == number:
+    def turn_of(self, number: int, step: int) -> None:
+        self.load(number, None)
+        if len(self.buffers) > 1 and 0 <= number + step < len(self.layers):
+            self.load(number + step, number)
+
+    def load(self, number: int, in_use: int | None) -> None:
+        if number in self.loaded:
             return
-        if self.loaded is not None:
-            self.bind(self.loaded, self.masters[self.loaded])
-        for buffer, master in zip(self.buffers, self.masters[number], strict=True):
+        slot = next(k for k, held in enumerate(self.loaded) if held is None or held != in_use)
+        evicted = self.loaded[slot]
+        if evicted is not None and not self.forgetful:
+            self.bind(evicted, self.masters[evicted])
+        for buffer, master in zip(self.buffers[slot], self.masters[number], strict=True):
             buffer.data.copy_(master)
-        self.bind(number, self.buffers)
-        self.loaded = number
+        self.bind(number, self.buffers[slot])
+        self.loaded[slot] = number
 
     def bind(self, number: int, weights: list[nn.Parameter]) -> None:
         for layer, weight in zip(self.layers[number], weights, strict=True):
-            layer.weight = weight
+            if self.by_data:
+                layer.weight.data = weight.data
+            else:
+                layer.weight = weight
+
+
+def own(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.clone(), requires_grad=False)
 
 
 @pytest.mark.parametrize("removal", ["0", "1"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("batched", [False, True], ids=["", "batched"])
-def test_weights_streamed_through_a_ring(tmp_path, removal, checkpointed, batched):
+@pytest.mark.parametrize(("slots", "by_data"), [(1, False), (2, True)], ids=["weight", "two buffers, data"])
+def test_weights_streamed_through_a_ring(tmp_path, removal, checkpointed, batched, slots, by_data):
     """Each layer reads its own weight, in the backward pass too: what is learnt and saved is what it is without."""
     torch.manual_seed(0)
-    model = Flux2()
-    files = []
+    model = Flux2(4)
+    files, kept = [], []
     for streamed in (False, True):
-        own = copy.deepcopy(model)
-        own.checkpointed = checkpointed
+        copied = copy.deepcopy(model)
+        copied.checkpointed = checkpointed
         torch.manual_seed(1)
-        network = made(own, [f"removal={removal}"])
+        network = made(copied, [f"removal={removal}"])
         network.batched = batched
         if streamed:
-            Ring(own.double_blocks)
-        trained(own, network, steps=3)
+            Ring(copied.double_blocks, slots, by_data)
+        trained(copied, network, steps=3)
         files.append(tmp_path / f"{streamed}.safetensors")
         network.save_weights(str(files[-1]), torch.float32, {})
+        kept.append([module.base_weight().clone() for module in network.all_modules])
     still, moved = map(load_file, files)
     assert still.keys() == moved.keys()
     for key in still:
         assert torch.equal(still[key], moved[key]), key
     assert any(bool(tensor.any()) for key, tensor in still.items() if "up" in key)
     assert metadata(files[0])["deft_base_hash"] == metadata(files[1])["deft_base_hash"]
+    assert all(map(torch.equal, *kept))
+
+
+@pytest.mark.parametrize("by_data", [False, True])
+def test_weights_that_are_another_blocks_are_told(tmp_path, by_data, caplog):
+    """A ring that leaves its buffer to all: no hash of a base that is not there, and no removal of it."""
+    file = tmp_path / "x.safetensors"
+    for removal in ("0", "1"):
+        model = Flux2()
+        network = made(model, [f"removal={removal}"])
+        Ring(model.double_blocks, by_data=by_data, forgetful=True)
+        trained(model, network)
+        if removal == "1":
+            with pytest.raises(DeftError, match=r"not saved, since lora_unet_double_blocks_\d_\w+ has another layer's"):
+                network.save_weights(str(file), torch.float32, {})
+            continue
+        network.save_weights(str(file), torch.float32, {})
+        assert "without a hash of the base model" in caplog.text
+        assert "deft_base_hash" not in metadata(file)
+        file.unlink()
+    assert not file.exists()
 
 
 def test_a_mean_of_states_is_a_state():
@@ -316,6 +360,52 @@ def test_gradients_are_added_up_by_hand():
         assert torch.allclose(whole, first + second, rtol=1e-4, atol=1e-6)
 
 
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def answer(model: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Of every layer of a small model, side by side, each to the first of the inputs."""
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    answers = []
+    for path, layer in layers:
+        some = x[..., : layer.in_features]
+        found = nn.functional.linear(some, weights[path], layer.bias.to(x)) if path in weights else layer(some)
+        answers.append(torch.tanh(found))
+    return torch.cat(answers, -1)
+
+
+@pytest.mark.parametrize("options", [{}, {"removal": "1"}, {"fuse_qkv": "true"}, {"split_qkv": "true"}], ids=str)
+@pytest.mark.parametrize("name", small_musubi.MODELS)
+def test_gradients_of_every_architecture_are_those_of_float64(name, options):
+    model = small_musubi.made(name)
+    if not set(options) <= {*recognise(model)[0].options(), "removal"}:
+        pytest.skip("its queries, keys and values are one layer already, or three")
+    network = deft.create_arch_network(1.0, 3, 2.0, None, None, model, **options)
+    network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
+    perturb(network)
+    network.train()
+    network.on_step_start()
+    x = torch.randn(2, 5, 4 * 5 * small_musubi.WIDTH)
+    answer(model, {}, x).square().sum().backward()
+
+    leaves, weights = {}, {}
+    for m in network.all_modules:
+        leaves[m] = [p.detach().double().requires_grad_() for p in (m.P, m.R)]
+        rows = plain_delta(m, m.base_weight().double(), *leaves[m], None).split([p.shape[0] for p in m.target.places])
+        for place, some in zip(m.target.places, rows, strict=True):
+            whole = weights.get(place.path, place.layer.weight.double())
+            first, end = place.rows or (0, len(whole))
+            weights[place.path] = torch.cat([whole[:first], whole[first:end] + some, whole[end:]])
+    exact = copy.deepcopy(model).double()
+    for layer in exact.modules():
+        layer.__dict__.pop("forward", None)
+    answer(exact, weights, x.double()).square().sum().backward()
+    assert len(weights) == len(small_musubi.MODELS[name].layers) - len(small_musubi.MODELS[name].outside)
+    for m, leaf in leaves.items():
+        for parameter, wanted in zip((m.P, m.R), leaf, strict=True):
+            assert relative_error(parameter.grad.double(), wanted.grad) < 1e-5, m.lora_name
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +423,7 @@ def test_gradients_are_added_up_by_hand():
     ("", "visual_transformer_blocks_0_self_attention_to_query", "Kandinsky 5"),
     ("krea2", "blocks_0_attn_wq", "Krea 2"),
     ("ideogram4", "layers_0_attention_qkv", "Ideogram 4"),
+    ("hidream_o1_image", "language_model_layers_0_self_attn_q_proj", "HiDream-O1"),
 ])  # fmt: skip
 def test_what_a_file_is_for(version, layer, expected):
     found = deft_names.recognised([(deft_names.DENOISER, layer)], (), {"ss_base_model_version": version})

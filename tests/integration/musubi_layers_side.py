@@ -29,7 +29,9 @@ OPTIONS: dict[str, list[dict[str, str]]] = {
     "z image": [{}, CONV, {"include_patterns": "['.*_refiner.*']"}, {"exclude_patterns": "['.*feed_forward.*']"}],
     "wan t2v 14b": [{}, CONV, {"exclude_patterns": "['.*ffn.*']", "include_patterns": r"['blocks\\.3\\..*']"}],
     "hunyuan video": [{}, {"exclude_patterns": "['.*txt_.*']"}, {"include_patterns": "['.*img_mod.*']"}],
-    "hunyuan video 1.5": [{}, {"exclude_patterns": "['.*_mod.*']"}],
+    "hunyuan video 1.5": [
+        {}, {"exclude_patterns": "['.*_mod.*']"}, {"exclude_patterns": "['.*attn_q','.*fc1']"}, ALL_BUT,
+    ],
     "framepack": [{}, CONV, {"include_patterns": "['.*norm.*']"}],
     "kandinsky 5": [
         {}, {"exclude_patterns": "['.*']"}, ALL_BUT, {"exclude_patterns": "['.*feed.*']", "include_patterns": "[]"},
@@ -37,6 +39,8 @@ OPTIONS: dict[str, list[dict[str, str]]] = {
     ],
     "krea 2": [{}, CONV, {"exclude_patterns": r"['.*\\.mlp\\..*','first','last\\.linear','txtfusion\\..*']"}],
     "ideogram 4": [{}, {"include_patterns": "['.*adaln_modulation.*']"}],
+    "hidream o1": [{}, {"exclude_patterns": "['.*mlp.*']"}, {"include_patterns": "['.*lm_head.*']"}, ALL_BUT],
+    "hidream o1 edit": [{}, {"exclude_patterns": r"['model\\.visual\\.blocks.*']"}],
 }  # fmt: skip
 
 
@@ -57,7 +61,7 @@ def main(file: Path, names: list[str]) -> None:
                 raise RuntimeError(f"{name} {options}") from error
             found[f"{name} {options}"] = [
                 [[m.lora_name, min(m.lora_dim, *m.org_module.weight.shape), float(m.scale)] for m in theirs],
-                [[m.lora_name, m.rank, m.scale] for m in ours],
+                [[m.target.own_name, m.rank, m.scale] for m in ours],
             ]
             print("---", name, options, len(theirs), flush=True)
     file.write_text(json.dumps(found))

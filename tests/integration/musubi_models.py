@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
 
 if not torch.cuda.is_available():  # Wan's and FramePack's modules ask for it in the default of an argument
     torch.cuda.current_device = lambda: 0
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():  # Wan's and FramePack's modules ask for it in
 from musubi_tuner.flux import flux_models
 from musubi_tuner.flux_2 import flux2_models
 from musubi_tuner.frame_pack.hunyuan_video_packed import HunyuanVideoTransformer3DModelPacked
+from musubi_tuner.hidream_o1.qwen3_vl_transformers import Qwen3VLForConditionalGeneration
 from musubi_tuner.hunyuan_model import models as hunyuan
 from musubi_tuner.hunyuan_video_1_5.hunyuan_video_1_5_models import HunyuanVideo_1_5_DiffusionTransformer
 from musubi_tuner.ideogram4.ideogram4_model import Ideogram4Config, Ideogram4Transformer
@@ -25,6 +27,15 @@ from musubi_tuner.krea2.krea2_utils import single_mmdit_large_wide
 from musubi_tuner.qwen_image.qwen_image_model import QwenImageTransformer2DModel
 from musubi_tuner.wan.modules.model import WanModel
 from musubi_tuner.zimage.zimage_model import ZImageTransformer2DModel
+
+
+def hidream_o1(task: str) -> nn.Module:
+    """As its trainer has it for a task, "t2i" or "i2i"."""
+    rope = {"rope_type": "default", "mrope_section": [24, 20, 20]}
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config={"rope_scaling": rope}))
+    model.hidream_o1_task = task
+    return model
+
 
 WAN = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 WAN_5B = {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30, "in_dim": 48, "out_dim": 48}
@@ -58,4 +69,6 @@ REAL: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     ),
     "krea 2": ("lora_krea2", lambda: SingleStreamDiT(single_mmdit_large_wide)),
     "ideogram 4": ("lora_ideogram4", lambda: Ideogram4Transformer(Ideogram4Config())),
+    "hidream o1": ("lora_hidream_o1", partial(hidream_o1, "t2i")),
+    "hidream o1 edit": ("lora_hidream_o1", partial(hidream_o1, "i2i")),
 }

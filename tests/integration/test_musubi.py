@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from networks import deft_io
 from tests.integration.conftest import ROOT, delta_norms
+from tests.test_musubi_files import assert_equal, changes, products, saved, trained
 
 MUSUBI = os.environ.get("MUSUBI_DIR")
 PYTHON = os.environ.get("MUSUBI_PYTHON", sys.executable)
@@ -106,7 +107,7 @@ def test_layers_and_ranks_of_every_architecture(tmp_path):
 def test_trains_and_saves(worlds, kind):
     folder, (_, number, called) = worlds(kind), KINDS[kind]
     found, known = tensors(folder, "base"), metadata(folder, "base")
-    assert len(found) == 3 * number
+    assert len(found) == (2 if kind == "zimage" else 3) * number
     assert {value.dtype for value in found.values()} == {torch.float32}  # its default
     assert all(value.isfinite().all() for value in found.values())
     moved = sum(norm > 0 for norm in delta_norms(found))
@@ -119,16 +120,21 @@ def test_trains_and_saves(worlds, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_musubis_own_network_reads_and_merges_the_file(worlds, kind, tmp_path):
     """No name is unknown to it or missing, and what its own merge adds to a weight is the file's up @ down; so are the
-    matrices that its convert_lora.py writes."""
-    folder, merged = worlds(kind), tmp_path / "merged.safetensors"
-    output = run(SIDE, "read", kind, folder / "out" / "base.safetensors", merged)
+    matrices that its convert_lora.py writes. Z-Image's file has ComfyUI's names, which that makes its own of."""
+    folder, merged, file = worlds(kind), tmp_path / "merged.safetensors", tmp_path / "default.safetensors"
+    script = Path(MUSUBI or "") / "src" / "musubi_tuner" / "convert_lora.py"
+    base = folder / "out" / "base.safetensors"
+    if kind == "zimage":
+        run(script, "--input", base, "--output", file, "--target", "default")
+    else:
+        file = base
+    output = run(SIDE, "read", kind, file, merged)
     told = next(line for line in output.splitlines() if line.startswith("--- "))
     assert json.loads(told.removeprefix("--- ")) == [[], []]
-    adapter = deft_io.read_adapter(folder / "out" / "base.safetensors")
+    adapter = deft_io.read_adapter(base)
     weights = {key_name(key): weight.double() for key, weight in load_file(merged).items()}
     converted = tmp_path / "converted.safetensors"
-    script = Path(MUSUBI or "") / "src" / "musubi_tuner" / "convert_lora.py"
-    run(script, "--input", folder / "out" / "base.safetensors", "--output", converted, "--target", "other")
+    run(script, "--input", file, "--output", converted, "--target", "other")
     matrices = {key: value.double() for key, value in load_file(converted).items()}
     products = {key_name(key): matrices[key] @ matrices[key.replace("lora_B", "lora_A")]
                 for key in matrices if "lora_B" in key}  # fmt: skip
@@ -136,12 +142,27 @@ def test_musubis_own_network_reads_and_merges_the_file(worlds, kind, tmp_path):
         products.keys()
         == adapter.layers.keys()
         == {name for name, weight in weights.items() if weight.any()}
-        | {name for name, layer in adapter.layers.items() if not layer.up.any()}
+        | {name for name, layer in adapter.layers.items() if not (layer.up @ layer.down).any()}
     )
     for name, layer in adapter.layers.items():
         delta = layer.up.double() @ layer.down.double()
         for found in (weights[name], products[name]):
             assert float((found - delta).norm()) <= 1e-6 * float(delta.norm()), name
+
+
+@pytest.mark.parametrize(("name", "script", "options"), [
+    ("Z-Image", "convert_lora.py", "--target default"),
+    ("HunyuanVideo", "convert_lora.py", "--target default"),
+    ("HunyuanVideo 1.5", "networks/convert_hunyuan_video_1_5_lora_to_comfy.py", "--reverse"),
+])  # fmt: skip
+def test_its_converters_give_files_its_own_names(name, script, options, tmp_path):
+    """Where they have ComfyUI's; with the same deltas, one layer of its own network each."""
+    network, file, output = trained(name), tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    saved(network, file)
+    files = (file, output) if "networks" in script else ("--input", file, "--output", output)
+    run(Path(MUSUBI or "") / "src" / "musubi_tuner" / script, *files, *options.split())
+    expected = {f"lora_unet_{path.replace('.', '_')}": change for path, change in changes(network).items()}
+    assert_equal(products(load_file(output)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
