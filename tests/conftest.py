@@ -18,6 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT / "configs" / "quickstart" / "photos"
 
 
+LONG = {"test_world", "test_resume", "test_personalization", "test_meters", "test_out_of_memory"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first: at the end workers share what is left, and would wait for a long test."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """To bfloat16 on a GPU; not on a CPU, most of which have no such arithmetic, and take a hundred times as long.
+    """To bfloat16 on a GPU; not on a CPU, most of which only imitate it, which takes many times as long.
 
     Without a cache of weights, of which a CUDA graph can keep none.
     """
