@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from networks import deft
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT / "configs" / "quickstart" / "photos"
+
+
+LONG = {"test_world", "test_resume", "test_personalization", "test_meters", "test_out_of_memory"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first: at the end workers share what is left, and would wait for a long test."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)
@@ -116,19 +123,18 @@ def in_two_processes(folder: Path, code: str, *arguments: str) -> None:
     children, told = [], [folder / f"errors{rank}.txt" for rank in range(2)]
     for rank, errors in enumerate(told):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with open(errors, "w") as file:
-            children.append(subprocess.Popen([sys.executable, str(script), *arguments], env=environment, stderr=file))
+        children.append(processes.start([str(script), *arguments], environment, errors))
     try:
         end = time.monotonic() + 300
-        while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+        while any(child.is_alive() for child in children) and not any(child.exitcode for child in children):
             assert time.monotonic() < end
             time.sleep(0.05)
         for child, errors in zip(children, told, strict=True):
-            assert not child.poll(), errors.read_text(errors="replace")[-3000:]
+            assert not child.exitcode, errors.read_text(errors="replace")[-3000:]
     finally:
         for child in children:
             child.kill()
-            child.wait()
+            child.join()
 
 
 def layer_of(kind: str) -> nn.Module:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -22,7 +20,7 @@ from networks.deft_checkpoint import open_checkpoint
 from networks.deft_clients import CLIENTS, Outline, read_by
 from networks.deft_inventory import inventory
 from tests import client_files, small_flux, small_models
-from tests.conftest import ROOT, deltas, largest_error, loaded, network_of, relative_error
+from tests.conftest import deltas, largest_error, loaded, network_of, relative_error
 
 CONVOLUTIONS = {"conv_dim": "2", "conv_alpha": "2"}
 
@@ -480,15 +478,6 @@ def test_metadata_alone_moves_no_byte_and_sidecars_stand_beside(lora, tmp_path, 
     assert json.loads((tmp_path / "shared.json").read_text())["activation text"] == "sks cat"
     convert(lora, "--save_to", tmp_path / "d.safetensors", "--to", "diffusers", "--set", "title=Cat")
     assert metadata_of(tmp_path / "d.safetensors")["modelspec.title"] == "Cat"
-
-
-def test_it_runs_as_a_file_and_copied_into_another_networks_folder(tmp_path):
-    (tmp_path / "networks").mkdir()
-    for file in (ROOT / "networks").glob("*deft*.py"):
-        shutil.copy(file, tmp_path / "networks")
-    command = [sys.executable, "networks/convert_deft.py", "--help"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "--to diffusers" in found.stdout
 
 
 @pytest.mark.parametrize("to", ["diffusers", "comfy"])

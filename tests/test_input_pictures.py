@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +36,10 @@ from library.training import inputs, prepare
 from library.training.randoms import Randoms
 from networks.deft_config import DeftError
 from tests.conftest import ROOT, arguments, in_two_processes, loaded
+from tests.processes import code_of, start
 from tests.small_omnigen import build
 from tests.test_data_sets import losses_of
-from tests.test_resume import EXACT, RECORD, assert_equal, command, tensors, wait_until
+from tests.test_resume import RECORD, SCRIPT, assert_equal, tensors, wait_until
 from tests.test_resume import run as run_apart
 
 PLACES = "<img><|image_1|></img>"
@@ -655,10 +654,10 @@ def test_killed_and_resumed_bit_for_bit(omnigen_folder, tmp_path):
     given_once = given_to(omnigen_folder, alike(tmp_path, 7), tmp_path, **changes)
     out = tmp_path / "out"
     run_apart([*given_once, "--output_name", "undisturbed"])
-    child = subprocess.Popen(command(given_once), cwd=ROOT, env=EXACT, stderr=subprocess.DEVNULL)
+    child = start([SCRIPT, *given_once])
     wait_until(lambda: any(out.glob("cat-step0000000[4-9]-state")))
     child.kill()
-    child.wait()
+    child.join()
     (out / "cat.safetensors").unlink(missing_ok=True)
     run_apart([*given_once, "--resume", str(out / "cat-step00000003-state")])
     assert_equal(tensors(out), tensors(out, "undisturbed"))
@@ -673,7 +672,7 @@ def test_one_process_and_two_have_the_same_losses(omnigen_folder, tmp_path):
     }
     script = tmp_path / "one.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{RECORD}", encoding="utf-8")
-    subprocess.run([sys.executable, str(script), str(tmp_path / "1.json"), *commands[1]], check=True, env=EXACT)
+    assert code_of(start([str(script), str(tmp_path / "1.json"), *commands[1]])) == 0
     in_two_processes(tmp_path, RECORD, str(tmp_path / "2.json"), *commands[2])
     one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
     assert len(one) == 5

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from library.estimate import page, relief
 from library.models.family import Family
 from library.training.losses import Losses
+from tests import small_flux
 from tests.conftest import reset_accelerator
 
 
@@ -73,9 +74,11 @@ def test_other_errors_stay_what_they_are(run, monkeypatch):
         run()
 
 
-def test_figures_are_what_the_settings_save(run, monkeypatch, capsys):
-    """Each as far apart as --dry_run says of a training with and without it, and none that saves nothing."""
-    options = {"train_batch_size": 2, "network_dim": 4, "network_train_unet_only": True, "resolution": 128}
+def test_figures_are_what_the_settings_save(run, tmp_path, monkeypatch, capsys):
+    """Each as far apart as --dry_run says of a training with and without it, and none that saves nothing; of a model of
+    few layers, since each is gone through for every figure."""
+    options = {"pretrained_model_name_or_path": small_flux.build(tmp_path / "model").folder, "train_batch_size": 2,
+               "network_dim": 4, "network_train_unet_only": True, "resolution": 128}  # fmt: skip
     monkeypatch.setattr(relief, "_told_size", lambda size: f"{size} B")
     monkeypatch.setattr(relief, "LEAST", 1)
     with monkeypatch.context() as patched:

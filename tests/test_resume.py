@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from library.training import state
 from library.training.record import Record
 from networks.deft_config import DeftError
 from tests.conftest import ROOT, arguments, in_two_processes
+from tests.processes import EXACT, code_of, start
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
-EXACT = os.environ | {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+SCRIPT = str(ROOT / "train_network_deft.py")
 
 
 def train_of_34_steps(model_folder, photos, folder, **changes) -> list[str]:
@@ -40,14 +42,20 @@ def options(**changes):
     return {"learning_rate": 1e-3, "network_dropout": 0.1, "lr_scheduler": "cosine", "max_train_steps": 12} | changes
 
 
-def command(arguments: list[str]) -> list[str]:
-    return [sys.executable, str(ROOT / "train_network_deft.py"), *arguments]
+def run(arguments: list[str], anew: bool = False) -> None:
+    """In a process of its own.
 
-
-def run(arguments: list[str], expected: int = 0) -> str:
-    found = subprocess.run(command(arguments), cwd=ROOT, env=EXACT, capture_output=True, text=True, timeout=600)
-    assert found.returncode == expected, found.stderr[-3000:]
-    return found.stderr
+    :param anew: with a hash seed of its own, too
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "errors.txt"
+        words = [SCRIPT, *arguments]
+        if anew:
+            with open(told, "w") as errors:
+                code = subprocess.run([sys.executable, *words], cwd=ROOT, env=EXACT, stderr=errors).returncode
+        else:
+            code = code_of(start(words, errors=told))
+        assert code == 0, told.read_text(errors="replace")[-3000:]
 
 
 def tensors(folder: Path, name: str = "cat") -> dict[str, torch.Tensor]:
@@ -79,7 +87,7 @@ def test_resumed_in_the_middle_of_an_epoch_bit_for_bit(model_folder, photos, tmp
     undisturbed = tensors(out)
     assert json.loads((out / "cat-step00000007-state" / state.FILE).read_text())["batches"] == 7
     (out / "cat.safetensors").unlink()
-    run([*given, "--resume", str(out / "cat-step00000007-state")])
+    run([*given, "--resume", str(out / "cat-step00000007-state")], anew=name == "AdamW")
     assert_equal(tensors(out), undisturbed)
 
 
@@ -101,14 +109,12 @@ def test_resumed_across_epochs_with_accumulated_batches_and_a_last_epoch_that_is
 def test_a_signal_saves_and_prints_the_command_that_goes_on(model_folder, photos, tmp_path, number, code):
     given = train_of_34_steps(model_folder, photos, tmp_path, max_train_steps=40)
     run([*given, "--output_name", "undisturbed"])
-    with open(tmp_path / "told.txt", "w") as told:
-        heard = signal.signal(number, signal.SIG_DFL)  # a child ignores what a test run in the background ignores
-        child = subprocess.Popen(command(given), cwd=ROOT, env=EXACT, stderr=told)
-        signal.signal(number, heard)
-        wait_until(lambda: "avr_loss" in (tmp_path / "told.txt").read_text())
-        child.send_signal(number)
-        assert child.wait(timeout=60) == code
-    last = (tmp_path / "told.txt").read_text().strip().splitlines()[-1]
+    told = tmp_path / "told.txt"
+    child = start([SCRIPT, *given], errors=told)
+    wait_until(lambda: told.exists() and "avr_loss" in told.read_text())
+    os.kill(child.pid, number)
+    assert code_of(child, 60) == code
+    last = told.read_text().strip().splitlines()[-1]
     (folder,) = (tmp_path / "out").glob("cat-step*-state")
     assert (tmp_path / "out" / f"{folder.name.removesuffix('-state')}.safetensors").is_file()
     words = shlex.split(last)
@@ -136,11 +142,11 @@ def test_killed_at_random_moments_every_file_is_whole_and_every_state_goes_on(mo
     for _ in range(KILLS):
         for path in out.glob("cat*"):
             subprocess.run(["rm", "-r", str(path)], check=True)
-        child = subprocess.Popen(command(given), cwd=ROOT, env=EXACT, stderr=subprocess.DEVNULL)
+        child = start([SCRIPT, *given])
         wait_until(lambda: any(out.glob("cat-step*-state")))
         time.sleep(rng.uniform(0, 2))
         child.kill()
-        child.wait()
+        child.join()
         for file in out.glob("cat*.safetensors"):
             assert all(tensor.isfinite().all() for tensor in load_file(file).values())
         states = sorted(folder for folder in out.iterdir() if re.fullmatch(r"cat-step\d+-state", folder.name))
@@ -197,7 +203,7 @@ def test_one_process_and_two_have_the_same_losses(model_folder, photos, tmp_path
     }
     script = tmp_path / "one.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{RECORD}", encoding="utf-8")
-    subprocess.run([sys.executable, str(script), str(tmp_path / "1.json"), *given[1]], check=True, env=EXACT)
+    assert code_of(start([str(script), str(tmp_path / "1.json"), *given[1]])) == 0
     in_two_processes(tmp_path, RECORD, str(tmp_path / "2.json"), *given[2])
     one, two = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (1, 2))
     assert len(one) == 6

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 diffusers = pytest.importorskip("diffusers")
 
 from library.world import concepts, draw, judge, measure, scenes, train_judge, train_model  # noqa: E402
+from tests.test_resume import run as run_apart  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/quickstart/creature.toml"
@@ -153,13 +151,10 @@ def trained(tmp_path_factory) -> Path:
     return folder / "sks.safetensors"
 
 
-def _train(folder: Path, steps: int, options: list[str]) -> None:
-    command = [sys.executable, "train_network_deft.py", "--config_file", CONFIG, "--output_dir", str(folder)]
-    command += ["--max_train_steps", str(steps), "--logging_dir", str(folder / "logs")]
-    command += ["--sample_every_n_steps", "9999", *options]
-    environment = os.environ | {"MKL_CBWR": "COMPATIBLE"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def _train(folder: Path, steps: int, options: list[str], anew: bool = False) -> None:
+    """:param anew: in a process with a hash seed of its own"""
+    words = ["--config_file", CONFIG, "--output_dir", str(folder), "--max_train_steps", str(steps)]
+    run_apart([*words, "--logging_dir", str(folder / "logs"), "--sample_every_n_steps", "9999", *options], anew)
 
 
 @pytest.mark.usefixtures("soon_drawn")
@@ -191,7 +186,7 @@ def test_training_repeats_bit_for_bit(tmp_path):
     few, files = tmp_path / "keep.txt", []
     few.write_text("\n".join(f"{prompt} --s 3" for prompt in prompts[:4]), encoding="utf-8")
     for folder in ("first", "second"):
-        _train(tmp_path / folder, 8, ["--network_args", "conv_dim=8", "conv_alpha=8", f"keep={few}"])
+        _train(tmp_path / folder, 8, [*FASTER, f"keep={few}"], anew=folder == "second")
         files.append(load_file(tmp_path / folder / "sks.safetensors"))
         shutil.rmtree(tmp_path / folder)
     assert files[0].keys() == files[1].keys()

@@ -8,6 +8,14 @@ import torch
 from torch import Tensor, nn
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """To bfloat16 on a GPU; not on a CPU, most of which only imitate it, which takes many times as long.
+
+    Without a cache of weights, of which a CUDA graph can keep none.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu", cache_enabled=False)
+
+
 def backward_of(loss: nn.Module, example: Sequence[Tensor]) -> Callable[..., Tensor]:
     """A function that computes `loss` of tensors like those in the example, leaves its gradients in the parameters'
     `.grad` in the place of older ones, and returns it.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.world import concepts, draw, judge, scenes
+from library.world.backward import autocast
 from library.world.descent import Descent
 from library.world.judge import CELL, EMBEDDING, Judge
 from library.world.scenes import COLOURS, SHAPES, STYLES, TEXTURES, Scene, Thing
@@ -45,7 +46,7 @@ def train(steps: int, batch_size: int, device: torch.device, seed: int) -> Judge
     descent = Descent("judge", optimizer, steps)
     for _ in range(steps):
         pixels, answers = _batch(batch_size, rng, device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             maps = net(_worn(pixels))
         loss = _loss({name: values.float() for name, values in maps.items()}, identities, answers)
         loss.backward()

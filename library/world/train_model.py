@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from library.world import draw, scenes, tokenizer
-from library.world.backward import backward_of
+from library.world.backward import autocast, backward_of
 from library.world.descent import Descent
 from library.world.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, STYLES, TEXTURES, Scene
 
@@ -144,7 +144,7 @@ def train_text_encoder(
             targets.append(Parser.targets(scene, captions[-1], background))
         ids = tokens(tokenizer, captions)
         ends = (ids == tokenizer.eos_token_id).int().argmax(1)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             states = text_encoder(ids.to(device))[0]
         loss, right = parser(states[torch.arange(len(ids)), ends].float(), torch.tensor(targets, device=device))
         loss.backward()
@@ -181,7 +181,7 @@ def make_pictures(
     vae.to(device)
     for first in range(0, number, 128):
         batch = [scenes.draw_scene(rng) for _ in range(min(128, number - first))]
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             posterior = vae.encode(draw.render([scene.picture() for scene in batch], device)).latent_dist
         means.append(posterior.mean.half())
         spreads.append(posterior.std.half())
@@ -205,7 +205,7 @@ class NoiseLoss(nn.Module):
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, noise: Tensor) -> Tensor:
         """Of noisy latents (b, 4, 16, 16) at timesteps t (b,), with captions' tokens (b, POSITIONS)."""
-        with torch.autocast(noisy.device.type, torch.bfloat16, cache_enabled=False):  # a CUDA graph can keep no cache
+        with autocast(noisy.device):
             predicted = self.unet(noisy, t, self.text_encoder(ids)[0]).sample
         return F.mse_loss(predicted.float(), noise)
 

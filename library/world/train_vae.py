@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from library.world import concepts, draw, scenes
-from library.world.backward import backward_of
+from library.world.backward import autocast, backward_of
 from library.world.descent import Descent
 
 CONFIG = {
@@ -35,7 +35,7 @@ class VaeLoss(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Of pixels (b, 3, 64, 64)."""
-        with torch.autocast(pixels.device.type, torch.bfloat16, cache_enabled=False):
+        with autocast(pixels.device):
             posterior = self.vae.encode(pixels).latent_dist
             decoded = self.vae.decode(posterior.sample()).sample
         things = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1
