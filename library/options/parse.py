@@ -149,6 +149,11 @@ def _run(values: dict[str, Any]) -> Run:
         raise DeftError("--fp8_base needs --mixed_precision bf16 or fp16")
     if values["fp8_base"] and values["quantize_base"]:
         raise DeftError("--fp8_base and --quantize_base do not go together: each keeps the denoiser in fewer bits")
+    compiled = values["torch_compile"] and values["dynamo_backend"] != "no"
+    values["torch_compile"] = values["dynamo_backend"] if compiled else None
+    for name in ("fp8_base", "quantize_base"):
+        if compiled and values[name]:
+            raise DeftError(f"--torch_compile and --{name} do not go together: weights in fewer bits are not compiled")
     if values["cache_text_encoder_outputs"] and not values["network_train_unet_only"]:
         raise DeftError("--cache_text_encoder_outputs: text encoders that are trained give new outputs in every step; "
                         "add --network_train_unet_only, or leave it out")  # fmt: skip

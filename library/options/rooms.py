@@ -24,6 +24,7 @@ class ModelOptions:
     gradient_checkpointing: bool = False
     fp8_base: bool = False  # or --fp8_base_unet
     quantize_base: str | None = None  # "int8", "fp8", "nf4"
+    torch_compile: str | None = None  # a backend, --dynamo_backend
     v2: bool = False
     v_parameterization: bool = False
     zero_terminal_snr: bool = False
