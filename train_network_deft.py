@@ -23,6 +23,7 @@ from library.data.advice import Facts
 from library.data.batches import Loader
 from library.data.plan import divided, pictures
 from library.estimate import page, phases, rates, relief
+from library.models import compiling
 from library.models.family import Family
 from library.models.loading import load
 from library.options.parse import parse
@@ -129,6 +130,8 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
     accelerator, seed = start.accelerator_of(run.process, run.logs)
     dtype = prepare.WEIGHT_DTYPES[run.process.mixed_precision]
     model = load(run.model, dtype)
+    if run.model.torch_compile:
+        compiling.check(model.denoiser, run.model.torch_compile, accelerator.device)
     objective, texts = _objective(run, files, model), Texts(model, accelerator)
     run = replace(run, objective=objective.options)
 
@@ -178,7 +181,7 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
             loading(kept, noise, shuffle=False), losses, adapter, noise, options.max_validation_steps
         )
     an_epoch = loader.steps_an_epoch
-    with relief.told(run, files, "measuring the base model", lambda: "nothing is trained yet"):
+    with relief.told(run, files, "measuring the base model", lambda: "nothing is trained yet"), compiling.told():
         watch = functools.partial(watch_of, run.data.datasets, run.network, run.optimizer, length.steps)
         measuring = meters.meters_of(
             run.meters, caches, watch, files.metered, base, trained, loading, losses, length.steps,
@@ -207,7 +210,7 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
     )  # fmt: skip
     signals.hold(saves.described)
     try:
-        with relief.told(run, files, "training", saves.described):
+        with relief.told(run, files, "training", saves.described), compiling.told():
             loop.run()
         file = saves.final(position)  # a signal that came in the last step or comes now changes nothing
         named = naming.best(record, folder)

@@ -50,6 +50,7 @@ SDXL = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 FLUX = {"guidance_embeds": True}
+SMALL_FLUX = FLUX | {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 2}  # 256 wide
 OMNIGEN = {"rope_scaling": {"long_factor": [1.0] * 48, "short_factor": [1.0] * 48}}  # their values cost nothing
 OMNIGEN_TEXT = 63  # tokens of an instruction with its prefix; with the time token a multiple of 8, as masks like it
 
@@ -81,8 +82,9 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Callab
         model = random_model(lambda: diffusers.UNet2DConditionModel.from_config(config), device, dtype)
     elif name == "sdxl":
         model = random_model(lambda: diffusers.UNet2DConditionModel(**SDXL), device, dtype)
-    elif name == "flux":
-        model = random_model(lambda: diffusers.FluxTransformer2DModel(**FLUX), device, dtype)
+    elif name in ("flux", "small-flux"):
+        config = FLUX if name == "flux" else SMALL_FLUX
+        model = random_model(lambda: diffusers.FluxTransformer2DModel(**config), device, dtype)
     else:
         model = random_model(lambda: diffusers.OmniGenTransformer2DModel(**OMNIGEN), device, dtype)
 
@@ -91,7 +93,7 @@ def build(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Callab
             return torch.randn(batch, *shape, device=device, dtype=dtype)
 
         side = resolution // 8
-        if name == "flux":
+        if name in ("flux", "small-flux"):
             tokens = (side // 2) ** 2
             ids = torch.zeros(tokens + 512, 3, device=device)
             return {

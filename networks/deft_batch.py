@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from networks import deft_math
 from networks.deft_autograd import LayerFactors
+from networks.deft_compiled import GivenFactors
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule, Share
 
@@ -54,6 +55,7 @@ class BatchedFactors:
         for module in self.modules:
             module.batch = self
         self._hook = root.register_forward_hook(self._watch_output)
+        self._given = GivenFactors(self, root)
 
     def group(self) -> None:
         """Finds modules that are alike on P's side, and on R's; again where directions to keep have come."""
@@ -76,16 +78,19 @@ class BatchedFactors:
     def remove(self) -> None:
         """Leaves the model and the modules as they were."""
         self._hook.remove()
+        self._given.remove()
         for module in self.modules:
             module.batch = None
 
     def drop(self) -> None:
         """Forgets the factors, whose parameters may have changed."""
         self._factors = None
+        self._given.forget()
 
     def start_step(self) -> None:
         """Forgets the factors; and looks after bases where passes do without this class, as compiled ones do."""
         self.drop()
+        self._given.start_step()
         if not self._checked:
             with torch.no_grad():
                 self._bases()
@@ -111,12 +116,18 @@ class BatchedFactors:
         if factors is None:
             if not self._is_possible(module):
                 return None
-            factors = self._factors = self._compute(dtype)
+            self._dtype, self._versions_then = dtype, [] if torch.is_grad_enabled() else self.versions()
+            factors = self._factors = self.compute(dtype)
         if dtype != self._dtype:
             return None
         found = factors[module]
         found.entered = True
         return found
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether all factors can be formed here and now."""
+        return self.enabled and self._is_possible(self.modules[0])
 
     @staticmethod
     def _is_possible(module: DeftModule | Share) -> bool:
@@ -126,20 +137,20 @@ class BatchedFactors:
 
     def _still_valid(self, module: DeftModule | Share) -> bool:
         """Whether the last pass's factors serve for another one, which then begins."""
-        if module.training or torch.is_grad_enabled() or self._versions_then != self._versions():
+        if module.training or torch.is_grad_enabled() or self._versions_then != self.versions():
             return False
         for factors in (self._factors or {}).values():
             factors.entered = False
         return True
 
-    def _versions(self) -> list[int]:
+    def versions(self) -> list[int]:
+        """That change where parameters do, if in one of torch's own ways."""
         tensors = ((m.P, m.R, m.g, m.E0) for m in self.modules)
         return [0 if tensor is None else tensor._version for four in tensors for tensor in four]
 
-    def _compute(self, dtype: torch.dtype) -> dict[DeftModule | Share, LayerFactors]:
+    def compute(self, dtype: torch.dtype) -> dict[DeftModule | Share, LayerFactors]:
         """All modules' factors, and those of their shares, from their parameters as they are now."""
         device = self.modules[0].P.device.type
-        self._dtype, self._versions_then = dtype, [] if torch.is_grad_enabled() else self._versions()
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             factors: dict[DeftModule | Share, LayerFactors] = {}
             small = FLOAT16_GAIN if dtype == torch.float16 else 1.0
@@ -202,6 +213,7 @@ class BatchedFactors:
             tensor.register_hook(self._queue)
         if not with_history and any(module.training for module in self.modules):
             self.drop()
+        self._given.end()
 
     def _queue(self, gradient: Tensor | None = None) -> None:
         """Has the backward pass that is under way call `_finish` at its end."""
@@ -236,7 +248,7 @@ class BatchedFactors:
             if not self._queued:  # a backward pass that did not begin at the root's output
                 self._queue()
             return None, None, None
-        found = self._gradients({module: [d_up, d_down]}, {})
+        found = self.gradients({module: [d_up, d_down]}, {}, self._dtype)
         return tuple(None if p is None else found.get(p) for p in (module.P, module.R, module.g))
 
     def _finish(self) -> None:
@@ -252,20 +264,21 @@ class BatchedFactors:
         known = {m: factors[m].up for m in self.modules} if factors and self._dtype == torch.float32 else {}
         del factors  # their memory, before that of the gradients is taken
         self.drop()
-        gradients = self._gradients(collected, known)
+        gradients = self.gradients(collected, known, self._dtype)
         with torch.enable_grad():
             delivery = Delivery.apply(gradients, *gradients)
         delivery.backward()
 
     @torch.no_grad()
-    def _gradients(
-        self, collected: Mapping[DeftModule, list[Tensor]], known: Mapping[DeftModule, Tensor]
+    def gradients(
+        self, collected: Mapping[DeftModule, list[Tensor]], known: Mapping[DeftModule, Tensor], dtype: torch.dtype
     ) -> dict[Tensor, Tensor]:
         """The gradients of P, R and g of all these modules, where they are trained, for modules alike at once.
 
         :param collected: the gradients of E (m, r), with -W d_down^T in it, and of down (r, n), scaled as the factors;
             taken out as they are used
         :param known: each module's Q (m, r) in float32, where it is still there
+        :param dtype: of the factors
         """
         found: dict[Tensor, Tensor] = {}
         with torch.autocast(self.modules[0].P.device.type, enabled=False):
@@ -275,13 +288,13 @@ class BatchedFactors:
                     P = torch.stack([m.P for m in group])
                     Q = torch.stack([known[m].mT for m in group]).mT if known else deft_math.cholesky_qr(P)[0]
                     d_Q = torch.stack([collected[m].pop(0) for m in group]).float()
-                    _divide_by_gains(d_Q, group, self._dtype)
+                    _divide_by_gains(d_Q, group, dtype)
                     found.update(zip([m.P for m in group], deft_math.basis_gradient(P, Q, d_Q).unbind(), strict=True))
             for modules in self._R_groups:
                 group = [m for m in modules if m in collected and m.R is not None]
                 if group:
                     d_injected = torch.stack([collected[m].pop() for m in group]).float()
-                    found.update(_injection_gradients(group, d_injected * group[0].gain(self._dtype)))
+                    found.update(_injection_gradients(group, d_injected * group[0].gain(dtype)))
         return {parameter: gradient for parameter, gradient in found.items() if parameter.requires_grad}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,11 @@ class AdaptedForward:
     training: bool
     org_forward: Callable[[Tensor], Tensor]
     _is_plain_linear = False
+    given: tuple[Tensor, Tensor] | None = None  # up and down for this pass, formed before it; see `deft_compiled`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which are given their own."""
+        return self.__dict__ | {"given": None}
 
     @property
     def org_module(self) -> Layer:
@@ -69,20 +75,23 @@ class AdaptedForward:
         if not self.enabled or self.multiplier == 0:
             return self._own_output(x)
         dtype = _compute_dtype(x)
-        factors = None if self.batch is None else self.batch.enter(self, dtype)
-        if self._skipped_by_dropout():
+        given = self.given if self.given is None or self.given[0].dtype == dtype else None
+        factors = None if given is not None or self.batch is None else self.batch.enter(self, dtype)
+        if given is None and self.is_left_out():
             return self._own_output(x)
         layer, in_graph = self.org_module, torch.is_grad_enabled()
-        if factors is None:
+        if given is not None:
+            up, down = given
+        elif factors is None:
             up, down = self.lora_factors()
             gain = self.gain(dtype)
             up, down = (up / gain).to(dtype), (down * gain).to(dtype)
         fused = self._is_plain_linear and not is_quantised(layer) and not self._has_inner_dropout
-        if fused and not torch.compiler.is_compiling():
+        if fused and (given is not None or not torch.compiler.is_compiling()):
             x, weight = x.to(dtype), self.weight_in(dtype)
             if factors is not None:
                 up, down = factors.form(self, weight)
-            if not in_graph:
+            if not in_graph or torch.compiler.is_compiling():
                 return adapted_linear(x, up, down, weight, layer.bias, self.multiplier)[0]
             if factors is None:
                 return AdaptedLinear.apply(x, self, weight, self.multiplier, None, up, down)
@@ -118,7 +127,8 @@ class AdaptedForward:
         """Whether something happens between down and up."""
         return self.training and (self.config.neuron_dropout > 0 or self.config.rank_dropout > 0)
 
-    def _skipped_by_dropout(self) -> bool:
+    def is_left_out(self) -> bool:
+        """Whether module dropout leaves this layer out, drawn anew."""
         p = self.config.module_dropout
         return self.training and p > 0 and torch.rand(()).item() < p
 

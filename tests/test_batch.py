@@ -85,7 +85,7 @@ def test_large_groups_are_computed_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_gradients_are_formed_once_a_backward_pass_and_factors_once_a_pass(monkeypatch, reentrant):
-    counts = {"_gradients": 0, "_compute": 0}
+    counts = {"gradients": 0, "compute": 0}
 
     def counted(name, function):
         @functools.wraps(function)
@@ -99,7 +99,7 @@ def test_gradients_are_formed_once_a_backward_pass_and_factors_once_a_pass(monke
         counting = counted(name, getattr(deft_batch.BatchedFactors, name))
         monkeypatch.setattr(deft_batch.BatchedFactors, name, counting)
     gradients_of(True, reentrant, 3)
-    assert counts == {"_gradients": 3, "_compute": 3}
+    assert counts == {"gradients": 3, "compute": 3}
 
 
 def test_other_ways_to_ask_for_gradients():
@@ -263,8 +263,8 @@ def test_a_sampler_computes_the_factors_once(monkeypatch):
     model, x = Flux(), torch.randn(2, 5, 4)
     net = network(model).eval()
     computed = []
-    compute = deft_batch.BatchedFactors._compute
-    monkeypatch.setattr(deft_batch.BatchedFactors, "_compute", lambda *a: computed.append(1) or compute(*a))
+    compute = deft_batch.BatchedFactors.compute
+    monkeypatch.setattr(deft_batch.BatchedFactors, "compute", lambda *a: computed.append(1) or compute(*a))
     with torch.no_grad():
         first = [model(x) for _ in range(4)][-1]
         assert len(computed) == 1

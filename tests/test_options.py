@@ -64,7 +64,8 @@ def test_every_honoured_option_reaches_a_room():
     in_the_file = {"custom_attributes", "is_reg", "class_tokens", "network_multiplier"}  # alone
     honoured = {option.name for option in OPTIONS if not option.status}
     one_choice = {option.name for option in OPTIONS if len(option.choices) == 1} - set(reached)
-    on_the_way = {"config_file", "network_dropout", "base_weights_multiplier", "training_comment", "use_8bit_adam",
+    on_the_way = {"config_file", "dynamo_backend", "network_dropout", "base_weights_multiplier", "training_comment",
+                  "use_8bit_adam",
                   "use_lion_optimizer", "full_bf16", "full_fp16", "fp8_base_unet", "output_config",
                   "caption_extention", "network_module",
                   *(option.name for option in OPTIONS if str(option.metadata).startswith("modelspec."))}  # fmt: skip

@@ -108,7 +108,9 @@ def empty_model(run: Run) -> Family:
 
     :raises DeftError: as `library.models.loading.load`
     """
-    return load(replace(run.model, xformers=False), WEIGHT_DTYPES[run.process.mixed_precision], empty=True)
+    return load(
+        replace(run.model, xformers=False, torch_compile=None), WEIGHT_DTYPES[run.process.mixed_precision], empty=True
+    )
 
 
 def estimate(

@@ -77,7 +77,7 @@ def changes(run: Run, given: Given, phase: str = phases.TRAINING) -> Iterator[tu
     if any(dataset.options.batch_size > 1 for dataset in given.plan):
         one = tuple(replace(d, options=replace(d.options, batch_size=1)) for d in given.plan)
         yield "--train_batch_size 1", run, replace(given, plan=one)
-    if process.mixed_precision != "no" and not (model.fp8_base or model.quantize_base):
+    if process.mixed_precision != "no" and not (model.fp8_base or model.quantize_base or model.torch_compile):
         yield "--fp8_base", replace(run, model=replace(model, fp8_base=True)), given
     if model.gradient_checkpointing and not model.blocks_to_swap:
         half = len(phases.empty_model(run).swappable()) // 2

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.models.compiling import compile_blocks
 from library.models.quantised import quantise, read_anew
 from library.models.swapping import Swapping, spread
 from library.options.rooms import ModelOptions
@@ -209,12 +210,15 @@ class Family(ABC):
             except Exception as error:  # not installed, not for this torch or device
                 logger.warning(f"--xformers: torch's own attention is used instead ({reason_of(error)})")
         if self.options.gradient_checkpointing:
+            anew = functools.partial(checkpoint, use_reentrant=False)  # the same graph both times
             for part in parts:
                 part.train()
                 if hasattr(part, "enable_gradient_checkpointing"):
-                    part.enable_gradient_checkpointing(checkpointing)
+                    part.enable_gradient_checkpointing(anew if self.options.torch_compile else checkpointing)
                 else:
                     part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.options.torch_compile:
+            compile_blocks(self.denoiser, self.options.torch_compile)
 
     def _waiting(self, device: torch.device) -> list[nn.Module]:
         """The blocks of --blocks_to_swap."""

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 _OFF_AT_0 = ("min_snr_gamma", "v_pred_like_loss", "noise_offset", "adaptive_noise_scale", "multires_noise_iterations",
              "ip_noise_gamma")  # fmt: skip
+_NOT_COMPILED = {"fp8_base": "weights in fewer bits are not compiled",
+                 "quantize_base": "weights in fewer bits are not compiled",
+                 "blocks_to_swap": "blocks that come and go are not compiled"}  # fmt: skip
 _NEEDED = ("pretrained_model_name_or_path", "output_dir")
 _NUMBERS: dict[str, Callable[[Any], Any]] = {
     "resolution": number_or_pair, "skip_image_resolution": number_or_pair, "face_crop_aug_range": pair,
@@ -152,6 +155,11 @@ def _run(values: dict[str, Any]) -> Run:
     if values["blocks_to_swap"] and not values["gradient_checkpointing"]:
         raise DeftError("--blocks_to_swap needs --gradient_checkpointing: without it, weights have to stay for the "
                         "backward pass")  # fmt: skip
+    compiled = values["torch_compile"] and values["dynamo_backend"] != "no"
+    values["torch_compile"] = values["dynamo_backend"] if compiled else None
+    for name, why in _NOT_COMPILED.items():
+        if compiled and values[name]:
+            raise DeftError(f"--torch_compile and --{name} do not go together: {why}")
     if values["cache_text_encoder_outputs"] and not values["network_train_unet_only"]:
         raise DeftError("--cache_text_encoder_outputs: text encoders that are trained give new outputs in every step; "
                         "add --network_train_unet_only, or leave it out")  # fmt: skip
