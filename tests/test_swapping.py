@@ -15,7 +15,7 @@ from torch import nn
 import train_network_deft
 from library.estimate import phases
 from library.models import family as families
-from library.models import swapping
+from library.models import lending, swapping
 from library.models.flux import Flux
 from library.models.swapping import spread
 from library.options.parse import parse
@@ -37,8 +37,8 @@ OPTIONS: list[tuple[str, dict[str, str]]] = [
 
 
 class Away:
-    """A group whose weights are elsewhere while they wait: on the meta device, where reading one fails, or in float64,
-    with which no layer computes."""
+    """A group whose weights are elsewhere while they wait: on the meta device, where reading one fails, in float64,
+    with which no layer computes, or no numbers."""
 
     now: ClassVar[set[nn.Module]] = set()
     turns: ClassVar[Counter[nn.Module]] = Counter()
@@ -66,7 +66,8 @@ class Away:
 
     def offload_(self) -> None:
         for module, name, here in self.home:
-            module._parameters[name] = nn.Parameter(here.data.to(Away.where), requires_grad=False)
+            there = torch.full_like(here, torch.nan) if Away.where == "nowhere" else here.data.to(Away.where)
+            module._parameters[name] = nn.Parameter(there, requires_grad=False)
         Away.now.discard(self.block)
 
 
@@ -204,3 +205,34 @@ def test_a_dry_run_knows_what_is_saved(photos, folders, tmp_path):
         found = phases.estimate(run, given.read(run), model, None, length, asked=[phases.TRAINING])
         peaks.append(found.deciding.peak)
     assert sum(sizes[:-2]) <= peaks[0] - peaks[1] <= sum(sizes)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_what_does_not_fit_is_lent_by_blocks(folders, photos, tmp_path, away, monkeypatch):
+    """Texts that are cached and directions to keep are those of models that are there whole."""
+    away.where, close = "nowhere", swapping.Swapping.close
+
+    def closed(lent: swapping.Swapping) -> None:
+        close(lent)
+        for group in lent._groups.values():  # as weights in the host's memory are
+            group.onload_()
+        away.now.clear()
+
+    monkeypatch.setattr(swapping.Swapping, "close", closed)
+    (tmp_path / "keep.txt").write_text("a dog --w 64 --h 64 --s 2\na red house --w 64 --h 64 --s 2\n")
+    files, kept = [], []
+    for name, free in (("whole", 2**40), ("parts", 2**20)):
+        reset_accelerator()
+        monkeypatch.setattr(lending, "_free", lambda device, free=free: free)
+        argv = arguments(
+            folders("flux"), photos, tmp_path / name, output_name="cat", network_train_unet_only=True,
+            cache_text_encoder_outputs=True, network_args=[f"keep={tmp_path / 'keep.txt'}"], t5xxl_max_token_length=12,
+            max_train_steps=1,
+        )  # fmt: skip
+        assert train_network_deft.main(argv) == 0
+        files.append(load_file(next((tmp_path / name / "out").glob("cat.safetensors"))))
+        kept.append(load_file(next((tmp_path / name / "out").glob("keep-*.safetensors"))))
+        assert bool(away.turns) == (name == "parts")
+    for one, other in (files, kept):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)

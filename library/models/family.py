@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from library.models.compiling import compile_blocks
 from library.models.quantised import quantise, read_anew
-from library.models.swapping import Swapping, spread
+from library.models.swapping import Swapping, blocks_of, spread
 from library.options.rooms import ModelOptions
 from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
@@ -183,8 +183,7 @@ class Family(ABC):
 
     def swappable(self) -> list[tuple[nn.Module, ...]]:
         """The denoiser's blocks that --blocks_to_swap counts, in their order; what counts as one is together."""
-        kinds = getattr(self.denoiser, "_repeated_blocks", ()) or getattr(self.denoiser, "_no_split_modules", ())
-        return [(block,) for block in self.denoiser.modules() if type(block).__name__ in kinds]
+        return [(block,) for block in blocks_of(self.denoiser)]
 
     def place(self, device: torch.device, dtype: torch.dtype, encoders: bool) -> None:
         """The frozen parts that every step needs, in the training's precision, with the memory options.

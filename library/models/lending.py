@@ -1,32 +1,48 @@
-"""A whole pipeline on a device for a while: all of it at once, or what has its turn, as its memory allows."""
+"""Frozen models on a device for a while, without gradients: whole, or by their blocks where its memory is too small."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
+from library.models.swapping import Swapping, blocks_of
+
 _SHARE = 0.8  # of the free memory that weights may take; the rest is for what is computed
+_LARGE = 0.1  # of it: a part that takes more has its blocks swapped
+
+
+def lend(parts: Sequence[nn.Module], device: torch.device) -> list[Swapping]:
+    """All of them together.
+
+    :returns: what is to be closed once they are no longer needed
+    """
+    room = _SHARE * _free(device)
+    sizes = [sum(one.nbytes for one in part.parameters()) for part in parts]
+    swapped = []
+    for part, size in zip(parts, sizes, strict=True):
+        if sum(sizes) > room and size > _LARGE * room and blocks_of(part):
+            swapped.append(Swapping(part, blocks_of(part), device))
+        else:
+            nn.Module.to(part, device)  # transformers hides its signature
+    return swapped
 
 
 @contextlib.contextmanager
-def on_device(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[None]:
-    """To draw pictures with, without gradients; on the CPU again behind it. Where a GPU does not hold all parts, each
-    comes when it is called, and where it does not hold one of them, each layer."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    sizes = [sum(one.nbytes for one in part.parameters()) for part in parts]
-    room = _SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
-    if sum(sizes) <= room:
-        pipeline.to(device)
-    elif max(sizes) <= room:
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.enable_sequential_cpu_offload(device=device)
+def on_device(parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """All of them together; they are on the CPU again behind it."""
+    swapped = lend(parts, device)
     try:
         yield
     finally:
-        pipeline.remove_all_hooks()
-        pipeline.to("cpu")
+        for one in swapped:
+            one.close()
+        for part in parts:
+            nn.Module.to(part, "cpu")
+
+
+def _free(device: torch.device) -> float:
+    """Bytes of its memory; without an end where it is the host's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")

@@ -10,6 +10,7 @@ import torch
 from diffusers.hooks.group_offloading import ModuleGroup
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
 
 from networks.deft_config import DeftError
 from networks.deft_progress import Bar
@@ -26,6 +27,12 @@ class Group(Protocol):
 
 
 GroupOf: TypeAlias = Callable[[nn.Module, torch.device, Any], Group]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a model of diffusers' or transformers' repeats, in their order."""
+    kinds: Any = getattr(model, "_repeated_blocks", ()) or getattr(model, "_no_split_modules", ()) or ()
+    return [block for block in model.modules() if type(block).__name__ in kinds]
 
 
 def spread(units: Sequence[Sequence[nn.Module]], number: int) -> list[nn.Module]:
@@ -56,11 +63,14 @@ class Swapping:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and torch.cuda.is_available() else None
         self._groups: dict[nn.Module, Group] = {}
+        self._hooks: list[RemovableHandle] = []
         with Bar(len(blocks), "blocks to swap", "blocks") as bar:
             for block in blocks:
                 self._groups[block] = group_of(block, device, self._stream)
-                block.register_forward_pre_hook(lambda block, _: self.load(block))
-                block.register_forward_hook(lambda block, *_: None if torch.is_grad_enabled() else self.leave(block))
+                self._hooks += [
+                    block.register_forward_pre_hook(lambda block, _: self.load(block)),
+                    block.register_forward_hook(lambda block, *_: self._behind(block)),
+                ]
                 bar.add(1)
         self._loaded: set[nn.Module] = set()
         self._ahead: nn.Module | None = None  # that is loaded before its turn
@@ -68,6 +78,13 @@ class Swapping:
         back = list(reversed(blocks))
         self._next = {(a, False): b for a, b in zip(blocks, [*blocks[1:], back[0]], strict=True)}
         self._next |= {(a, True): b for a, b in zip(back, [*back[1:], blocks[0]], strict=True)}
+
+    def close(self) -> None:
+        """All blocks wait, and for nothing any more."""
+        for hook in self._hooks:
+            hook.remove()
+        for block in list(self._loaded):
+            self._offload(block)
 
     def load(self, block: nn.Module, backward: bool = False) -> None:
         """Before a block's turn."""
@@ -94,6 +111,10 @@ class Swapping:
             self._ahead = block
         else:
             self._offload(block)
+
+    def _behind(self, block: nn.Module) -> None:
+        if not torch.is_grad_enabled():
+            self.leave(block)
 
     def checkpointed(self, block: nn.Module, *given: Any) -> Any:
         """A block's outputs, of whose inputs alone are kept for the backward pass. An input gets a gradient where none

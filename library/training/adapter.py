@@ -198,7 +198,8 @@ def _directions(prompts: list[Prompt], source: str, model: Family, accelerator: 
             logger.info(f"{source}: {file} is of this base model and these prompts")
             return file
         logger.info(f"{source}: drawing {len(prompts)} pictures with the base model, once, to make {file}")
-        with on_device(model.pipeline, accelerator.device), accelerator.autocast():
+        drawn_with = [one for one in model.pipeline.components.values() if isinstance(one, nn.Module)]
+        with on_device(drawn_with, accelerator.device), accelerator.autocast():
             keep.write(keep.directions_to_keep(model.pipeline, prompts, keep.DIRECTIONS), file)
     return file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from library.data import building, cache
 from library.data.batches import Gone
 from library.data.cache import Entries, Memory, Store
 from library.models.family import Family, Text
+from library.models.lending import lend
 from library.options.rooms import CacheOptions
 from library.transfer import sent
 from networks.deft_config import DeftError
@@ -62,9 +64,10 @@ class Texts:
             reading = dict(self.model.reading()) | {"autocast": self.accelerator.mixed_precision}
             keys = {one: cache.text_key(one, models, tokenizers, dtype, **reading) for one in different}
 
+        lent = functools.cache(lambda: lend(encoders, device))  # where there is a text to encode
+
         def encode(_: list[str], batch: list[str]) -> list[Text]:
-            for encoder in encoders:
-                torch.nn.Module.to(encoder, device)
+            lent()
             with self.accelerator.autocast():
                 text = self.model.encode_text(batch)
             return [{name: value[i : i + 1] for name, value in text.items()} for i in range(len(batch))]
@@ -81,4 +84,6 @@ class Texts:
         if isinstance(self._entries, Memory):
             self._entries.place(device)
         self._keys = keys
+        for one in lent() if lent.cache_info().currsize else ():
+            one.close()
         self.model.free_text_encoders()
