@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+if sys.platform == "linux":  # before torch reads it: blocks that come and go leave less memory unused
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 from torch.utils.data import Dataset
 
 import library

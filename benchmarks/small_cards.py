@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, int, int, str]] = {  # model, pixels, GiB of the car
     "flux-16-swap": ("flux", 1024, 16, f"{SMALL} --blocks_to_swap 24"),
     "flux-8-fp8_base-swap": ("flux", 1024, 8, f"{SMALL} --fp8_base --blocks_to_swap 34"),
     "flux-12-keep": ("flux", 1024, 12, f"{SMALL} --fp8_base --blocks_to_swap 18 {KEEP}"),
-    "flux-24-int8-batch_4": ("flux", 1024, 24, f"{SMALL} --quantize_base int8 --train_batch_size 4"),
+    "flux-24-swap": ("flux", 1024, 24, f"{SMALL} --blocks_to_swap 12"),
 }
 
 
