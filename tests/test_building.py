@@ -222,19 +222,23 @@ def clean():
     return context
 
 
-def build_slowly(folder: Path, counts) -> None:
+def build_slowly(folder: Path, begun, counts) -> None:
     def counted(keys, contents):
         if counts is not None:
             with counts.get_lock():
                 counts.value += len(keys)
         return slow(keys, contents)
 
+    begun.set()
     os._exit(bool(built(Store(folder), make=counted)))
 
 
 def started(clean, folder: Path, counts=None) -> multiprocessing.Process:
-    process = clean.Process(target=build_slowly, args=(folder, counts))
+    """A run that has begun by now: how long a process takes to start counts for nothing."""
+    begun = clean.Event()
+    process = clean.Process(target=build_slowly, args=(folder, begun, counts))
     process.start()
+    assert begun.wait(60)
     return process
 
 
