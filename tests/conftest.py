@@ -123,7 +123,7 @@ def in_two_processes(folder: Path, code: str, *arguments: str) -> None:
     children, told = [], [folder / f"errors{rank}.txt" for rank in range(2)]
     for rank, errors in enumerate(told):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        children.append(processes.start([str(script), *arguments], environment, errors))
+        children.append(processes.start([str(script), *arguments], environment, errors, anew=rank == 1))
     try:
         end = time.monotonic() + 300
         while any(child.is_alive() for child in children) and not any(child.exitcode for child in children):

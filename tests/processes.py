@@ -1,7 +1,7 @@
 """Processes of a training's own that do not each import for five seconds what it needs: they are forked from one that
 has done so, and have memory, signals and an exit code as any other.
 
-They have that one's hash seed: where a test asks whether it matters, one side is started anew.
+They have that one's hash seed, which orders sets. Where it could matter, one side is started anew.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ else:  # forking is not safe there
     _context = multiprocessing.get_context("spawn")
 
 
-def start(words: Sequence[str], environment: Mapping[str, str] = EXACT, errors: Path | None = None) -> BaseProcess:
+def start(
+    words: Sequence[str], environment: Mapping[str, str] = EXACT, errors: Path | None = None, anew: bool = False
+) -> BaseProcess:
     """As `python WORDS` in the repository's folder.
 
     :param errors: where it writes what goes to stderr
+    :param anew: with a hash seed of its own, after seconds of imports
     """
-    process = _context.Process(target=_run, args=(list(words), dict(environment), errors))
+    context = multiprocessing.get_context("spawn") if anew else _context
+    process = context.Process(target=_run, args=(list(words), dict(environment), errors))
     with mock.patch.dict(os.environ, SETTINGS):  # of the process that all are forked from, too
         process.start()
     return process
