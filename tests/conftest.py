@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,26 @@ def in_two_processes(folder: Path, code: str, *arguments: str) -> None:
         for child in children:
             child.kill()
             child.join()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A family's name -> the Diffusers folder of a small model, made once."""
+    from tests import small_flux, small_models, small_omnigen
+
+    made: dict[str, Any] = {}
+
+    def folder(family: str) -> Any:
+        if family not in made:
+            to = tmp_path_factory.mktemp(family)
+            small: dict[str, Any] = {
+                "flux": lambda: small_flux.build(to).folder,
+                "omnigen": lambda: small_omnigen.build(to),
+            }
+            made[family] = small.get(family, lambda: small_models.build(family, to))()
+        return made[family]
+
+    return folder
 
 
 def layer_of(kind: str) -> nn.Module:

@@ -19,7 +19,6 @@ from library.models.family import Family
 from library.models.quantised import read_anew
 from networks import deft
 from networks.deft_targets import is_adaptable
-from tests import small_flux, small_models, small_omnigen
 from tests.conftest import (
     LAYER_KINDS,
     arguments,
@@ -44,23 +43,6 @@ OPTIONS: list[tuple[str, dict[str, str]]] = [
     ("flux", {"fuse_qkv": "true"}),
     ("omnigen", {"network_reg_dims": "layers_0=0", "train_mlp": "true"}),
 ]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made: dict[str, Any] = {}
-
-    def folder(family: str) -> Any:
-        if family not in made:
-            to = tmp_path_factory.mktemp(family)
-            small: dict[str, Any] = {
-                "flux": lambda: small_flux.build(to).folder,
-                "omnigen": lambda: small_omnigen.build(to),
-            }
-            made[family] = small.get(family, lambda: small_models.build(family, to))()
-        return made[family]
-
-    return folder
 
 
 def placed(folder, options: dict[str, str] | None = None, weights=None, **given) -> tuple[Family, Any]:

@@ -22,7 +22,6 @@ from library.options.parse import parse
 from library.training import given
 from library.training.state import Length
 from networks.deft_config import DeftError
-from tests import small_flux, small_models, small_omnigen
 from tests.conftest import arguments, reset_accelerator
 from tests.test_fp8_base import backward, placed
 
@@ -77,23 +76,6 @@ def away(monkeypatch):
     monkeypatch.setattr(swapping, "group_of", Away)
     monkeypatch.setattr(families, "_SHARED", ())
     return Away
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made: dict[str, Any] = {}
-
-    def folder(family: str) -> Any:
-        if family not in made:
-            to = tmp_path_factory.mktemp(family)
-            small: dict[str, Any] = {
-                "flux": lambda: small_flux.build(to).folder,
-                "omnigen": lambda: small_omnigen.build(to),
-            }
-            made[family] = small.get(family, lambda: small_models.build(family, to))()
-        return made[family]
-
-    return folder
 
 
 @pytest.mark.parametrize("number", [1, "all"])
