@@ -184,7 +184,8 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
             loading(kept, noise, shuffle=False), losses, adapter, noise, options.max_validation_steps
         )
     an_epoch = loader.steps_an_epoch
-    with relief.told(run, files, "measuring the base model", lambda: "nothing is trained yet"), compiling.told():
+    untrained = "nothing is trained yet"
+    with relief.told(run, files, "measuring the base model", lambda: untrained), compiling.told(lambda: untrained):
         watch = functools.partial(watch_of, run.data.datasets, run.network, run.optimizer, length.steps)
         measuring = meters.meters_of(
             run.meters, caches, watch, files.metered, base, trained, loading, losses, length.steps,
@@ -213,7 +214,7 @@ def _train(run: Run, signals: Interrupts, told: Told, adapter_of: AdapterOf) -> 
     )  # fmt: skip
     signals.hold(saves.described)
     try:
-        with relief.told(run, files, "training", saves.described), compiling.told():
+        with relief.told(run, files, "training", saves.described), compiling.told(saves.described):
             loop.run()
         file = saves.final(position)  # a signal that came in the last step or comes now changes nothing
         named = naming.best(record, folder)

@@ -106,7 +106,7 @@ def capped(size: int) -> Any:
     torch.cuda.set_per_process_memory_fraction(min(1.0, room / whole))
 
     def seen(device: Any = None) -> tuple[int, int]:
-        return int(min(free, room - torch.cuda.memory_allocated())), int(min(whole, size * 2**30 or whole))
+        return int(min(free, room - torch.cuda.memory_reserved())), int(min(whole, size * 2**30 or whole))
 
     return mock.patch.object(torch.cuda, "mem_get_info", seen)
 

@@ -51,6 +51,7 @@ class GivenFactors:
         self._holders = [holder for module in batch.modules for holder in (module.shares or (module,))]
         self._is_asked: bool | None = None
         self._trained: list[Pair] | None = None  # of the step that is under way, which checkpoints ask for again
+        self._taking_part: list[bool] | None = None  # modules in that step, after module dropout
         self._fixed: tuple[Any, list[Pair]] | None = None  # without history, and what they were formed of
         self._hook = root.register_forward_pre_hook(self._begin, with_kwargs=True)
 
@@ -70,7 +71,7 @@ class GivenFactors:
     def start_step(self) -> None:
         """Forgets all."""
         if self._is_asked:
-            self._trained = self._fixed = None
+            self._trained = self._fixed = self._taking_part = None
             self._hand(None)
 
     def end(self) -> None:
@@ -98,7 +99,12 @@ class GivenFactors:
             if self._fixed is not None and self._fixed[0] == formed_of:
                 self._hand(self._fixed[1])
                 return
-        taking_part = [not module.is_left_out() for module in batch.modules]
+        if self._taking_part is None or not torch.is_grad_enabled():
+            taking_part = [not module.is_left_out() for module in batch.modules]
+            if torch.is_grad_enabled():
+                self._taking_part = taking_part
+        else:  # another pass of the step: checkpoints of the first one may ask for its factors again
+            taking_part = self._taking_part
         parameters = [p for module in batch.modules for p in (module.P, module.R, module.g) if p is not None]
         outputs = iter(_Factors.apply(batch, self._sizes, dtype, taking_part, *parameters))
         given: list[Pair] = []

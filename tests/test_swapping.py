@@ -23,7 +23,7 @@ from library.training import given
 from library.training.state import Length
 from networks.deft_config import DeftError
 from tests.conftest import arguments, reset_accelerator
-from tests.test_fp8_base import backward, placed
+from tests.test_fp8_base import DEVICE, backward, placed
 
 FAMILIES = ["sd15", "sdxl", "flux", "omnigen"]
 OPTIONS: list[tuple[str, dict[str, str]]] = [
@@ -218,3 +218,12 @@ def test_what_does_not_fit_is_lent_by_blocks(folders, photos, tmp_path, away, mo
     for one, other in (files, kept):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_model_says_what_device_it_is_on_while_its_blocks_wait(folders, away):
+    """By its first weight, which therefore stays: transformers' CLIP counts its embeddings among its blocks."""
+    model = placed(folders("sd15"))[0]
+    for part in (*model.text_encoders, model.denoiser):
+        swapping.Swapping(part, swapping.blocks_of(part), DEVICE)
+        assert next(part.parameters()).device == DEVICE
+    assert len(swapping.blocks_of(model.text_encoders[0])) > 0

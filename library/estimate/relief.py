@@ -79,8 +79,10 @@ def changes(run: Run, given: Given, phase: str = phases.TRAINING) -> Iterator[tu
         yield "--train_batch_size 1", run, replace(given, plan=one)
     if process.mixed_precision != "no" and not (model.fp8_base or model.quantize_base or model.torch_compile):
         yield "--fp8_base", replace(run, model=replace(model, fp8_base=True)), given
-    if model.gradient_checkpointing and not model.blocks_to_swap:
+    half = 0
+    if model.gradient_checkpointing and not (model.blocks_to_swap or model.torch_compile):
         half = len(phases.empty_model(run).swappable()) // 2
+    if half:
         yield f"--blocks_to_swap {half}", replace(run, model=replace(model, blocks_to_swap=half)), given
     changing = any(subset.captions.changing for dataset in run.data.datasets for subset in dataset.subsets)
     may_keep = not (caches.cache_text_encoder_outputs or changing or network.network_train_text_encoder_only)

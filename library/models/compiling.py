@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,15 +51,18 @@ def compile_blocks(denoiser: Any, backend: str) -> None:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def told(described: Callable[[], str]) -> Iterator[None]:
     """Around the training.
 
-    :raises DeftError: for what the compiler cannot do, in the first step
+    :param described: what has been saved
+    :raises DeftError: for what the compiler cannot do, in the first step, or with a size that is new
     """
     try:
         yield
     except TorchDynamoException as error:
-        raise DeftError(f"--torch_compile: it fails on this model ({_reason(error)}); leave it out") from None
+        raise DeftError(
+            f"--torch_compile: it fails on this model ({_reason(error)}); leave it out; {described()}"
+        ) from None
 
 
 def _reason(error: BaseException) -> str:

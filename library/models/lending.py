@@ -21,28 +21,37 @@ def lend(parts: Sequence[nn.Module], device: torch.device) -> list[Swapping]:
     """
     room = _SHARE * _free(device)
     sizes = [sum(one.nbytes for one in part.parameters()) for part in parts]
-    swapped = []
-    for part, size in zip(parts, sizes, strict=True):
-        if sum(sizes) > room and size > _LARGE * room and blocks_of(part):
-            swapped.append(Swapping(part, blocks_of(part), device))
-        else:
-            nn.Module.to(part, device)  # transformers hides its signature
+    swapped: list[Swapping] = []
+    try:
+        for part, size in zip(parts, sizes, strict=True):
+            if sum(sizes) > room and size > _LARGE * room and blocks_of(part):
+                swapped.append(Swapping(part, blocks_of(part), device))
+            else:
+                nn.Module.to(part, device)  # transformers hides its signature
+    except BaseException:
+        for one in swapped:
+            one.close()
+        raise
     return swapped
 
 
 @contextlib.contextmanager
 def on_device(parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """All of them together; they are on the CPU again behind it."""
-    swapped = lend(parts, device)
+    """All of them together; they are where they were behind it."""
+    before = [next(part.parameters()).device for part in parts]
+    swapped: list[Swapping] = []
     try:
+        swapped = lend(parts, device)
         yield
     finally:
         for one in swapped:
             one.close()
-        for part in parts:
-            nn.Module.to(part, "cpu")
+        for part, place in zip(parts, before, strict=True):
+            nn.Module.to(part, place)
 
 
 def _free(device: torch.device) -> float:
-    """Bytes of its memory; without an end where it is the host's."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+    """Bytes of its memory, with what torch holds of it unused; without an end where it is the host's."""
+    if device.type != "cuda":
+        return float("inf")
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from networks.deft_config import DeftError
+from networks.deft_config import DeftError, reason_of
 from networks.deft_progress import Bar
-
-_LARGE = 2**20  # bytes; smaller tensors share pages of memory with others
 
 
 class Group(Protocol):
@@ -30,9 +27,12 @@ GroupOf: TypeAlias = Callable[[nn.Module, torch.device, Any], Group]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a model of diffusers' or transformers' repeats, in their order."""
+    """The blocks that a model of diffusers' or transformers' repeats, in their order; not the one with its first
+    weight, which is where models see what device they are on."""
     kinds: Any = getattr(model, "_repeated_blocks", ()) or getattr(model, "_no_split_modules", ()) or ()
-    return [block for block in model.modules() if type(block).__name__ in kinds]
+    found = [block for block in model.modules() if type(block).__name__ in kinds]
+    first = next(model.parameters())
+    return [block for block in found if all(one is not first for one in block.parameters())]
 
 
 def spread(units: Sequence[Sequence[nn.Module]], number: int) -> list[nn.Module]:
@@ -156,35 +156,23 @@ class _Checkpointed(CheckpointFunction):
 
 def group_of(block: nn.Module, device: torch.device, stream: Any) -> Group:
     """What moves a block's weights to a GPU while it computes something else. They are copied there and forgotten, not
-    copied back."""
-    if stream is not None:
-        for tensor in _plain(block):
-            tensor.data = _locked(tensor.data)
+    copied back.
+
+    :raises DeftError: where the system does not give memory that a GPU reads by itself
+    """
     for parameter in block.parameters():
         if hasattr(parameter, "quant_state"):  # bitsandbytes' scales, which are few, stay on the device
             parameter.quant_state.to(device)
     leader: Any = block
-    group = ModuleGroup(
-        [block], torch.device("cpu"), device, offload_leader=leader, onload_leader=leader, stream=stream,
-        record_stream=stream is not None,
-    )  # fmt: skip
+    try:
+        group = ModuleGroup(
+            [block], torch.device("cpu"), device, offload_leader=leader, onload_leader=leader, stream=stream,
+            record_stream=stream is not None,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise DeftError(
+            f"--blocks_to_swap: not enough of the host's memory can be locked; swap fewer, or fewer bits, with "
+            f"--fp8_base ({reason_of(error)})"
+        ) from error
     group.offload_()
     return group
-
-
-def _plain(block: nn.Module) -> Iterable[Tensor]:
-    return (one for one in block.parameters() if type(one.data) is Tensor and one.nbytes >= _LARGE)
-
-
-def _locked(tensor: Tensor) -> Tensor:
-    """The same numbers in memory that a GPU reads by itself: as large as they are, where torch's own `pin_memory` takes
-    the next power of two.
-
-    :raises DeftError: where the system does not give so much
-    """
-    own = tensor.clone()  # weights are parts of files, which cannot be locked
-    runtime: Any = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(own.data_ptr(), own.nbytes, 0)):  # an error's number
-        raise DeftError("--blocks_to_swap: not enough of the host's memory can be locked; swap fewer, or --fp8_base")
-    weakref.finalize(own, runtime.cudaHostUnregister, own.data_ptr())
-    return own
