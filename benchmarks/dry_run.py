@@ -243,6 +243,22 @@ def estimated(arguments: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def words_of(world: Path, name: str, case: tuple[str, int, str], tiny: bool, **more: Any) -> list[str]:
+    """A case's command line, with its model, pictures and prompts.
+
+    :param case: model, pixels, options
+    :param more: of what the options name in braces
+    """
+    kind, pixels, options = case
+    prompts = world / f"prompts{pixels}.txt"
+    prompts.write_text(f"a photo of sks thing --w {pixels} --h {pixels} --s 4\n")
+    words = f"{COMMON} {options}".format(
+        model=folder_of(kind, world, tiny), images=pictures(world, pixels), out=world / "out" / name, pixels=pixels,
+        prompts=prompts, steps=STEPS, **more,
+    )  # fmt: skip
+    return words.split()
+
+
 def tried(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return call()
@@ -272,15 +288,10 @@ def main() -> None:
         for name in args.cases or CASES:
             kind, pixels, options = CASES[name]
             pixels = 64 if args.tiny else pixels
-            model, images, out = folder_of(kind, world, args.tiny), pictures(world, pixels), world / "out" / name
-            prompts = world / f"prompts{pixels}.txt"
-            prompts.write_text(f"a photo of sks thing --w {pixels} --h {pixels} --s 4\n")
-            words = f"{COMMON} {options}".format(
-                model=model, images=images, out=out, pixels=pixels, prompts=prompts, steps=STEPS
-            )
+            words = words_of(world, name, (kind, pixels, options), args.tiny)
             found: dict[str, Any] = {"options": options, "pixels": pixels}
-            found["measured"] = tried(lambda words=words: measured(words.split()))
-            found["estimated"] = tried(lambda words=words: estimated(words.split()))
+            found["measured"] = tried(lambda words=words: measured(words))
+            found["estimated"] = tried(lambda words=words: estimated(words))
             shown = found["measured"].get("peaks_mib", {}), found["estimated"].get("peaks_mib", {})
             found["estimated_of_measured"] = {
                 phase: round(size / shown[0][phase], 4) for phase, size in shown[1].items() if shown[0].get(phase)

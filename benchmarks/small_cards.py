@@ -15,6 +15,7 @@ after each case. FLUX.1 takes about two minutes a case on an H100, and 60 GB of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -100,7 +101,7 @@ def apart(file: Path, other: Path) -> float:
 def capped(size: int) -> Any:
     """What the program sees of a card of so many GiB."""
     if not CUDA:
-        return mock.patch.object(dry_run, "STEPS", STEPS)
+        return contextlib.nullcontext()
     free, whole = torch.cuda.mem_get_info()
     room = size * 2**30 - OWN if size else whole
     torch.cuda.set_per_process_memory_fraction(min(1.0, room / whole))
@@ -126,16 +127,13 @@ def run(name: str, args: argparse.Namespace, world: Path) -> None:
     """One case, in a process of its own, since a training that has failed may leave something on the card."""
     kind, pixels, size, options = CASES[name]
     pixels = 64 if args.tiny else pixels
-    model, images = dry_run.folder_of(kind, world, args.tiny), dry_run.pictures(world, pixels)
-    out, prompts = world / "out" / name, world / f"prompts{pixels}.txt"
-    prompts.write_text(f"a photo of sks thing --w {pixels} --h {pixels} --s 4\n")
-    words = f"{dry_run.COMMON} {options}".format(
-        model=model, images=images, out=out, pixels=pixels, prompts=prompts, steps=STEPS, keep=world / "keep.txt"
-    )
+    out = world / "out" / name
+    dry_run.STEPS = STEPS
+    words = dry_run.words_of(world, name, (kind, pixels, options), args.tiny, keep=world / "keep.txt")
     dry_run.made = made
     forget_the_largest()
     with capped(0 if args.tiny else size):
-        found = dry_run.tried(lambda: dry_run.measured(words.split()))
+        found = dry_run.tried(lambda: dry_run.measured(words))
     found = {"card_gib": size, "options": options, "pixels": pixels, **found, "host_gib": largest()}
     if CUDA:
         found["device"] = torch.cuda.get_device_name()

@@ -24,7 +24,8 @@ def _four_bit(layer: Layer) -> Tensor:
     weight: Any = layer.weight
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
         layer.state_dict()  # puts back into its place what pictures drawn on a CPU have moved
-    return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)
+    here = weight.data.to(weight.quant_state.absmax.device)  # scales stay where blocks that are swapped come and go
+    return sys.modules["bitsandbytes"].functional.dequantize_4bit(here, weight.quant_state)
 
 
 def _largest_of_rows(layer: Layer) -> Tensor | None:

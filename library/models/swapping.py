@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from diffusers.hooks.group_offloading import ModuleGroup
@@ -21,9 +21,6 @@ class Group(Protocol):
     def onload_(self) -> None: ...
 
     def offload_(self) -> None: ...
-
-
-GroupOf: TypeAlias = Callable[[nn.Module, torch.device, Any], Group]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -171,8 +168,8 @@ def group_of(block: nn.Module, device: torch.device, stream: Any) -> Group:
         )  # fmt: skip
     except RuntimeError as error:
         raise DeftError(
-            f"--blocks_to_swap: not enough of the host's memory can be locked; swap fewer, or fewer bits, with "
-            f"--fp8_base ({reason_of(error)})"
+            f"not enough of the host's memory can be locked for blocks that wait for their turn ({reason_of(error)}); "
+            f"give fewer --blocks_to_swap, or --fp8_base"
         ) from error
     group.offload_()
     return group
