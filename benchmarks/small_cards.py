@@ -154,7 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.cases) - CASES.keys():
         parser.error(f"unknown: {', '.join(unknown)}")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # as the trainer does
     result: dict[str, Any] = {
         "device": "", "torch": torch.__version__, "diffusers": dry_run.diffusers.__version__, "cases": {},
     }  # fmt: skip

@@ -4,11 +4,12 @@
 
 Each case is trained by one, the other, the other, the one, each a process of its own, with the same options, pictures
 and files. A step's time is of the second half of the steps; memory is what torch had allocated at most once the first
-step was done. For `..._alternating`, both are there from beginning to end and train in turn, a few seconds each, while
-the other is stopped: what the host does meets both alike. Then ours alone: saved, continued from the state and
-compared, beside a second training that nothing disturbs, and with torch's deterministic kernels; each 8-bit optimizer;
-fp16; configs/sdxl.toml and flux.toml. Needs 45 GB in the folder and 80 GB of a GPU. Writes
-benchmarks/results/trainer.json anew after each process.
+step was done. For `..._alternating`, all are there from beginning to end and train in turn, a few seconds each, while
+the others are stopped: what the host does meets all alike. `compiled` is ours with --torch_compile; `first_s` is what
+its first step took, with what it compiles. Then ours alone: saved, continued from the state and compared, beside a
+second training that nothing disturbs, and with torch's deterministic kernels; each 8-bit optimizer; fp16;
+configs/sdxl.toml and flux.toml. Needs 45 GB in the folder and 80 GB of a GPU. Writes benchmarks/results/trainer.json
+anew after each process.
 
 `--tiny` tries the same on a CPU, without sd-scripts' SDXL, whose size is written in its code.
 """
@@ -64,13 +65,16 @@ BITS_8 = ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8
           "SGDNesterov8bit")  # fmt: skip
 FP8 = "--mixed_precision bf16 --fp8_base --optimizer_type AdamW"
 ALTERNATING = "_alternating"
-WARM = 5  # steps before the two of an alternating case take turns
+WARM = 5  # steps before those of an alternating case take turns
+SETTLING = 2  # first steps of a turn: the others' last kernels still run, and ours has none queued
+WHO = {"o": "ours", "c": "compiled", "t": "theirs"}
 
 
 @dataclass(frozen=True)
 class Training:
     """One process.
 
+    :param who: of WHO
     :param case: of those whose rates are compared; empty for those that are only shown to run
     :param beside: the training whose file is compared with this one's
     :param deterministic: with torch's deterministic kernels, where there are any
@@ -81,21 +85,27 @@ class Training:
     world: str
     options: str
     steps: int
-    ours: bool = True
+    who: str = "ours"
     case: str = ""
     beside: str = ""
     deterministic: bool = False
     config: bool = False
 
+    @property
+    def ours(self) -> bool:
+        return self.who != "theirs"
+
 
 def compared(case: str, world: str, options: str, steps: int, order: str) -> list[list[Training]]:
-    """:param order: "o" for ours and "t" for theirs"""
-    return [[Training(f"{case}_{i}_{who}", world, options, steps, who == "o", case)] for i, who in enumerate(order)]
+    """:param order: letters of WHO"""
+    return [[Training(f"{case}_{i}_{who}", world, options, steps, WHO[who], case)] for i, who in enumerate(order)]
 
 
-def alternating(world: str) -> list[Training]:
-    case, options = f"{world}{ALTERNATING}", f"{BF16} {CHECKPOINTING}"
-    return [Training(f"{case}_{who}", world, options, 10**6, who == "o", case) for who in "ot"]
+def alternating(world: str, who: str, batch: int = 1) -> list[list[Training]]:
+    """:param who: letters of WHO"""
+    case = f"{world}_batch{batch}{ALTERNATING}"
+    options = f"{BF16} {CHECKPOINTING} --train_batch_size {batch}"
+    return [[Training(f"{case}_{letter}", world, options, 10**6, WHO[letter], case) for letter in who]]
 
 
 def continued(world: str, steps: int) -> list[list[Training]]:
@@ -122,10 +132,12 @@ def plan(order: str) -> dict[str, list[list[Training]]]:
     fp16 = Training("sdxl_fp16", "sdxl", f"--mixed_precision fp16 {CHECKPOINTING} --optimizer_type AdamW", 12)
     return {
         "sdxl_checkpointing": compared("sdxl_checkpointing", "sdxl", f"{BF16} {CHECKPOINTING}", 40, order),
-        "sdxl_alternating": [alternating("sdxl")],
-        "flux_alternating": [alternating("flux")],
+        "sdxl_alternating": alternating("sdxl", "oct"),
+        "sdxl_batch4_alternating": alternating("sdxl", "oct", 4),
+        "flux_alternating": alternating("flux", "ot"),  # the third would not fit
         "sdxl": compared("sdxl", "sdxl", BF16, 40, order),
         "flux_checkpointing": compared("flux_checkpointing", "flux", f"{BF16} {CHECKPOINTING}", 16, order),
+        "flux_batch4": compared("flux_batch4", "flux", f"{BF16} {CHECKPOINTING} --train_batch_size 4", 10, order),
         "sdxl_fp8": compared("sdxl_fp8", "sdxl", f"{FP8} {CHECKPOINTING}", 12, order),
         "flux_fp8": compared("flux_fp8", "flux", f"{FP8} {CHECKPOINTING}", 12, order),
         "sdxl_continued": continued("sdxl", 6),
@@ -164,6 +176,32 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def compare(case: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """:returns: the summary of a case; a time's ratio is of ours to theirs"""
+    times = [statistics.mean(run["s_per_step"] for run in who) for who in (ours, theirs)]
+    peaks = [max(run["peak_training"] for run in who) for who in (ours, theirs)]
+    allowed = peaks[1] + 12 * ours[0]["parameters"]  # of float32: the adapter and AdamW's two
+    ratios = [a["s_per_step"] / b["s_per_step"] for a in ours for b in theirs]
+    if case.endswith(ALTERNATING):  # of turns that followed one another
+        ratios = [a / b for a, b in zip(ours[0]["turns_s"], theirs[0]["turns_s"], strict=True)]
+    batch = re.search(r"--train_batch_size (\d+)", ours[0]["options"])
+
+    def named(values: list[float]) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in zip(("ours", "theirs"), values, strict=True)}
+
+    return {
+        "images_per_s": named([int(batch[1] if batch else 1) / s for s in times]),
+        "images_per_s_ratio": round(times[1] / times[0], 4),
+        "time_ratio": round(times[0] / times[1], 4),
+        "time_ratios_of_pairs": [round(ratio, 4) for ratio in (min(ratios), max(ratios))],
+        "standard_error": round(statistics.stdev(ratios) / len(ratios) ** 0.5, 4) if len(ratios) > 1 else None,
+        "first_s": max(run["first_s"] for run in ours),
+        "peak_gib": named([peak / 2**30 for peak in peaks]),
+        "allowed_gib": round(allowed / 2**30, 3),
+        "holds": times[0] <= times[1] and peaks[0] <= allowed,
+    }
+
+
 class Bench:
     """Runs trainings and keeps what is found of them."""
 
@@ -196,6 +234,10 @@ class Bench:
             script, options = self.args.sd_scripts / name, f"{options} {network} --max_data_loader_n_workers 2"
         elif self.args.tiny:
             options = options.replace("fp16", "bf16")
+        if training.ours and not training.config:
+            options = f"{options} --meter_every_n_steps 0"  # theirs has none
+        if training.who == "compiled":
+            options = f"{options} --torch_compile"
         words = f"{given} {options}".format(
             world=self.args.folder / training.world, name=training.name, pixels=self.pixels, root=ROOT,
             kind=training.world, steps=min(training.steps, 6) if self.args.tiny and not self.alternates(training)
@@ -230,7 +272,7 @@ class Bench:
     def run(self, trainings: list[Training]) -> None:
         """Side by side, or in turn."""
         start, running = time.monotonic(), self.start(trainings)
-        turns = self.take_turns(running) if self.alternates(trainings[0]) else {}
+        turns = self.take_turns(list(running.items())) if self.alternates(trainings[0]) else {}
         for training, process in running.items():
             code = process.wait()
             found = {"exit": code, "seconds": round(time.monotonic() - start, 1),
@@ -249,23 +291,21 @@ class Bench:
         """A file that a process ends at."""
         return self.record(training).with_suffix(".end")
 
-    def take_turns(self, running: dict[Training, subprocess.Popen]) -> dict[Training, list[tuple[float, float]]]:
-        """When each of two trainings had the machine alone; ends both."""
-        (one, first), (other, second) = running.items()
-        turns: dict[Training, list[tuple[float, float]]] = {one: [], other: []}
+    def take_turns(self, running: list[tuple[Training, subprocess.Popen]]) -> dict[Training, list[tuple[float, float]]]:
+        """When each training had the machine alone, there and back again; ends all."""
+        turns: dict[Training, list[tuple[float, float]]] = {training: [] for training, _ in running}
         alive = True
-        while alive and not all(self.is_warm(training) for training in running):
-            alive = all(process.poll() is None for process in running.values())
+        while alive and not all(map(self.is_warm, turns)):
+            alive = all(process.poll() is None for _, process in running)
             time.sleep(0.5)
-        for i in range(2 * self.args.turns if alive else 0):
-            ours = i % 4 in (0, 3)
-            go, wait, training = (first, second, one) if ours else (second, first, other)
-            wait.send_signal(signal.SIGSTOP)
-            go.send_signal(signal.SIGCONT)
-            begin = time.perf_counter()  # one clock for all processes of Linux
-            time.sleep(self.args.turn)
-            turns[training].append((begin, time.perf_counter()))
-        for training, process in running.items():
+        for i in range(self.args.turns if alive else 0):
+            for training, process in running if i % 2 == 0 else reversed(running):
+                for _, other in running:
+                    other.send_signal(signal.SIGCONT if other is process else signal.SIGSTOP)
+                begin = time.perf_counter()  # one clock for all processes of Linux
+                time.sleep(self.args.turn)
+                turns[training].append((begin, time.perf_counter()))
+        for training, process in running:
             self.end(training).touch()
             process.send_signal(signal.SIGCONT)
         return turns
@@ -284,14 +324,14 @@ class Bench:
         :param turns: in which alone its steps are looked at, whole ones
         """
         log = self.log(training)
-        found: dict[str, Any] = {"case": training.case, "ours": training.ours, "options": training.options}
+        found: dict[str, Any] = {"case": training.case, "who": training.who, "options": training.options}
         if code:
             return found | {"tail": log[-2500:]}
         record = json.loads(self.record(training).read_text())
         spans = list(itertools.pairwise(record.pop("times")))
         steps = [later - before for before, later in spans]
         if turns is not None:
-            within = [[b - a for a, b in spans if begin <= a and b <= end] for begin, end in turns]
+            within = [[b - a for a, b in spans if begin <= a and b <= end][SETTLING:] for begin, end in turns]
             found["turns_s"] = [round(statistics.mean(of_turn or [math.nan]), 5) for of_turn in within]
             found |= {"s_per_step": round(statistics.mean(found["turns_s"]), 5), "steps": sum(map(len, within))}
         else:
@@ -320,35 +360,14 @@ class Bench:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """Of each case: ours against theirs."""
+        """Of each case: ours against theirs, and ours with compiled blocks."""
         found = {}
         runs = [run for run in self.found.values() if run["exit"] == 0]
         for case in dict.fromkeys(run["case"] for run in runs if run["case"]):
-            ours, theirs = (
-                [run for run in runs if run["case"] == case and run["ours"] == who] for who in (True, False)
-            )
-            if not (ours and theirs):
-                continue
-            ratios = [a["s_per_step"] / b["s_per_step"] for a in ours for b in theirs]
-            times = {
-                name: statistics.mean(run["s_per_step"] for run in who)
-                for name, who in (("ours", ours), ("theirs", theirs))
-            }
-            peaks = {
-                name: max(run["peak_training"] for run in who) for name, who in (("ours", ours), ("theirs", theirs))
-            }
-            allowed = peaks["theirs"] + 12 * ours[0]["parameters"]  # of float32: the adapter and AdamW's two
-            if case.endswith(ALTERNATING):  # of turns that followed one another
-                ratios = [a / b for a, b in zip(ours[0]["turns_s"], theirs[0]["turns_s"], strict=True)]
-            found[case] = {
-                "images_per_s": {name: round(1 / s, 3) for name, s in times.items()},
-                "time_ratio": round(times["ours"] / times["theirs"], 4),
-                "time_ratios_of_pairs": [round(ratio, 4) for ratio in (min(ratios), max(ratios))],
-                "standard_error": round(statistics.stdev(ratios) / len(ratios) ** 0.5, 4) if len(ratios) > 1 else None,
-                "peak_gib": {name: round(peak / 2**30, 3) for name, peak in peaks.items()},
-                "allowed_gib": round(allowed / 2**30, 3),
-                "holds": times["ours"] <= times["theirs"] and peaks["ours"] <= allowed,
-            }
+            of = {who: [run for run in runs if run["case"] == case and run["who"] == who] for who in WHO.values()}
+            for who in ("ours", "compiled"):
+                if of[who] and of["theirs"]:
+                    found[case if who == "ours" else f"{case}, {who}"] = compare(case, of[who], of["theirs"])
         return found
 
     def write(self) -> None:
@@ -363,7 +382,7 @@ def main() -> int:
     parser.add_argument("--sd_python", default=sys.executable, help="the Python that sd-scripts runs in")
     parser.add_argument("--sd_path", default="", help="folders of PYTHONPATH for sd-scripts alone")
     parser.add_argument("--folder", type=Path, required=True, help="of the models; those that are there stay")
-    parser.add_argument("--order", default="otto", help="of ours and theirs")
+    parser.add_argument("--order", default="otto", help="letters: ours, theirs, compiled")
     parser.add_argument("--turns", type=int, default=10, help="of each, where they alternate")
     parser.add_argument("--turn", type=float, default=10, help="seconds of one")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "trainer.json")

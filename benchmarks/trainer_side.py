@@ -23,18 +23,20 @@ from tqdm import tqdm
 
 
 def main(file: Path, script: Path, t5_layers: int, arguments: list[str]) -> None:
-    """Writes `times` of steps, and peaks of allocated memory: before the first step is done, after that, of all."""
+    """Writes `times` of steps, the first one, and peaks of allocated memory: until it was done, after that, of all."""
     cuda = torch.cuda.is_available()
     times: list[float] = []
-    before = 0
+    before, first = 0, 0.0
 
     def peak() -> int:
         return torch.cuda.max_memory_allocated() if cuda else 0
 
     def counted(bar: tqdm, n: float | None = 1) -> bool | None:
-        nonlocal before
+        nonlocal before, first
         if getattr(bar, "desc", "").startswith("steps"):  # one that is not shown has none
             times.append(time.perf_counter())
+            if len(times) == 1:
+                first = time.time() - bar.start_t
             if len(times) == 1 and cuda:
                 before = peak()
                 torch.cuda.reset_peak_memory_stats()
@@ -63,6 +65,7 @@ def main(file: Path, script: Path, t5_layers: int, arguments: list[str]) -> None
         record = {
             "exit_code": code,
             "times": times,
+            "first_s": round(first, 1),
             "peak_start": before,
             "peak_training": peak(),
             "peak_reserved": torch.cuda.max_memory_reserved() if cuda else 0,

@@ -31,8 +31,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.trainer import BF16, CHECKPOINTING, COMMON, SIDE, WORLD, WORLDS, apart  # noqa: E402
 from benchmarks.trainer_side import of_rank  # noqa: E402
 
-STEPS, HALF, TIMED = 12, 6, 24
+STEPS, HALF, TIMED, BATCH = 12, 6, 24, 4
 FLOAT32 = f"--mixed_precision no --optimizer_type AdamW {CHECKPOINTING} --save_precision float"
+HALVES, ACCUMULATED = f"{BF16} {CHECKPOINTING} --train_batch_size {BATCH}", "--gradient_accumulation_steps 2"
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,58 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+Keep = Callable[[str, Any], None]
+
+
+def in_float32(bench: Bench, keep: Keep) -> None:
+    """Losses, files, states, SIGTERM."""
+    bench.run(
+        Run("one_float32", 1, f"{FLOAT32} {ACCUMULATED}"), Run("again_float32", 1, f"{FLOAT32} {ACCUMULATED}", gpu=1)
+    )
+    bench.run(Run("two_float32", 2, f"{FLOAT32} --save_state --save_every_n_steps {HALF}"))
+    keep("losses, float32: one process twice", bench.losses_apart("again_float32", "one_float32"))
+    keep("losses, float32: two processes and one", bench.losses_apart("two_float32", "one_float32"))
+    keep("files, float32: one process twice", bench.files_apart("again_float32", "one_float32"))
+    keep("files, float32: two processes and one", bench.files_apart("two_float32", "one_float32"))
+    state = bench.folder / "out" / f"two_float32-step{HALF:08d}-state"
+    resumed = Run("resumed_float32", 2, f"{FLOAT32} --resume {state}")
+    process = bench.start(resumed)
+    ended = bench.end(Run("ended_float32", 2, FLOAT32))
+    print(f"--- {resumed.name}: exit {process.wait()}", flush=True)
+    keep("SIGTERM", ended)
+    keep("files, float32: resumed and undisturbed", bench.files_apart("resumed_float32", "two_float32"))
+    if ended["command"]:
+        keep("exit code of the printed command", bench.go_on(ended["command"], "went_on"))
+        keep("files, float32: went on and undisturbed", bench.files_apart("ended_float32", "two_float32"))
+
+
+def in_bf16(bench: Bench, keep: Keep) -> None:
+    """Pictures a second, and losses."""
+    bench.run(Run("alone_bf16", 1, HALVES, 1024, TIMED))
+    bench.run(Run("two_bf16", 2, HALVES, 1024, TIMED))
+    rates = {name: bench.rate(f"{name}_bf16") for name in ("alone", "two")}
+    keep(f"one and two, batch {BATCH} each", rates)
+    keep("pictures a second, of one's", 2 * rates["alone"]["s_per_step"] / rates["two"]["s_per_step"])
+    bench.run(
+        Run("one_bf16", 1, f"{HALVES} {ACCUMULATED}", 1024),
+        Run("again_bf16", 1, f"{HALVES} {ACCUMULATED}", 1024, gpu=1),
+    )
+    keep("losses, bf16: one process twice", bench.losses_apart("again_bf16", "one_bf16"))
+    keep("losses, bf16: two processes and one", bench.losses_apart("two_bf16", "one_bf16"))
+
+
+PARTS: dict[str, Callable[[Bench, Keep], None]] = {"float32": in_float32, "bf16": in_bf16}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"both, if none is given: {', '.join(PARTS)}")
     parser.add_argument("--folder", type=Path, required=True, help="of the model; one that is there stays")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "trainer-two.json")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    if unknown := set(args.parts) - PARTS.keys():
+        parser.error(f"unknown: {', '.join(unknown)}")
     args.folder = args.folder.resolve()
     bench, found = Bench(args.folder, args.tiny), {}
 
@@ -172,31 +219,8 @@ def main() -> int:
         args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     bench.make()
-    two, bf16 = "--gradient_accumulation_steps 2", f"{BF16} {CHECKPOINTING}"
-    bench.run(Run("one_float32", 1, f"{FLOAT32} {two}"), Run("again_float32", 1, f"{FLOAT32} {two}", gpu=1))
-    bench.run(Run("two_float32", 2, f"{FLOAT32} --save_state --save_every_n_steps {HALF}"))
-    keep("losses, float32: one process twice", bench.losses_apart("again_float32", "one_float32"))
-    keep("losses, float32: two processes and one", bench.losses_apart("two_float32", "one_float32"))
-    keep("files, float32: one process twice", bench.files_apart("again_float32", "one_float32"))
-    keep("files, float32: two processes and one", bench.files_apart("two_float32", "one_float32"))
-    state = args.folder / "out" / f"two_float32-step{HALF:08d}-state"
-    resumed = Run("resumed_float32", 2, f"{FLOAT32} --resume {state}")
-    process = bench.start(resumed)
-    ended = bench.end(Run("ended_float32", 2, FLOAT32))
-    print(f"--- {resumed.name}: exit {process.wait()}", flush=True)
-    keep("SIGTERM", ended)
-    keep("files, float32: resumed and undisturbed", bench.files_apart("resumed_float32", "two_float32"))
-    if ended["command"]:
-        keep("exit code of the printed command", bench.go_on(ended["command"], "went_on"))
-        keep("files, float32: went on and undisturbed", bench.files_apart("ended_float32", "two_float32"))
-    bench.run(Run("alone_bf16", 1, bf16, 1024, TIMED))
-    bench.run(Run("two_bf16", 2, bf16, 1024, TIMED))
-    rates = {name: bench.rate(f"{name}_bf16") for name in ("alone", "two")}
-    keep("one and two, batch 1 each", rates)
-    keep("pictures a second, of one's", 2 * rates["alone"]["s_per_step"] / rates["two"]["s_per_step"])
-    bench.run(Run("one_bf16", 1, f"{bf16} {two}", 1024), Run("again_bf16", 1, f"{bf16} {two}", 1024, gpu=1))
-    keep("losses, bf16: one process twice", bench.losses_apart("again_bf16", "one_bf16"))
-    keep("losses, bf16: two processes and one", bench.losses_apart("two_bf16", "one_bf16"))
+    for part in args.parts or PARTS:
+        PARTS[part](bench, keep)
     return 0
 
 
