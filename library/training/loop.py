@@ -217,8 +217,8 @@ class TrainingLoop:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         together = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
-        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for parameter, part in zip(parameters, together.split([g.numel() for g in gradients]), strict=True):
+            parameter.grad = part.view_as(parameter)  # to copy it back would be a kernel for each of a thousand
 
     def _after_step(self) -> None:
         options, step = self.options, self.position.step
