@@ -153,6 +153,7 @@ class DeftNetwork(nn.Module):
         self.multiplier, self.config = multiplier, config
         self.is_tracked = False
         self._batches: list[BatchedFactors] = []
+        self._steps_begun = 0
         self._grad_norms: Tensor | None = None
         self._weight_norms: Tensor | None = None
         self._base_norms: Tensor | None = None
@@ -439,9 +440,25 @@ class DeftNetwork(nn.Module):
         logger.info(f"keep={file}: made of the samples; give it to later trainings on this model")
 
     def on_step_start(self, text_encoder: Any = None, unet: Any = None) -> None:
-        """Called by trainers at the start of every step; musubi-tuner gives nothing."""
+        """Called by trainers at the start of every step; musubi-tuner gives nothing.
+
+        :raises DeftError: at the second, when what is saved would need weights that are streamed through one buffer
+        """
         for batch in self._batches:
             batch.start_step()
+        if self._steps_begun == 1:  # the first has had all blocks in their buffers
+            self._refuse_streamed()
+        self._steps_begun += 1
+
+    def _refuse_streamed(self) -> str:
+        """:returns: the name of a layer that has another's weight, as `deft_weights.streamed`"""
+        streamed = deft_weights.streamed(module.target for module in self.all_modules)
+        if streamed and (self.config.removal or self.config.para):
+            raise DeftError(
+                f"removal and para need the base weights at each save, but {streamed} has another layer's while blocks "
+                f"are streamed; leave these options of DEFT away, or the trainer's that streams blocks"
+            )
+        return streamed
 
     def set_multiplier(self, multiplier: float) -> None:
         """Strength of the adapter: 1 in training, 0 for the base model."""
@@ -514,9 +531,7 @@ class DeftNetwork(nn.Module):
             what was in the file's place stays
         """
         self._check_finite(file)
-        streamed = deft_weights.streamed(module.target for module in self.all_modules)
-        if streamed and (self.config.removal or self.config.para):
-            raise DeftError(f"{file}: not saved, since {streamed} has another layer's weight while blocks are streamed")
+        streamed = self._refuse_streamed()
         dtype = dtype or torch.float32
         exponents: Mapping[str, int] = {}
         factors = self._file_factors()

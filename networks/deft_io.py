@@ -26,7 +26,7 @@ from torch import Tensor
 from networks import deft_factors, deft_layouts, deft_math, deft_partial, deft_pictures
 from networks.deft_config import DeftError, option_names, reason_of
 from networks.deft_factors import Factors
-from networks.deft_names import looks_made_for, without_dots
+from networks.deft_names import looks_made_for, own_key
 from networks.deft_targets import TOGETHER, Target
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], so
             f"part of a LoRA, and what is saved will not hold them"
         )
     for key, value in tensors.items():
-        layer, _, part = without_dots(key).partition(".")
+        layer, _, part = own_key(key).partition(".")
         if key not in embeddings:
             grouped.setdefault(layer, {})[part] = value
     options, recorded = parse_metadata(metadata, source)
@@ -343,7 +343,7 @@ def _refuse_rest(parts: Mapping[str, Tensor]) -> None:
 
 def is_adapter_dict(tensors: Iterable[str]) -> bool:
     """Whether names are those of an adapter file, not of a network's state dict."""
-    return any(without_dots(key).endswith((".lora_up.weight", ".lora_down.weight", ".deft_E0")) for key in tensors)
+    return any(own_key(key).endswith((".lora_up.weight", ".lora_down.weight", ".deft_E0")) for key in tensors)
 
 
 def lora_tensors(

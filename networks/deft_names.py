@@ -233,6 +233,7 @@ def _dotted(tokens: tuple[str, ...], words: frozenset[str]) -> str | None:
 
 
 _PEFT_ENDS = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
+_HIDREAM_OF_MUSUBI = re.compile(r"^lora_unet_model_(?=language_model_|visual_|x_embedder_|final_layer2_|t_embedder1_)")
 _DOTTED_KEY = re.compile(r"^diffusion_model\.(.+)\.(lora_[AB]\.weight|lora_(?:up|down)\.weight|alpha)$")
 
 
@@ -257,8 +258,20 @@ def with_dots(tensors: Mapping[str, Tensor], architecture: str) -> dict[str, Ten
     return found
 
 
-def without_dots(key: str) -> str:
-    """Kohya's key of one that a file has with the dots of ComfyUI's paths; others as they are."""
+def as_musubi(tensors: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """A LoRA's tensors by kohya's keys, with what musubi-tuner's own have in front of a path.
+
+    :param architecture: name of a row of `ARCHITECTURES`, or ""
+    """
+    row = named(architecture)
+    root = row.musubi_root if row else ""
+    return {re.sub("^lora_unet_", f"lora_unet_{root}", key): tensor for key, tensor in tensors.items()}
+
+
+def own_key(key: str) -> str:
+    """Kohya's key of a file as it is saved, of one with the dots of ComfyUI's paths or with `Architecture.musubi_root`;
+    others as they are."""
+    key = _HIDREAM_OF_MUSUBI.sub("lora_unet_", key)
     found = _DOTTED_KEY.match(key)
     if found is None:
         return key
@@ -313,7 +326,7 @@ def key_name(architecture: Architecture | None, model: str, path: str) -> tuple[
         return f"{part.prefix}_{new.replace('.', '_')}", piece
     if "." in path and any(part.words for part in architecture.denoisers):
         raise KeyError(path)
-    return f"lora_unet_{path.replace('.', '_')}", ""
+    return f"lora_unet_{path.replace('.', '_').removeprefix(architecture.musubi_root)}", ""
 
 
 def layers_in(architecture: Architecture | None, model: str, path: str) -> list[str]:

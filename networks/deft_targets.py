@@ -106,6 +106,7 @@ class Architecture:
         instead of being found in its key name
     :param dotted: what a LoRA's keys begin with in files that have paths with dots and peft's names instead of kohya's:
         where ComfyUI and diffusers do not know musubi-tuner's
+    :param musubi_root: what musubi-tuner's key names have in front of a path, and files, which ComfyUI reads, have not
     """
 
     name: str
@@ -126,6 +127,7 @@ class Architecture:
     peft_form: str = "diffusers"
     patterns_fit_paths: bool = False
     dotted: str | None = None
+    musubi_root: str = ""
 
     def options(self) -> set[str]:
         """The options that only some architectures have, of those that this one has."""
@@ -740,6 +742,7 @@ ARCHITECTURES = (
         ),
         left_out=".*(embed_tokens|lm_head).*",
         patterns_fit_paths=True,
+        musubi_root="model_",
     ),
 )
 

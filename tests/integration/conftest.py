@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from networks import deft_io, deft_keep
-from networks.deft_names import without_dots
+from networks.deft_names import own_key
 
 ROOT = Path(__file__).resolve().parents[2]
 SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR")
@@ -122,7 +122,7 @@ def metadata(world: Path, name: str) -> dict[str, str]:
 
 
 def delta_norms(found: Mapping[str, torch.Tensor]) -> list[float]:
-    found = {without_dots(key): tensor for key, tensor in found.items()}
+    found = {own_key(key): tensor for key, tensor in found.items()}
     ups = [key for key in found if key.endswith("lora_up.weight")]
     return [float((found[k].flatten(1) @ found[k.replace("lora_up", "lora_down")].flatten(1)).norm()) for k in ups]
 

@@ -133,21 +133,29 @@ def train(kind: str, arguments: list[str]) -> None:
     importlib.import_module(f"musubi_tuner.{kind}_train_network").main()
 
 
+def of_zeros(kind: str) -> nn.Module:
+    """HiDream-O1's is of the names alone: its own class has 36 layers."""
+    if kind == "hidream_o1":
+        from tests import small_musubi
+
+        model = small_musubi.made("HiDream-O1")
+    else:
+        model = make(kind).to_empty(device="cpu").float()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    return model
+
+
 def read(kind: str, file: str, result: Path) -> None:
     """Names that musubi-tuner's own network does not know or misses, and what it merges into the weights."""
     own = {"zimage": "lora_zimage", "flux_kontext": "lora_flux", "flux_2": "lora_flux_2",
-           "qwen_image": "lora_qwen_image", "wan": "lora_wan"}[kind]  # fmt: skip
+           "qwen_image": "lora_qwen_image", "wan": "lora_wan", "hidream_o1": "lora_hidream_o1"}[kind]  # fmt: skip
     module = importlib.import_module(f"musubi_tuner.networks.{own}")
     weights = load_file(file)
-    model = make(kind).to_empty(device="cpu").float()
-    for parameter in model.parameters():
-        parameter.data.zero_()
+    model, plain = of_zeros(kind), of_zeros(kind)
     network = module.create_arch_network_from_weights(1.0, weights, unet=model)
     network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
     told = network.load_state_dict(weights, strict=False)
-    plain = make(kind).to_empty(device="cpu").float()
-    for parameter in plain.parameters():
-        parameter.data.zero_()
     merging = module.create_arch_network_from_weights(1.0, weights, unet=plain, for_inference=True)
     merging.merge_to(None, plain, weights, torch.float32, "cpu", non_blocking=True)
     save_file({key: value.contiguous() for key, value in plain.state_dict().items() if value.dim() == 2}, result)

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from networks import deft_io
+from networks import convert_deft, deft_io
 from tests.integration.conftest import ROOT, delta_norms
 from tests.test_musubi_files import assert_equal, changes, products, saved, trained
 
@@ -163,6 +163,18 @@ def test_its_converters_give_files_its_own_names(name, script, options, tmp_path
     run(Path(MUSUBI or "") / "src" / "musubi_tuner" / script, *files, *options.split())
     expected = {f"lora_unet_{path.replace('.', '_')}": change for path, change in changes(network).items()}
     assert_equal(products(load_file(output)), expected)
+
+
+def test_it_merges_a_file_of_hidream_o1_that_is_converted(tmp_path):
+    """What it has no converter for: our own gives the file its names."""
+    network, file, output = trained("HiDream-O1"), tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    saved(network, file)
+    assert convert_deft.main([str(file), "--save_to", str(output), "--to", "kohya"]) == 0
+    told = run(SIDE, "read", "hidream_o1", output, tmp_path / "merged.safetensors")
+    assert json.loads(told.partition("--- ")[2].splitlines()[0]) == [[], []]
+    merged = load_file(tmp_path / "merged.safetensors")
+    weights = {key.removesuffix(".weight"): w.double() for key, w in merged.items() if w.any()}
+    assert_equal(weights, changes(network), 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
