@@ -16,26 +16,6 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-class Late:
-    """Numbers of a device's, on their way to the CPU.
-
-    :param numbers: (n,)
-    """
-
-    def __init__(self, numbers: Tensor):
-        # other devices than cards leave no mark behind a copy, so that these are waited for
-        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
-        self._there = torch.cuda.Event() if numbers.is_cuda else None
-        if self._there is not None:
-            self._there.record(torch.cuda.current_stream(numbers.device))
-
-    def read(self) -> list[float]:
-        """Once they are there."""
-        if self._there is not None:
-            self._there.synchronize()
-        return self._numbers.tolist()
-
-
 def is_small(size: int, device: torch.device) -> bool:
     """Whether so many bytes may stay on a device for a whole training; only on cards."""
     return device.type == "cuda" and size <= SHARE * torch.cuda.get_device_properties(device).total_memory

@@ -152,6 +152,9 @@ class DeftNetwork(nn.Module):
         super().__init__()
         self.multiplier, self.config = multiplier, config
         self.is_tracked = False
+        # set by a trainer before `on_step_start`: it does not know yet what the step before has come to, and leaves out
+        # one whose loss or gradients are not finite; bases are then looked after without waiting for the device
+        self.runs_ahead = False
         self._batches: list[BatchedFactors] = []
         self._steps_begun = 0
         self._grad_norms: Tensor | None = None
@@ -445,7 +448,7 @@ class DeftNetwork(nn.Module):
         :raises DeftError: at the second, when what is saved would need weights that are streamed through one buffer
         """
         for batch in self._batches:
-            batch.start_step()
+            batch.start_step(self.runs_ahead)
         if self._steps_begun == 1:  # the first has had all blocks in their buffers
             self._refuse_streamed()
         self._steps_begun += 1

@@ -19,6 +19,7 @@ from networks import deft_math
 from networks.deft_autograd import LayerFactors
 from networks.deft_compiled import GivenFactors
 from networks.deft_config import DeftError
+from networks.deft_late import Late
 from networks.deft_module import DeftModule, Share
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class BatchedFactors:
         self._versions_then: list[int] = []
         self._collected: dict[DeftModule, list[Tensor]] = {}
         self._queued = False
-        self._checked = False
+        self._checked = self._ahead = False
+        self._independence: Late | None = None  # of a pass's bases, not read yet
         self._told_renewal = False
         for module in self.modules:
             module.batch = self
@@ -69,7 +71,13 @@ class BatchedFactors:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of an adapted model, between passes."""
-        return self.__dict__ | {"_probe": None, "_probe_node": None, "_factors": None, "_collected": {}}
+        return self.__dict__ | {
+            "_probe": None,
+            "_probe_node": None,
+            "_factors": None,
+            "_collected": {},
+            "_independence": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -87,9 +95,13 @@ class BatchedFactors:
         self._factors = None
         self._given.forget()
 
-    def start_step(self) -> None:
-        """Forgets the factors; and looks after bases where passes do without this class, as compiled ones do."""
+    def start_step(self, ahead: bool = False) -> None:
+        """Forgets the factors; and looks after bases where passes do without this class, as compiled ones do.
+
+        :param ahead: see `DeftNetwork.runs_ahead`
+        """
         self.drop()
+        self._ahead = ahead
         self._given.start_step()
         if not self._checked:
             with torch.no_grad():
@@ -179,17 +191,39 @@ class BatchedFactors:
 
     def _bases(self) -> list[Tensor]:
         """Q (modules, m, r) of each group of modules, after bases that have degenerated were mended."""
-        found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in self._P_groups]
+        bases, independence = self._decomposed()
         self._checked = True
-        capturing = self.modules[0].P.is_cuda and torch.cuda.is_current_stream_capturing()
-        independence = torch.cat([value for _, value in found])
-        if not capturing and not bool((independence > deft_math.LEAST_INDEPENDENCE).all()):  # waits for the GPU
-            flat = [module for group in self._P_groups for module in group]
-            weak = [module for module, value in zip(flat, independence.tolist(), strict=True)
-                    if value <= deft_math.LEAST_INDEPENDENCE]  # fmt: skip
+        if self.modules[0].P.is_cuda and torch.cuda.is_current_stream_capturing():
+            return bases
+        if weak := self._weak(independence):
             self._tell_renewal({module: module.mend_basis() for module in weak})
-            found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in self._P_groups]
-        return [Q for Q, _ in found]
+            bases, independence = self._decomposed()
+        self._independence = Late(independence) if self._runs_ahead else None
+        return bases
+
+    def _decomposed(self) -> tuple[list[Tensor], Tensor]:
+        """Q of each group, and (modules,) how independent the columns of each module's P are, group by group."""
+        found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in self._P_groups]
+        return [Q for Q, _ in found], torch.cat([value for _, value in found])
+
+    def _weak(self, independence: Tensor) -> list[DeftModule]:
+        """Whose bases have degenerated; waits for the device, unless the trainer runs ahead. Then it is known of the
+        pass before: a basis serves a little beyond the limit, and where it does not, the trainer leaves the step out.
+
+        :param independence: (modules,) of the pass that begins
+        """
+        if self._runs_ahead:
+            found = [] if self._independence is None else self._independence.read()
+        else:
+            found = [] if bool((independence > deft_math.LEAST_INDEPENDENCE).all()) else independence.tolist()
+        if not found:
+            return []
+        flat = [module for group in self._P_groups for module in group]
+        return [m for m, value in zip(flat, found, strict=True) if value <= deft_math.LEAST_INDEPENDENCE]
+
+    @property
+    def _runs_ahead(self) -> bool:
+        return self._ahead and self.modules[0].training
 
     def _tell_renewal(self, renewed: Mapping[DeftModule, int]) -> None:
         """Says it once: where it happens, it happens in many steps."""

@@ -35,6 +35,7 @@ from library.options.rooms import OptimizerOptions
 from library.training import given, loop, optimizers, state
 from library.training.losses import Losses
 from library.training.record import Record
+from networks import deft_batch
 from networks.deft import DeftNetwork
 from tests import small_flux, small_models
 from tests.conftest import PHOTOS, ROOT, arguments, network_of
@@ -55,6 +56,10 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.places: set[str] = set()
+
+    def taken(self) -> set[str]:
+        found, self.places = self.places, set()
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_waited_for(func, args, kwargs or {}):
@@ -115,15 +120,15 @@ FAMILIES = {
 def test_steps_wait_for_nothing_and_numbers_are_read_one_step_later(
     kind, photos, tmp_path, monkeypatch, fresh_accelerator
 ):
-    """On a card that is not there, where everything but values is as on one that is; the basis alone is looked after,
-    by `networks.deft_batch`."""
+    """On a card that is not there, where everything but values is as on one that is."""
     folder = tmp_path / "model"
     model = small_flux.build(folder).folder if kind == "flux" else small_models.build(kind, folder)
-    run = parse(arguments(model, photos, tmp_path, network_dim=2, max_train_steps=2, **FAMILIES[kind]))
-    files, length = given.read(run), state.Length(2, 1)
+    run = parse(arguments(model, photos, tmp_path, network_dim=2, max_train_steps=3, **FAMILIES[kind]))
+    files, length = given.read(run), state.Length(3, 1)
     accelerator, waits, reads = Accelerator(cpu=True), Waits(), Reads()
     monkeypatch.setattr(Accelerator, "device", CARD)
     monkeypatch.setattr(loop, "Late", reads)
+    monkeypatch.setattr(deft_batch, "Late", lambda numbers: Namespace(read=lambda: [1.0] * len(numbers)))
     trial = phases._Trial(run, files, phases.empty_model(run), Ledger(None), length)
     with pretending.card(), trial.ledger:
         if run.data.caches.cache_text_encoder_outputs:
@@ -134,17 +139,20 @@ def test_steps_wait_for_nothing_and_numbers_are_read_one_step_later(
         losses = Losses(trial.model, trial.adapter, trial.texts, trial.objective, run.preservation, accelerator)
         groups, names = trial.adapter.groups(run.optimizer)
         optimizer = accelerator.prepare(optimizers.optimizer_of(run.optimizer, groups))
-        beside = Namespace(due=lambda step: False, at_step=lambda position: None, at_epoch=lambda position: None)
-        batches = Batches([trial.batch_of.batch(trial.model)] * 2)
+        steps: list[set[str]] = []
+        beside = Namespace(due=lambda step: False, at_epoch=lambda position: None,
+                           at_step=lambda position: steps.append(waits.taken()))  # fmt: skip
+        batches = Batches([trial.batch_of.batch(trial.model)] * 3)
         training = loop.TrainingLoop(
             run.loop, accelerator, losses, 1, trial.adapter, batches, optimizer, Namespace(step=lambda: None), names,
             mock.MagicMock(), beside, beside, None, length, state.Position(), Record(), Namespace(number=0), beside,
         )  # fmt: skip
         with waits:
             training.run()
-    assert reads.told == ["queued 1", "queued 2", "read 1", "read 2"]
-    assert training.position.step == 2
-    assert waits.places <= {"deft_batch.py: _bases"}
+    assert reads.told == ["queued 1", "queued 2", "read 1", "queued 3", "read 2", "read 3"]
+    assert training.position.step == 3
+    assert steps[0] <= {"deft_batch.py: _weak"}  # before the first, nothing is known of a basis
+    assert steps[1:] == [set(), set()]
 
 
 def test_the_watch_notices_what_waits():

@@ -58,6 +58,34 @@ def test_many_layers_in_one_step_and_many_steps(caplog):
     assert sum("had merged with others" in line for line in caplog.messages) == 1  # of a training, not of a step
 
 
+@pytest.mark.parametrize("apart", [0.0, 5e-3])
+def test_a_trainer_that_runs_ahead(apart, caplog):
+    """A basis that has degenerated is renewed a step later; where it was of no use, that step is left out."""
+    model, merged, left_out = Flux(), (10, 30), []
+    net = network(model).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    for number in range(STEPS):
+        if number in merged:
+            with torch.no_grad():
+                for module in net.all_modules:
+                    column = module.P[:, 1]
+                    other = torch.randn_like(column)
+                    module.P[:, 2] = column + apart * other * column.norm() / other.norm()
+        net.runs_ahead = number > 0
+        net.on_step_start(None, model)
+        model(torch.randn(2, 5, 4)).square().mean().backward()
+        if all(bool(p.grad.isfinite().all()) for p in net.parameters() if p.grad is not None):
+            optimizer.step()
+        else:
+            left_out.append(number)
+        optimizer.zero_grad()
+        weak = [m for m in net.all_modules if deft_math.cholesky_qr(m.P)[1] <= deft_math.LEAST_INDEPENDENCE]
+        assert bool(weak) == (number in merged)
+    assert left_out == ([] if apart else list(merged))
+    assert sum("had merged with others" in line for line in caplog.messages) == 1
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
 def state_of(optimizer, parameter) -> dict[str, torch.Tensor]:
     """What the optimizer keeps in the parameter's shape."""
     kept = optimizer.state[parameter].items()

@@ -50,7 +50,9 @@ class Adapter(Protocol):
 
     def start_epoch(self) -> None: ...
 
-    def start_step(self) -> None: ...
+    def start_step(self, ahead: bool) -> None:
+        """:param ahead: what the last step has come to is not known yet; one that is not finite is left out"""
+        ...
 
     def after_step(self) -> None: ...
 
@@ -145,8 +147,9 @@ class DeftAdapter:
         """See `Adapter`."""
         self.module.on_epoch_start(self.model.text_encoders, self.model.denoiser)
 
-    def start_step(self) -> None:
+    def start_step(self, ahead: bool) -> None:
         """See `Adapter`."""
+        self.module.runs_ahead = ahead
         self.module.on_step_start(self.model.text_encoders, self.model.denoiser)
 
     def after_step(self) -> None:

@@ -33,7 +33,7 @@ from library.training.samples import Samples
 from library.training.saves import Saves, TrainingStopped
 from library.training.state import Length, Position
 from library.training.validation import Validation
-from library.transfer import Late
+from networks.deft_late import Late
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class TrainingLoop:
 
     def _batch(self, batch: Batch) -> None:
         """Forward, backward and, where gradients are complete, the update."""
-        self.adapter.start_step()
+        self.adapter.start_step(ahead=self.queued is not None)
         loss = torch.zeros((), device=self.accelerator.device)
         if len(batch):
             loss = self.losses(batch, self._randoms(batch)).mean() * batch.share
