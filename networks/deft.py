@@ -537,8 +537,9 @@ class DeftNetwork(nn.Module):
         streamed = self._refuse_streamed()
         dtype = dtype or torch.float32
         exponents: Mapping[str, int] = {}
-        factors = self._file_factors()
-        self._warn_of_nothing_learnt(file, dtype)
+        own = [module.lora_factors() for module in self.all_modules]
+        factors = self._file_factors(own)
+        self._warn_of_nothing_learnt(file, dtype, own)
         if self.config.save_format == "deft":
             tensors = deft_io.deft_tensors({m.lora_name: _as_deft_layer(m) for m in self.all_modules})
         else:
@@ -564,20 +565,25 @@ class DeftNetwork(nn.Module):
             full |= self._base_metadata()
         deft_io.write_hashed(tensors, file, full)
 
-    def _file_factors(self) -> dict[str, Factors]:
-        """Key name -> the change of the weight that files know, parts of one weight put together."""
+    def _file_factors(self, own: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Factors]:
+        """Key name -> the change of the weight that files know, parts of one weight put together.
+
+        :param own: each module's up and down
+        """
         parts: dict[str, list[tuple[Factors, Target]]] = {}
-        for module in self.all_modules:
-            (up, down), kernel = module.lora_factors(), weight_shape(module.target.layer)[1:]
-            pieces = module.target.pieces
+        for module, (up, down) in zip(self.all_modules, own, strict=True):
+            kernel, pieces = weight_shape(module.target.layer)[1:], module.target.pieces
             rows = [up] if len(pieces) == 1 else up.split([piece.shape[0] for piece in pieces])
             for piece, some in zip(pieces, rows, strict=True):
                 parts.setdefault(piece.file_name, []).append((Factors(some, down, kernel), piece))
         return {name: _of_whole(pieces) for name, pieces in parts.items()}
 
-    def _warn_of_nothing_learnt(self, file: str, dtype: torch.dtype) -> None:
-        """Where no weight of a model in `dtype` would change by it, or hardly one."""
-        sizes = torch.stack([deft_factors.norm(*module.lora_factors()) for module in self.all_modules])
+    def _warn_of_nothing_learnt(self, file: str, dtype: torch.dtype, own: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Where no weight of a model in `dtype` would change by it, or hardly one.
+
+        :param own: each module's up and down
+        """
+        sizes = torch.stack([deft_factors.norm(up, down) for up, down in own])
         largest = float((sizes / self._norms_of_base().to(sizes).clamp(min=1e-30)).max())
         if largest >= torch.finfo(dtype).eps / 8:
             return
