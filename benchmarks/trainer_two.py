@@ -210,7 +210,8 @@ def main() -> int:
     if unknown := set(args.parts) - PARTS.keys():
         parser.error(f"unknown: {', '.join(unknown)}")
     args.folder = args.folder.resolve()
-    bench, found = Bench(args.folder, args.tiny), {}
+    bench = Bench(args.folder, args.tiny)
+    found = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else {}  # of other parts
 
     def keep(name: str, value: Any) -> None:
         found[name] = value

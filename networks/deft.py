@@ -453,6 +453,11 @@ class DeftNetwork(nn.Module):
             self._refuse_streamed()
         self._steps_begun += 1
 
+    def check_bases(self) -> None:
+        """In place of a step's passes, where other processes have some: what they renew is renewed here."""
+        for batch in self._batches:
+            batch.check()
+
     def _refuse_streamed(self) -> str:
         """:returns: the name of a layer that has another's weight, as `deft_weights.streamed`"""
         streamed = deft_weights.streamed(module.target for module in self.all_modules)

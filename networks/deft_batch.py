@@ -101,12 +101,20 @@ class BatchedFactors:
         :param ahead: see `DeftNetwork.runs_ahead`
         """
         self.drop()
-        self._ahead = ahead
         self._given.start_step()
+        late, self._independence = self._independence, None
+        if ahead and late is not None:
+            with torch.no_grad():
+                self._mend(late.read())
+        self._ahead = False  # parts of the model that form their own bases would not leave a step out
+        self.check()
+        self._checked, self._ahead = False, ahead
+
+    def check(self) -> None:
+        """Looks after bases, unless a pass has done so."""
         if not self._checked:
             with torch.no_grad():
                 self._bases()
-        self._checked = False
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
@@ -195,35 +203,34 @@ class BatchedFactors:
         self._checked = True
         if self.modules[0].P.is_cuda and torch.cuda.is_current_stream_capturing():
             return bases
-        if weak := self._weak(independence):
-            self._tell_renewal({module: module.mend_basis() for module in weak})
-            bases, independence = self._decomposed()
-        self._independence = Late(independence) if self._runs_ahead else None
+        least = deft_math.LEAST_INDEPENDENCE
+        if self._ahead and self.modules[0].training:  # read and mended as the next step begins
+            self._independence = self._independence or Late(torch.cat(independence))
+            # a basis serves a little beyond the limit. Further on its gradients are finite and far too large: the
+            # trainer is to leave the step out
+            return [Q.where((found > least / 2)[:, None, None], torch.nan)
+                    for Q, found in zip(bases, independence, strict=True)]  # fmt: skip
+        found = torch.cat(independence)
+        if not bool((found > least).all()):  # waits for the GPU
+            self._mend(found.tolist())
+            bases = self._decomposed()[0]
         return bases
 
-    def _decomposed(self) -> tuple[list[Tensor], Tensor]:
-        """Q of each group, and (modules,) how independent the columns of each module's P are, group by group."""
+    def _decomposed(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each group Q, and how independent the columns of each module's P are (modules,)."""
         found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in self._P_groups]
-        return [Q for Q, _ in found], torch.cat([value for _, value in found])
+        return [Q for Q, _ in found], [value for _, value in found]
 
-    def _weak(self, independence: Tensor) -> list[DeftModule]:
-        """Whose bases have degenerated; waits for the device, unless the trainer runs ahead. Then it is known of the
-        pass before: a basis serves a little beyond the limit, and where it does not, the trainer leaves the step out.
+    def _mend(self, independence: list[float]) -> None:
+        """Renews bases that have degenerated.
 
-        :param independence: (modules,) of the pass that begins
+        :param independence: of all modules, group by group
         """
-        if self._runs_ahead:
-            found = [] if self._independence is None else self._independence.read()
-        else:
-            found = [] if bool((independence > deft_math.LEAST_INDEPENDENCE).all()) else independence.tolist()
-        if not found:
-            return []
         flat = [module for group in self._P_groups for module in group]
-        return [m for m, value in zip(flat, found, strict=True) if value <= deft_math.LEAST_INDEPENDENCE]
-
-    @property
-    def _runs_ahead(self) -> bool:
-        return self._ahead and self.modules[0].training
+        least = deft_math.LEAST_INDEPENDENCE
+        weak = [module for module, value in zip(flat, independence, strict=True) if value <= least]
+        if weak:
+            self._tell_renewal({module: module.mend_basis() for module in weak})
 
     def _tell_renewal(self, renewed: Mapping[DeftModule, int]) -> None:
         """Says it once: where it happens, it happens in many steps."""

@@ -357,7 +357,9 @@ def write(output: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         _write_peft(output, tensors, metadata)
         return
     if to == "kohya":
-        deft_io.write_hashed(deft_names.as_musubi(tensors, deft_names.said(metadata)), output, metadata)
+        deft_io.write_hashed(
+            deft_names.as_musubi(tensors, deft_names.said_or_seen(metadata, tensors)), output, metadata
+        )
     else:
         deft_tools.write_adapter(output, tensors, metadata)
     size = output.stat().st_size / 2**20

@@ -51,6 +51,7 @@ _CERTAIN = (
     ("Z-Image", r"^denoiser_(layers|noise_refiner|context_refiner)_\d+_attention_to_[qkv]$"),
     ("Wan 2.1 or 2.2", r"^denoiser_blocks_\d+_(self|cross)_attn_[qkvo]$"),
     ("Kandinsky 5", r"^denoiser_(text|visual)_transformer_blocks_\d+_(self|cross)_attention_"),
+    ("HiDream-O1", r"^denoiser_(model_)?(language_model_layers_\d+_(self_attn|mlp)|final_layer2|t_embedder1)_"),
 )  # fmt: skip
 _LIKELY = (
     # small models of other families have attention there too, and their files say what they are
@@ -128,6 +129,11 @@ def said(metadata: Mapping[str, str]) -> str:
     """The architecture that a file's metadata names, of those whose layers have other models' names, too; else ""."""
     version = str(metadata.get("ss_base_model_version", "")).lower()
     return next((name for name, pattern in _SAID if re.match(pattern, version)), "")
+
+
+def said_or_seen(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """The architecture that a file's metadata names or, without them, its keys show; else something that is none."""
+    return said(metadata) or looks_made_for(tensors)
 
 
 def recognised(layers: Iterable[tuple[str, str]], text_widths: Collection[int], metadata: Mapping[str, str]) -> str:

@@ -129,7 +129,7 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     :param tensors: by kohya's keys; the file has those that its model's files have
     :raises DeftError: for non-finite values, a full disk, or a folder that cannot be written to
     """
-    deft_io.write_hashed(deft_names.with_dots(tensors, deft_names.said(metadata)), path, metadata)
+    deft_io.write_hashed(deft_names.with_dots(tensors, deft_names.said_or_seen(metadata, tensors)), path, metadata)
 
 
 class Losses:

@@ -81,7 +81,7 @@ def streamed(targets: Iterable[Target]) -> str:
     seen: dict[tuple[torch.device, int], Layer] = {}
     for place in (place for target in targets for place in target.places):
         weight = place.layer.weight
-        plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta
+        plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and weight.numel()
         if plain and seen.setdefault((weight.device, weight.data_ptr()), place.layer) is not place.layer:
             return place.name
     return ""

@@ -39,6 +39,7 @@ from networks import deft_batch
 from networks.deft import DeftNetwork
 from tests import small_flux, small_models
 from tests.conftest import PHOTOS, ROOT, arguments, network_of
+from tests.test_architectures import Flux, network
 from tests.test_batches import plan_with
 from tests.test_loop_options import logged
 
@@ -151,7 +152,7 @@ def test_steps_wait_for_nothing_and_numbers_are_read_one_step_later(
             training.run()
     assert reads.told == ["queued 1", "queued 2", "read 1", "queued 3", "read 2", "read 3"]
     assert training.position.step == 3
-    assert steps[0] <= {"deft_batch.py: _weak"}  # before the first, nothing is known of a basis
+    assert steps[0] <= {"deft_batch.py: _bases"}  # before the first, nothing is known of a basis
     assert steps[1:] == [set(), set()]
 
 
@@ -173,6 +174,23 @@ def test_the_watch_notices_what_waits():
                 ask()
             assert waits.places == {"a.py: b"}
             waits.places.clear()
+
+
+def test_averaged_gradients_lie_in_memory_as_their_parameters(tmp_path):
+    """As fused optimizers ask for: P has the strides of a matrix that is transposed."""
+    model = Flux()
+    parameters = list(network(model).parameters())
+    assert len({one.stride()[-1] == 1 for one in parameters if one.dim() == 2}) == 2
+    expected = []
+    for number, parameter in enumerate(parameters):
+        gradient = torch.randn_like(parameter)
+        expected.append(gradient if number else torch.zeros_like(gradient))
+        parameter.grad = {0: None, 1: gradient.contiguous()}.get(number, gradient)
+    accelerator = Namespace(reduce=lambda tensor, reduction: tensor * 2)
+    loop.TrainingLoop._average_gradients(Namespace(accelerator=accelerator), parameters)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert parameter.grad.stride() == parameter.stride()
+        assert torch.equal(parameter.grad, 2 * gradient)
 
 
 # --- what is read late ------------------------------------------------------------------------------------------------

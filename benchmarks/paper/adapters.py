@@ -103,7 +103,10 @@ class PeftAdapter:
     def start_epoch(self) -> None:
         """See `Adapter`."""
 
-    def start_step(self) -> None:
+    def start_step(self, ahead: bool) -> None:
+        """See `Adapter`."""
+
+    def skip_pass(self) -> None:
         """See `Adapter`."""
 
     def after_step(self) -> None:

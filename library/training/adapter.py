@@ -54,6 +54,10 @@ class Adapter(Protocol):
         """:param ahead: what the last step has come to is not known yet; one that is not finite is left out"""
         ...
 
+    def skip_pass(self) -> None:
+        """Another process has pictures in this step, this one has none."""
+        ...
+
     def after_step(self) -> None: ...
 
     def set_multiplier(self, multiplier: float) -> None:
@@ -151,6 +155,10 @@ class DeftAdapter:
         """See `Adapter`."""
         self.module.runs_ahead = ahead
         self.module.on_step_start(self.model.text_encoders, self.model.denoiser)
+
+    def skip_pass(self) -> None:
+        """See `Adapter`."""
+        self.module.check_bases()
 
     def after_step(self) -> None:
         """See `Adapter`; scales deltas above --scale_weight_norms down."""

@@ -164,6 +164,8 @@ class TrainingLoop:
     def _batch(self, batch: Batch) -> None:
         """Forward, backward and, where gradients are complete, the update."""
         self.adapter.start_step(ahead=self.queued is not None)
+        if not len(batch):
+            self.adapter.skip_pass()
         loss = torch.zeros((), device=self.accelerator.device)
         if len(batch):
             loss = self.losses(batch, self._randoms(batch)).mean() * batch.share
@@ -211,14 +213,13 @@ class TrainingLoop:
 
     def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """In one piece. DistributedDataParallel would count each gradient as it comes; ours come together, at the end
-        of the backward pass, and of a layer that dropout has skipped in this process there is none."""
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        together = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
-        for parameter, part in zip(parameters, together.split([g.numel() for g in gradients]), strict=True):
-            parameter.grad = part.view_as(parameter)  # to copy it back would be a kernel for each of a thousand
+        of the backward pass, and of a layer that dropout has skipped in this process there is none. Taken apart again
+        they stay views of that piece, as they lie in memory: a copy would be a kernel for each of a thousand."""
+        gradients = [_lying_as(parameter) for parameter in parameters]
+        flat = torch.cat([one.as_strided((one.numel(),), (1,)) for one in gradients])
+        together = self.accelerator.reduce(flat, reduction="mean")
+        for parameter, part in zip(parameters, together.split([one.numel() for one in gradients]), strict=True):
+            parameter.grad = part.as_strided(parameter.shape, parameter.stride())
 
     def _after_step(self) -> None:
         options, step = self.options, self.position.step
@@ -358,3 +359,9 @@ class TrainingLoop:
             if "d" in group and rate is not None:
                 found[f"lr/d*lr/{name}"] = float(group["d"] * rate)
         return found
+
+
+def _lying_as(parameter: torch.nn.Parameter) -> Tensor:
+    """Its gradient, 0 if there is none, in memory as the parameter is, which fused optimizers ask for."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
