@@ -570,11 +570,12 @@ class DeftNetwork(nn.Module):
             full |= self._base_metadata()
         deft_io.write_hashed(tensors, file, full)
 
-    def _file_factors(self, own: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Factors]:
+    def _file_factors(self, own: Sequence[tuple[Tensor, Tensor]] | None = None) -> dict[str, Factors]:
         """Key name -> the change of the weight that files know, parts of one weight put together.
 
-        :param own: each module's up and down
+        :param own: each module's up and down, where they have been formed
         """
+        own = [module.lora_factors() for module in self.all_modules] if own is None else own
         parts: dict[str, list[tuple[Factors, Target]]] = {}
         for module, (up, down) in zip(self.all_modules, own, strict=True):
             kernel, pieces = weight_shape(module.target.layer)[1:], module.target.pieces

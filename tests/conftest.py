@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import time
@@ -39,15 +38,9 @@ def model_folder(tmp_path_factory) -> Path:
     return tiny_model.build(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="session")
-def loaded_model(model_folder):
-    return loaded(model_folder)
-
-
 @pytest.fixture
-def model(loaded_model):
-    """Each test's own: a copy takes half the time of another reading."""
-    return copy.deepcopy(loaded_model)
+def model(model_folder):
+    return loaded(model_folder)
 
 
 def loaded(path, **options):
