@@ -207,9 +207,9 @@ class BatchedFactors:
         if self._ahead and self.modules[0].training:  # read and mended as the next step begins
             self._independence = self._independence or Late(torch.cat(independence))
             # a basis serves a little beyond the limit. Further on its gradients are finite and far too large: the
-            # trainer is to leave the step out
-            return [Q.where((found > least / 2)[:, None, None], torch.nan)
-                    for Q, found in zip(bases, independence, strict=True)]  # fmt: skip
+            # trainer is to leave the step out, also where that layer forms its own
+            usable = (torch.cat(independence) > least / 2).all()
+            return [Q.where(usable, torch.nan) for Q in bases]
         found = torch.cat(independence)
         if not bool((found > least).all()):  # waits for the GPU
             self._mend(found.tolist())

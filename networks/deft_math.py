@@ -99,7 +99,8 @@ def _inverse(T: Tensor, upper: bool = False) -> Tensor:
 
 def independent_columns(P: Tensor) -> tuple[Tensor, Tensor] | None:
     """A matrix with P's basis in which no column depends on those before it: one whose own part is below
-    `LEAST_INDEPENDENCE` of its norm is replaced by that part's direction, with the other columns' mean norm.
+    `LEAST_INDEPENDENCE` of its norm is replaced by that part's direction, with the other columns' mean norm. Where none
+    is, but all together are of no use to `cholesky_qr`, they all are.
 
     :param P: (m, r)
     :returns: that matrix (m, r) in P's dtype and which columns are new (r,), both where P is; None where there is
@@ -111,8 +112,10 @@ def independent_columns(P: Tensor) -> tuple[Tensor, Tensor] | None:
     norms = T.norm(dim=0)
     weak = T.diagonal() <= LEAST_INDEPENDENCE * norms
     if not bool(weak.any()):
-        return None
-    size = norms[~weak].mean() if bool((~weak).any()) else 1.0
+        if bool(cholesky_qr(P)[1] > LEAST_INDEPENDENCE / 2):
+            return None
+        weak = torch.ones_like(weak)
+    size = norms[~weak].mean() if bool((~weak).any()) else norms.mean().clamp(min=torch.finfo(P.dtype).tiny)
     return torch.where(weak.to(P.device), (Q * size).to(P), P), weak.to(P.device)
 
 

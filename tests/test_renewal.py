@@ -100,6 +100,23 @@ def test_a_trainer_that_runs_ahead(width, apart, caplog):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.parametrize("rank", [24, 32, 64])
+def test_columns_that_depend_on_one_another_all_together(rank):
+    """Each has a part of its own, and yet float32 cannot have their basis: all are replaced, and it stays."""
+    own = 0.012
+    T = torch.randn(rank, rank, dtype=torch.double).triu(1)
+    T = T / T.norm(dim=0).clamp(min=1e-9) * (1 - own**2) ** 0.5 + own * torch.eye(rank)
+    T[0, 0] = 1
+    P = (torch.linalg.qr(torch.randn(640, rank, dtype=torch.double))[0] @ T).float()
+    assert deft_math.cholesky_qr(P)[1] <= deft_math.LEAST_INDEPENDENCE / 2
+    mended, new = deft_math.independent_columns(P)
+    assert bool(new.all())
+    Q, independence = deft_math.cholesky_qr(mended)
+    assert independence > 0.9
+    assert relative_error(Q, deft_math.positive_qr(P.double())[0]) < 1e-6
+    assert deft_math.independent_columns(mended) is None
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("apart", [5e-4, 8e-3])
 def test_processes_renew_the_same_columns_at_the_same_time(apart, ahead):

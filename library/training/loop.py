@@ -218,8 +218,9 @@ class TrainingLoop:
         gradients = [_lying_as(parameter) for parameter in parameters]
         flat = torch.cat([one.as_strided((one.numel(),), (1,)) for one in gradients])
         together = self.accelerator.reduce(flat, reduction="mean")
-        for parameter, part in zip(parameters, together.split([one.numel() for one in gradients]), strict=True):
-            parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+        parts = together.split([one.numel() for one in gradients])
+        for parameter, one, part in zip(parameters, gradients, parts, strict=True):
+            parameter.grad = part.as_strided(one.shape, one.stride())
 
     def _after_step(self) -> None:
         options, step = self.options, self.position.step
