@@ -543,11 +543,11 @@ class DeftNetwork(nn.Module):
         dtype = dtype or torch.float32
         exponents: Mapping[str, int] = {}
         own = [module.lora_factors() for module in self.all_modules]
-        factors = self._file_factors(own)
         self._warn_of_nothing_learnt(file, dtype, own)
         if self.config.save_format == "deft":
             tensors = deft_io.deft_tensors({m.lora_name: _as_deft_layer(m) for m in self.all_modules})
         else:
+            factors = self._file_factors(own)
             for line in self.ranks.architecture.warnings(factors):
                 logger.warning(f"{file}: {line}")
             tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)

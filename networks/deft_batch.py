@@ -71,13 +71,8 @@ class BatchedFactors:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of an adapted model, between passes."""
-        return self.__dict__ | {
-            "_probe": None,
-            "_probe_node": None,
-            "_factors": None,
-            "_collected": {},
-            "_independence": None,
-        }
+        unset = dict.fromkeys(("_probe", "_probe_node", "_factors", "_independence"))
+        return self.__dict__ | unset | {"_collected": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -205,21 +200,20 @@ class BatchedFactors:
             return bases
         least = deft_math.LEAST_INDEPENDENCE
         if self._ahead and self.modules[0].training:  # read and mended as the next step begins
-            self._independence = self._independence or Late(torch.cat(independence))
+            self._independence = self._independence or Late(independence)
             # a basis serves a little beyond the limit. Further on its gradients are finite and far too large: the
             # trainer is to leave the step out, also where that layer forms its own
-            usable = (torch.cat(independence) > least / 2).all()
+            usable = (independence > least / 2).all()
             return [Q.where(usable, torch.nan) for Q in bases]
-        found = torch.cat(independence)
-        if not bool((found > least).all()):  # waits for the GPU
-            self._mend(found.tolist())
-            bases = self._decomposed()[0]
+        if not bool((independence > least).all()):  # waits for the GPU
+            self._mend(independence.tolist())
+            bases, _ = self._decomposed()
         return bases
 
-    def _decomposed(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each group Q, and how independent the columns of each module's P are (modules,)."""
+    def _decomposed(self) -> tuple[list[Tensor], Tensor]:
+        """Q of each group, and how independent the columns of each module's P are (modules,), group by group."""
         found = [deft_math.cholesky_qr(torch.stack([m.P for m in group])) for group in self._P_groups]
-        return [Q for Q, _ in found], [value for _, value in found]
+        return [Q for Q, _ in found], torch.cat([value for _, value in found])
 
     def _mend(self, independence: list[float]) -> None:
         """Renews bases that have degenerated.

@@ -239,7 +239,9 @@ def _dotted(tokens: tuple[str, ...], words: frozenset[str]) -> str | None:
 
 
 _PEFT_ENDS = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight"}
-_HIDREAM_OF_MUSUBI = re.compile(r"^lora_unet_model_(?=language_model_|visual_|x_embedder_|final_layer2_|t_embedder1_)")
+_MUSUBI_ROOTS = [
+    re.compile(f"^lora_unet_{root}(?={paths})") for root, paths in (a.musubi_root for a in ARCHITECTURES) if root
+]
 _DOTTED_KEY = re.compile(r"^diffusion_model\.(.+)\.(lora_[AB]\.weight|lora_(?:up|down)\.weight|alpha)$")
 
 
@@ -270,14 +272,15 @@ def as_musubi(tensors: Mapping[str, Tensor], architecture: str) -> dict[str, Ten
     :param architecture: name of a row of `ARCHITECTURES`, or ""
     """
     row = named(architecture)
-    root = row.musubi_root if row else ""
+    root, _ = row.musubi_root if row else ("", "")
     return {re.sub("^lora_unet_", f"lora_unet_{root}", key): tensor for key, tensor in tensors.items()}
 
 
 def own_key(key: str) -> str:
     """Kohya's key of a file as it is saved, of one with the dots of ComfyUI's paths or with `Architecture.musubi_root`;
     others as they are."""
-    key = _HIDREAM_OF_MUSUBI.sub("lora_unet_", key)
+    for root in _MUSUBI_ROOTS:
+        key = root.sub("lora_unet_", key)
     found = _DOTTED_KEY.match(key)
     if found is None:
         return key
@@ -332,7 +335,7 @@ def key_name(architecture: Architecture | None, model: str, path: str) -> tuple[
         return f"{part.prefix}_{new.replace('.', '_')}", piece
     if "." in path and any(part.words for part in architecture.denoisers):
         raise KeyError(path)
-    return f"lora_unet_{path.replace('.', '_').removeprefix(architecture.musubi_root)}", ""
+    return f"lora_unet_{path.replace('.', '_').removeprefix(architecture.musubi_root[0])}", ""
 
 
 def layers_in(architecture: Architecture | None, model: str, path: str) -> list[str]:

@@ -106,7 +106,8 @@ class Architecture:
         instead of being found in its key name
     :param dotted: what a LoRA's keys begin with in files that have paths with dots and peft's names instead of kohya's:
         where ComfyUI and diffusers do not know musubi-tuner's
-    :param musubi_root: what musubi-tuner's key names have in front of a path, and files, which ComfyUI reads, have not
+    :param musubi_root: what musubi-tuner's key names have in front of a path, and files, which ComfyUI reads, have not;
+        and a pattern of what paths begin with
     """
 
     name: str
@@ -127,7 +128,7 @@ class Architecture:
     peft_form: str = "diffusers"
     patterns_fit_paths: bool = False
     dotted: str | None = None
-    musubi_root: str = ""
+    musubi_root: tuple[str, str] = ("", "")
 
     def options(self) -> set[str]:
         """The options that only some architectures have, of those that this one has."""
@@ -742,7 +743,7 @@ ARCHITECTURES = (
         ),
         left_out=".*(embed_tokens|lm_head).*",
         patterns_fit_paths=True,
-        musubi_root="model_",
+        musubi_root=("model_", "language_model_|visual_|x_embedder_|final_layer2_|t_embedder1_"),
     ),
 )
 

@@ -176,7 +176,7 @@ def test_the_watch_notices_what_waits():
             waits.places.clear()
 
 
-def test_averaged_gradients_lie_in_memory_as_their_parameters(tmp_path):
+def test_averaged_gradients_lie_in_memory_as_their_parameters():
     """As fused optimizers ask for: P has the strides of a matrix that is transposed."""
     model = Flux()
     parameters = list(network(model).parameters())
