@@ -442,3 +442,30 @@ def test_timesteps_are_rounded_before_they_are_divided(small):
     model.predict(noisy, timesteps, text, sizes)
     assert torch.equal(seen[0], timesteps.bfloat16() / 1000)
     assert torch.equal(seen[1], timesteps / 1000)
+
+
+def test_what_single_blocks_put_together_is_as_wide_as_it_was_computed(small):
+    """Autocast of CUDA, not of the CPU, has queries and keys in float32 behind their norms."""
+    found, widths = [], []
+    for narrowed in (True, False):
+        torch.manual_seed(0)
+        model = loaded(small.folder, t5xxl_max_token_length=TOKENS)
+        network = network_of(model)
+        model.place(torch.device("cpu"), torch.bfloat16, encoders=False)
+        for block in model.denoiser.single_transformer_blocks:
+            for norm in (block.attn.norm_q, block.attn.norm_k):
+                norm.register_forward_hook(lambda _, __, normed: normed.float())
+            block.proj_out.register_forward_pre_hook(lambda _, given: widths.append(given[0].dtype))
+            if not narrowed:
+                block.attn._forward_hooks.clear()
+        config = model.denoiser.config
+        text = {"pooled": torch.randn(2, config.pooled_projection_dim),
+                "hidden": torch.randn(2, TOKENS, config.joint_attention_dim)}  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = model.predict(torch.randn(2, 16, 4, 4), torch.tensor([9.0, 700.0]), text, torch.zeros(2, 6))
+        answer.float().square().mean().backward()
+        found.append([answer, *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) > 20
+    assert set(widths[: len(widths) // 2]) == {torch.bfloat16}
+    assert set(widths[len(widths) // 2 :]) == {torch.float32}
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

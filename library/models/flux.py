@@ -60,6 +60,8 @@ class Flux(Family):
         self.tokens = _t5_tokens(options, self.is_dev)
         if options.apply_t5_attn_mask:
             self.denoiser.register_forward_pre_hook(_leave_padding_out, with_kwargs=True)
+        for block in pipeline.transformer.single_transformer_blocks:
+            block.attn.register_forward_hook(_as_computed)
 
     @property
     def denoiser(self) -> nn.Module:
@@ -187,6 +189,12 @@ def _leave_padding_out(transformer: nn.Module, given: tuple, named: dict[str, An
     mask = torch.cat([tokens, tokens.new_ones(picture.shape[:2])], 1)[:, None, None]
     more = named.get("joint_attention_kwargs") or {}
     return given, named | {"joint_attention_kwargs": {**more, "attention_mask": mask}}
+
+
+def _as_computed(attention: nn.Module, given: tuple, attended: Tensor) -> Tensor:
+    """Under autocast, normed queries are float32, and what is attended to takes their dtype. It was computed in that
+    of autocast and goes back to it without loss: else a single block would widen all that it puts beside it."""
+    return attended.to(_computed_in(attended))
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
