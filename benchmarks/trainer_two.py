@@ -31,9 +31,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.trainer import BF16, CHECKPOINTING, COMMON, SIDE, WORLD, WORLDS, apart  # noqa: E402
 from benchmarks.trainer_side import of_rank  # noqa: E402
 
-STEPS, HALF, TIMED, BATCH = 12, 6, 24, 4
+STEPS, HALF, BATCH, WARM = 12, 6, 4, 4
+TIMED = {BATCH: 32, 16: 16}  # steps at so many pictures a process
 FLOAT32 = f"--mixed_precision no --optimizer_type AdamW {CHECKPOINTING} --save_precision float"
-HALVES, ACCUMULATED = f"{BF16} {CHECKPOINTING} --train_batch_size {BATCH}", "--gradient_accumulation_steps 2"
+HALVES = f"{BF16} {CHECKPOINTING} --meter_every_n_steps 0 --train_batch_size"
+ACCUMULATED = "--gradient_accumulation_steps 2"
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,10 @@ class Bench:
 
     def rate(self, name: str) -> dict[str, Any]:
         record = json.loads(self.record(name).read_text())
-        steps = [b - a for a, b in itertools.pairwise(record["times"])]
-        return {"s_per_step": statistics.median(steps[len(steps) // 2 :]), "peak_gib": record["peak_training"] / 2**30,
-                "device": record["device"]}  # fmt: skip
+        steps = [b - a for a, b in itertools.pairwise(record["times"])][WARM:-1]  # the last is told at once
+        return {"s_per_step": statistics.mean(steps), "spread": statistics.stdev(steps),
+                "steps_s": [round(step, 4) for step in steps],
+                "peak_gib": record["peak_training"] / 2**30, "device": record["device"]}  # fmt: skip
 
     def end(self, run: Run) -> dict[str, Any]:
         """SIGTERM at the launcher, and what comes of it; then the printed command."""
@@ -184,15 +187,20 @@ def in_float32(bench: Bench, keep: Keep) -> None:
 
 def in_bf16(bench: Bench, keep: Keep) -> None:
     """Pictures a second, and losses."""
-    bench.run(Run("alone_bf16", 1, HALVES, 1024, TIMED))
-    bench.run(Run("two_bf16", 2, HALVES, 1024, TIMED))
-    rates = {name: bench.rate(f"{name}_bf16") for name in ("alone", "two")}
-    keep(f"one and two, batch {BATCH} each", rates)
-    keep("pictures a second, of one's", 2 * rates["alone"]["s_per_step"] / rates["two"]["s_per_step"])
-    bench.run(
-        Run("one_bf16", 1, f"{HALVES} {ACCUMULATED}", 1024),
-        Run("again_bf16", 1, f"{HALVES} {ACCUMULATED}", 1024, gpu=1),
-    )
+    for batch, steps in TIMED.items():
+        options = f"{HALVES} {batch}"
+        bench.run(Run(f"alone{batch}", 1, options, 1024, steps))
+        bench.run(Run(f"two{batch}", 2, options, 1024, steps))
+        bench.run(Run(f"beside{batch}", 1, options, 1024, steps), Run(f"other{batch}", 1, options, 1024, steps, gpu=1))
+        rates = {who: bench.rate(f"{who}{batch}") for who in ("alone", "two", "beside", "other")}
+        keep(f"batch {batch} each", rates)
+        alone, two, *apart = (rate["s_per_step"] for rate in rates.values())
+        keep(f"batch {batch} each, pictures a second of one's", {
+            "two processes": 2 * alone / two, "two trainings side by side": sum(alone / s for s in apart)
+        })  # fmt: skip
+    options = f"{HALVES} {BATCH} {ACCUMULATED}"
+    bench.run(Run("one_bf16", 1, options, 1024), Run("again_bf16", 1, options, 1024, gpu=1))
+    bench.run(Run("two_bf16", 2, f"{HALVES} {BATCH}", 1024))
     keep("losses, bf16: one process twice", bench.losses_apart("again_bf16", "one_bf16"))
     keep("losses, bf16: two processes and one", bench.losses_apart("two_bf16", "one_bf16"))
 
