@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from library.estimate import page, pretending
+from library.estimate import page, phases, pretending
 from library.estimate.ledger import BLOCK, Ledger, Rates
 from library.models import sd
+from library.models.family import TILE, Family
+from library.options.parse import parse
+from library.training import given
+from library.training.state import Length
 from tests import small_flux, small_models, small_omnigen
 from tests.conftest import arguments, loaded, reset_accelerator
 
@@ -112,6 +117,34 @@ def test_families(kind, photos, tmp_path, monkeypatch, fresh_accelerator, capsys
     with caplog.at_level("INFO"):
         assert train_network_deft.main(given) == 0
     assert f"training {told} parameters" in caplog.text
+
+
+def test_samples_are_told_whole_and_in_tiles(model_folder, photos, tmp_path, monkeypatch):
+    """What decides is what is needed: that of a picture that is decoded in tiles from the start."""
+    found = {}
+    for size, in_tiles in ((1024, False), (1024, True), (64, False)):
+        (tmp_path / "p.txt").write_text(f"a cat --w {size} --h {size}")
+        options = {"sample_prompts": tmp_path / "p.txt", "sample_at_first": True, "network_dim": 2}
+        trial = parse(arguments(model_folder, photos, tmp_path, **options))
+        with monkeypatch.context() as patched:
+            if in_tiles:
+                decode = Family.decode
+
+                def short(model: Family, latents: torch.Tensor, decode: Any = decode) -> Any:
+                    model.vae.tile_latent_min_size, model.vae.tile_sample_min_size = TILE, TILE * 8
+                    model.vae.enable_tiling()
+                    return decode(model, latents)
+
+                patched.setattr(Family, "decode", short)
+            estimate = phases.estimate(trial, given.read(trial), phases.empty_model(trial), RATES, Length(1, 1))
+        (found[size, in_tiles],) = (phase for phase in estimate.phases if phase.name == phases.SAMPLES)
+    whole, tiles, small = found.values()
+    assert small.least == small.peak
+    assert whole.least < 0.6 * whole.peak
+    assert whole.least == pytest.approx(tiles.peak, rel=0.1)
+    assert sum(whole.parts.values()) == whole.least
+    operations = whole.work.operations - small.work.operations  # of a larger picture there are no more
+    assert operations == pytest.approx(0, abs=0.02 * small.work.operations)
 
 
 @pytest.mark.parametrize(

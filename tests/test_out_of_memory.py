@@ -85,7 +85,7 @@ def test_figures_are_what_the_settings_save(run, tmp_path, monkeypatch, capsys):
         patched.setattr(Losses, "__call__", fail_in_training(Losses.__call__))
         assert run(**options) == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    whole = int(re.search(r"It would take about (\d+) B", told)[1])
+    whole = int(re.search(r"It needs about (\d+) B", told)[1])
     saved = {what: int(size) for what, size in re.findall(r"(--[\w ]+?) \(saves (\d+) B\)", told)}
     assert {"--gradient_checkpointing", "--train_batch_size 1"} <= saved.keys()
     assert len(saved) <= relief.MOST

@@ -39,12 +39,13 @@ def lines(run: Run, given: Given, found: Estimate, rates: Rates | None, length: 
     yield "memory of a card, at most (what CUDA itself takes, about 0.5 GiB, is not in it)"
     for phase in found.phases:
         mark = "  <- decides" if phase is deciding else ""
-        yield f"  {phase.name:<18}{_size(phase.peak):>10}{mark}"
+        tiles = f", or {_size(phase.least)} in tiles" if phase.least < phase.peak else ""
+        yield f"  {phase.name:<18}{_size(phase.peak):>10}{tiles}{mark}"
     yield f"of {deciding.name}:"
     for what, size in deciding.parts.items():
         if size > 2**20:
             yield f"  {what:<18}{_size(size):>10}"
-    yield from _beside_the_card(deciding.peak, run, given)
+    yield from _beside_the_card(deciding.least, run, given)
     yield ""
     caches = run.data.caches
     yield f"host memory  {_size(found.host)} while the model is read, beside Python's own and this:"
@@ -97,12 +98,12 @@ def saves_of(options: SaveOptions, length: Length) -> tuple[int, int]:
     )
 
 
-def _beside_the_card(peak: int, run: Run, given: Given) -> Iterator[str]:
+def _beside_the_card(needed: int, run: Run, given: Given) -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "this machine has no CUDA card"
         return
     free, whole = torch.cuda.mem_get_info()
-    enough = peak + OF_CUDA < whole
+    enough = needed + OF_CUDA < whole
     yield f"this card has {_size(whole)}, {_size(free)} are free{'' if enough else ': TOO LITTLE'}"
     if not enough:
         names = [what for what, *_ in relief.changes(run, given)]

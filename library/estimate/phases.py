@@ -24,7 +24,7 @@ from library.data.plan import Dataset, Picture
 from library.estimate import pretending
 from library.estimate.ledger import WORKSPACE, Ledger, Rates, Work
 from library.estimate.pretending import CARD
-from library.models.family import Family, Text
+from library.models.family import TILE, Family, Text
 from library.models.loading import load
 from library.options.rooms import OptimizerOptions, Run
 from library.training import metadata
@@ -51,13 +51,15 @@ _DRAWN = 1  # steps of a sample that are looked at: the later ones are as this
 @dataclass(frozen=True)
 class Phase:
     """:param peak: bytes of the card at most, as torch's allocator counts them
-    :param parts: the same at that moment by what they are for, largest first
+    :param least: the same where the card has no more: pictures are put together of tiles then
+    :param parts: that by what it is for, largest first
     :param work: of a step; of a batch, a text or a picture
     :param times: how often that is done
     """
 
     name: str
     peak: int
+    least: int
     parts: dict[str, int]
     work: Work
     times: int
@@ -85,8 +87,8 @@ class Estimate:
 
     @property
     def deciding(self) -> Phase:
-        """The phase that takes most."""
-        return max(self.phases, key=lambda phase: phase.peak)
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.least)
 
 
 class _Process:
@@ -134,7 +136,7 @@ def estimate(
                     ledger.start()
                     with _no_bars():
                         trial.passes[name]()
-                    phases.append(_phase(name, ledger, times))
+                    phases.append(trial.phase(name, times))
                 if name in asked:
                     bar.add(1)
                 if name == PHASES[max(map(PHASES.index, asked))]:
@@ -145,14 +147,6 @@ def estimate(
         found, trial.modules, trial.parameters, trial.file, trial.state, trial.host, trial.latents_kept,
         trial.texts_kept,
     )  # fmt: skip
-
-
-def _phase(name: str, ledger: Ledger, times: int) -> Phase:
-    parts = {what: size for what, size in ledger.at_peak.items() if size > 0}
-    parts["cuBLAS"] = WORKSPACE
-    return Phase(
-        name, ledger.peak + WORKSPACE, dict(sorted(parts.items(), key=lambda one: -one[1])), ledger.work, times
-    )
 
 
 class _Trial:
@@ -182,6 +176,15 @@ class _Trial:
             model.sampler(prompt.sampler or run.samples.sample_sampler)
         self.passes = {LATENTS: self.latents, TEXTS: self.encode, TRAINING: self.step, SAMPLES: self.draw}
         self.kept: Text = {}
+        self.short: tuple[int, dict[str, int]] | None = None  # a sample's peak where memory is, and what it is made of
+
+    def phase(self, name: str, times: int) -> Phase:
+        """What the pass behind has shown."""
+        ledger = self.ledger
+        least, parts = (ledger.peak, ledger.at_peak) if self.short is None else self.short
+        shown = {**{what: size for what, size in parts.items() if size > 0}, "cuBLAS": WORKSPACE}
+        in_order = dict(sorted(shown.items(), key=lambda one: -one[1]))
+        return Phase(name, ledger.peak + WORKSPACE, least + WORKSPACE, in_order, ledger.work, times)
 
     def times(self, steps: int, drawings: int) -> tuple[int, int, int, int]:
         """How often each pass is gone through in the training."""
@@ -292,10 +295,22 @@ class _Trial:
             texts = self._texts()
             text, negative = texts([prompt.text], [inputs]), texts([prompt.negative])
             # by the family's own sampler: others compute their steps with numpy, and keep some latents at most
-            model.draw(replace(prompt, steps=steps), text, negative, None, None, inputs)
-        more = prompt.steps / steps
-        work.busy, work.operations = work.busy * more, int(work.operations * more)
-        work.flops = type(work.flops)({dtype: int(number * more) for dtype, number in work.flops.items()})
+            latents = model.drawn(replace(prompt, steps=steps), text, negative, None, None, inputs)
+            more = prompt.steps / steps
+            work.busy, work.operations = work.busy * more, int(work.operations * more)
+            work.flops = type(work.flops)({dtype: int(number * more) for dtype, number in work.flops.items()})
+            self.short = self._decoded_in_tiles(latents)
+            model.decode(latents)
+
+    def _decoded_in_tiles(self, latents: Tensor) -> tuple[int, dict[str, int]]:
+        """The peak by now, or that of one tile; what decoding it takes is not counted."""
+        ledger = self.ledger
+        drawn, work = (ledger.peak, ledger.at_peak), ledger.work
+        ledger.start()
+        self.model.decode(latents[..., :TILE, :TILE])
+        tile = ledger.peak, ledger.at_peak
+        (ledger.peak, ledger.at_peak), ledger.work = drawn, work
+        return max(drawn, tile, key=lambda one: one[0])
 
     def _latents_of(self, width: int, height: int) -> tuple[int, int, int]:
         return _latents_of(self.model, width, height)

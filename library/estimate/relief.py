@@ -107,23 +107,23 @@ def _helps(run: Run, given: Given, phase: str) -> str:
     possible, found = list(changes(run, given, phase)), []
     begin, now = time.monotonic(), 0
     try:
-        now = _peak(run, given, asked)
+        now = _needed(run, given, asked)
         for number, (what, changed, files) in enumerate(possible, 2):
             if (time.monotonic() - begin) * number / (number - 1) > SECONDS:
                 break
-            found.append((now - _peak(changed, files, asked), what))
+            found.append((now - _needed(changed, files, asked), what))
     except Exception as error:  # whatever: the message counts
         logger.debug(f"no estimate ({reason_of(error)})")
     figures = [f"{what} (saves {_told_size(size)})" for size, what in sorted(found, reverse=True) if size >= LEAST]
     others = [what for what, *_ in possible[len(found) :]]
     told = f"What would help: {', '.join([*figures, *others, 'a smaller --resolution'][:MOST])}"
-    return f"It would take about {_told_size(now)}. {told}" if now else told
+    return f"It needs about {_told_size(now)}. {told}" if now else told
 
 
 def _told_size(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _peak(run: Run, given: Given, asked: set[str]) -> int:
+def _needed(run: Run, given: Given, asked: set[str]) -> int:
     model = phases.empty_model(run)
-    return phases.estimate(run, given, model, None, Length(1, 1), asked=asked).deciding.peak
+    return phases.estimate(run, given, model, None, Length(1, 1), asked=asked).deciding.least
