@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, int, int, str]] = {  # model, pixels, GiB of the car
     "flux": ("flux", 1024, 0, SMALL),
     "flux-16-fp8_base": ("flux", 1024, 16, f"{SMALL} --fp8_base"),
     "flux-16-fp8_base-8bit": ("flux", 1024, 16, f"{SMALL} --fp8_base --optimizer_type AdamW8bit"),
+    "flux-16-fp8_base-offload": ("flux", 1024, 16, f"{SMALL} --fp8_base --cpu_offload_checkpointing"),
     "flux-16-fp8_base-swap": ("flux", 1024, 16, f"{SMALL} --fp8_base --blocks_to_swap 4"),
     "flux-16-int8-swap": ("flux", 1024, 16, f"{SMALL} --quantize_base int8 --blocks_to_swap 4"),
     "flux-12-nf4": ("flux", 1024, 12, f"{SMALL} --quantize_base nf4"),

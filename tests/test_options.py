@@ -15,7 +15,7 @@ from networks.deft_config import DeftError
 
 NEEDED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--output_dir", "o"]
 ACCEPTED = [option for option in OPTIONS if option.status in ("always", "no effect")]
-NOT_HONOURED = [option for option in OPTIONS if option.status in ("refused", "to come")]
+NOT_HONOURED = [option for option in OPTIONS if option.status == "refused"]
 
 
 def given(option) -> list[str]:
@@ -65,9 +65,8 @@ def test_every_honoured_option_reaches_a_room():
     honoured = {option.name for option in OPTIONS if not option.status}
     one_choice = {option.name for option in OPTIONS if len(option.choices) == 1} - set(reached)
     on_the_way = {"config_file", "dynamo_backend", "network_dropout", "base_weights_multiplier", "training_comment",
-                  "use_8bit_adam",
-                  "use_lion_optimizer", "full_bf16", "full_fp16", "fp8_base_unet", "output_config",
-                  "caption_extention", "network_module",
+                  "use_8bit_adam", "use_lion_optimizer", "compile", "full_bf16", "full_fp16",
+                  "fp8_base_unet", "output_config", "caption_extention", "network_module",
                   *(option.name for option in OPTIONS if str(option.metadata).startswith("modelspec."))}  # fmt: skip
     assert set(reached) - {"recorded", "settings", "arguments"} == honoured - on_the_way - one_choice | in_the_file
     assert parse([*NEEDED, "--training_comment", "x"]).recorded["ss_training_comment"] == "x"

@@ -20,7 +20,7 @@ def _without_figures(monkeypatch):
     def fail(*_):
         raise ValueError("no estimate here")
 
-    monkeypatch.setattr(relief, "_peak", fail)
+    monkeypatch.setattr(relief, "_needed", fail)
 
 
 @pytest.mark.usefixtures("_without_figures")

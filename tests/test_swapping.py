@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from types import SimpleNamespace
@@ -99,6 +100,39 @@ def test_gradients_are_those_of_a_model_that_stays(family, options, number, fold
         assert max(away.turns.values()) <= 3 * 2 + 1  # loaded for each pass of each step, and no more often
 
 
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [*((family, {"blocks_to_swap": number}) for family in FAMILIES for number in (0, 2)),
+     ("flux", {"torch_compile": "aot_eager"})],
+    ids=str,
+)  # fmt: skip
+def test_gradients_are_those_of_checkpoints_that_stay(family, more, folders, away, monkeypatch):
+    """To the bit; and of what blocks compute, their inputs alone are kept, in the host's memory."""
+    wanted = backward(*placed(folders(family), {}, gradient_checkpointing=True, **more))
+    kept, save = [], families.save_on_cpu
+
+    def counted(**given: Any) -> Any:
+        context = save(**given)
+        pack = context.pack_hook
+        context.pack_hook = lambda tensor: kept.append(tensor.shape) or pack(tensor)
+        return context
+
+    monkeypatch.setattr(families, "save_on_cpu", counted)
+    options = {"gradient_checkpointing": True, "cpu_offload_checkpointing": True, **more}
+    model, network = placed(folders(family), {}, **options)
+    seen: list[torch.Size] = []
+    for block in swapping.blocks_of(model.denoiser):
+        block.register_forward_pre_hook(
+            lambda _, given, named: seen.extend(one.shape for one in (*given, *named.values()) if torch.is_tensor(one)),
+            with_kwargs=True,
+        )
+    found = backward(model, network)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    assert len(kept) > 0
+    assert {shape for shape in kept if len(shape) == 3} <= set(seen)
+
+
 def test_what_is_drawn_without_gradients_is_the_same(folders, away):
     """Between steps as well, when other blocks follow each other than the last time."""
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([40.0])
@@ -144,9 +178,11 @@ def test_mistakes_are_told(folders, photos, tmp_path, capsys, caplog, monkeypatc
     few: dict[str, Any] = {"max_train_steps": 1, "network_train_unet_only": True}
     assert train_network_deft.main(arguments(folders("sd15"), photos, tmp_path, blocks_to_swap=2, **few)) == 2
     assert "--blocks_to_swap needs --gradient_checkpointing" in capsys.readouterr().err
-    few |= {"gradient_checkpointing": True}
+    few |= {"cpu_offload_checkpointing": True}
     with caplog.at_level(logging.WARNING):
         assert train_network_deft.main(arguments(folders("sd15"), photos, tmp_path, blocks_to_swap=2, **few)) == 0
+    assert "--cpu_offload_checkpointing: --gradient_checkpointing is on with it" in caplog.text
+    assert "--cpu_offload_checkpointing: no effect on cpu" in caplog.text
     assert "--blocks_to_swap: no effect on cpu" in caplog.text
     monkeypatch.setattr(families, "_SHARED", ())
     reset_accelerator()
@@ -172,21 +208,39 @@ def test_flux_counts_as_sd_scripts_does(number):
         spread(units, 39)
 
 
+def training_peak(folder, photos, tmp_path, **options) -> tuple[int, list[int]]:
+    """What --dry_run says of FLUX.1's, and the sizes of the blocks that are swapped, in bytes."""
+    argv = arguments(
+        folder, photos, tmp_path, gradient_checkpointing=True, network_dim=2, mixed_precision="bf16",
+        cache_text_encoder_outputs=True, network_train_unet_only=True, max_train_steps=1, **options,
+    )  # fmt: skip
+    run = parse(argv)
+    model = phases.empty_model(run)
+    blocks = spread(model.swappable(), run.model.blocks_to_swap)
+    found = phases.estimate(run, given.read(run), model, None, Length(1, 1), asked=[phases.TRAINING])
+    return found.deciding.peak, sorted(sum(p.nbytes for p in block.parameters()) for block in blocks)
+
+
 def test_a_dry_run_knows_what_is_saved(photos, folders, tmp_path):
     """Of the weights, all but one or two blocks of those that are swapped."""
-    peaks = []
-    for number in (0, 4):
-        argv = arguments(
-            folders("flux"), photos, tmp_path, gradient_checkpointing=True, blocks_to_swap=number, network_dim=2,
-            mixed_precision="bf16", cache_text_encoder_outputs=True, network_train_unet_only=True, max_train_steps=1,
-        )  # fmt: skip
-        run = parse(argv)
-        model = phases.empty_model(run)
-        sizes = sorted(sum(p.nbytes for p in block.parameters()) for block in spread(model.swappable(), number))
-        length = Length(run.loop.max_train_steps, 1)
-        found = phases.estimate(run, given.read(run), model, None, length, asked=[phases.TRAINING])
-        peaks.append(found.deciding.peak)
-    assert sum(sizes[:-2]) <= peaks[0] - peaks[1] <= sum(sizes)
+    (stays, _), (swapped, sizes) = (
+        training_peak(folders("flux"), photos, tmp_path, blocks_to_swap=number) for number in (0, 4)
+    )
+    assert sum(sizes[:-2]) <= stays - swapped <= sum(sizes)
+
+
+def test_checkpoints_that_wait_take_no_room(photos, folders, tmp_path):
+    """Of pictures so large that these are most of what a step takes: a block's input is all that is there of them."""
+    large = {"resolution": 1024, "t5xxl_max_token_length": 12}
+    stays, waits = (
+        training_peak(folders("flux"), photos, tmp_path, cpu_offload_checkpointing=away, **large)[0]
+        for away in (None, True)
+    )
+    config = json.loads((folders("flux") / "transformer" / "config.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    blocks = config["num_layers"] + config["num_single_layers"]
+    one = 2 * width * (64 * 64 + 12)
+    assert 0.95 * (blocks - 2) * one <= stays - waits <= blocks * one
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

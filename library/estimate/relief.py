@@ -84,6 +84,8 @@ def changes(run: Run, given: Given, phase: str = phases.TRAINING) -> Iterator[tu
         half = len(phases.empty_model(run).swappable()) // 2
     if half:
         yield f"--blocks_to_swap {half}", replace(run, model=replace(model, blocks_to_swap=half)), given
+    if model.gradient_checkpointing and not model.cpu_offload_checkpointing:
+        yield "--cpu_offload_checkpointing", replace(run, model=replace(model, cpu_offload_checkpointing=True)), given
     changing = any(subset.captions.changing for dataset in run.data.datasets for subset in dataset.subsets)
     may_keep = not (caches.cache_text_encoder_outputs or changing or network.network_train_text_encoder_only)
     if may_keep and outline_of(run.model).encoders:

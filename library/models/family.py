@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.hooks import apply_layerwise_casting
 from PIL import Image
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from library.models.compiling import compile_blocks
@@ -193,6 +194,8 @@ class Family(ABC):
         """
         parts = [self.denoiser, *(self.text_encoders if encoders else ())]
         checkpointing: Any = _checkpointed
+        if self.options.torch_compile:
+            checkpointing = functools.partial(checkpoint, use_reentrant=False)  # the same graph both times
         for part in parts:
             nn.Module.to(part, dtype=dtype)  # transformers hides its signature
             if part is self.denoiser and (self.options.fp8_base or self.options.quantize_base):
@@ -203,21 +206,28 @@ class Family(ABC):
                 checkpointing = functools.partial(_swapped_or_not, Swapping(part, waiting, device))
             else:
                 nn.Module.to(part, device)
+            if part is self.denoiser and self._checkpoints_wait(device):
+                checkpointing = functools.partial(_kept_by_the_host, checkpointing)
         if self.options.xformers:
             try:
                 self.denoiser.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
             except Exception as error:  # not installed, not for this torch or device
                 logger.warning(f"--xformers: torch's own attention is used instead ({reason_of(error)})")
         if self.options.gradient_checkpointing:
-            anew = functools.partial(checkpoint, use_reentrant=False)  # the same graph both times
             for part in parts:
                 part.train()
                 if hasattr(part, "enable_gradient_checkpointing"):
-                    part.enable_gradient_checkpointing(anew if self.options.torch_compile else checkpointing)
+                    part.enable_gradient_checkpointing(checkpointing)
                 else:
                     part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.options.torch_compile:
             compile_blocks(self.denoiser, self.options.torch_compile)
+
+    def _checkpoints_wait(self, device: torch.device) -> bool:
+        """Whether --cpu_offload_checkpointing has an effect."""
+        if self.options.cpu_offload_checkpointing and device.type in _SHARED:
+            logger.warning(f"--cpu_offload_checkpointing: no effect on {device.type}, whose memory is the host's")
+        return self.options.cpu_offload_checkpointing and device.type not in _SHARED
 
     def _waiting(self, device: torch.device) -> list[nn.Module]:
         """The blocks of --blocks_to_swap."""
@@ -280,6 +290,12 @@ class Family(ABC):
     ) -> Image.Image:
         """One picture; parameters as `drawn` has them."""
         return self.decode(self.drawn(prompt, text, negative, sampler, bar, inputs))
+
+
+def _kept_by_the_host(checkpointing: Any, block: nn.Module, *given: Any) -> Any:
+    """A checkpoint whose inputs are in the host's memory until the backward pass."""
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpointing(block, *given)
 
 
 def _swapped_or_not(swapping: Swapping, block: nn.Module, *given: Any) -> Any:

@@ -33,7 +33,7 @@ class Option:
     :param check: of each value
     :param metadata: the name of the field, `ss_...`
     :param status: "" where it is honoured; "always" where it asks for what is done anyway; "no effect" where what is
-        trained is the same without it; "refused" or "to come"
+        trained is the same without it; "refused"
     """
 
     name: str
@@ -96,10 +96,6 @@ def no_effect(reason: str, name: str, kind: Any) -> Option:
 
 def refused(reason: str, *names: str, switch: bool = False, many: bool = False) -> list[Option]:
     return not_honoured("refused", bool if switch else str, reason, *names, many=many)
-
-
-def to_come(reason: str, *names: str, switch: bool = False, many: bool = False) -> list[Option]:
-    return not_honoured("to come", bool if switch else str, reason, *names, many=many)
 
 
 def number_or_pair(value: Any) -> tuple[int, int]:

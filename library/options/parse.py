@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _is_refused(option: Option, value: Any) -> bool:
     """Whether something is asked for that is not done here."""
-    if option.status not in ("refused", "to come") or value is None or value is False:
+    if option.status != "refused" or value is None or value is False:
         return False
     given = value if option.many else [value]
     return option.kind is bool or not all(asks_for_nothing(option.name, one) for one in given)
@@ -136,6 +136,9 @@ def _run(values: dict[str, Any]) -> Run:
         )
         values["network_module"] = "networks.deft"
     values["optimizer_type"] = _optimizer_type(values)
+    if values["cpu_offload_checkpointing"] and not values["gradient_checkpointing"]:
+        logger.warning("--cpu_offload_checkpointing: --gradient_checkpointing is on with it, as in sd-scripts")
+        values["gradient_checkpointing"] = True
     values["text_encoder_lr"] = values["text_encoder_lr"] or None
     recorded = {option.metadata: values[option.name] for option in OPTIONS if option.metadata}
     recorded = {key: value for key, value in recorded.items() if key.startswith("ss_") or value is not None}
@@ -155,7 +158,7 @@ def _run(values: dict[str, Any]) -> Run:
     if values["blocks_to_swap"] and not values["gradient_checkpointing"]:
         raise DeftError("--blocks_to_swap needs --gradient_checkpointing: without it, weights have to stay for the "
                         "backward pass")  # fmt: skip
-    compiled = values["torch_compile"] and values["dynamo_backend"] != "no"
+    compiled = (values["torch_compile"] or values["compile"]) and values["dynamo_backend"] != "no"
     values["torch_compile"] = values["dynamo_backend"] if compiled else None
     for name, why in _NOT_COMPILED.items():
         if compiled and values[name]:

@@ -25,6 +25,7 @@ class ModelOptions:
     fp8_base: bool = False  # or --fp8_base_unet
     quantize_base: str | None = None  # "int8", "fp8", "nf4"
     blocks_to_swap: int = 0
+    cpu_offload_checkpointing: bool = False
     torch_compile: str | None = None  # a backend, --dynamo_backend
     v2: bool = False
     v_parameterization: bool = False

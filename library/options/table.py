@@ -23,12 +23,9 @@ from library.options.option import (
     no_effect,
     refused,
     steps_or_share,
-    to_come,
 )  # fmt: skip
 
-IN_SD_SCRIPTS = "not here yet; sd-scripts has it, with --network_module networks.deft"
 LORA_MODULES = ("networks.lora", "networks.lora_flux")  # whose configurations are trained with networks.deft
-_MEMORY = "small cards and speed are to come; sd-scripts has it, with --network_module networks.deft"
 _DEEPSPEED = "DeepSpeed is not used here; several GPUs train by accelerate launch"
 _HUB = "nothing is sent to or fetched from a hub here; upload the file yourself"
 
@@ -486,7 +483,14 @@ OPTIONS: list[Option] = [
             check=AT_LEAST_0,
             metadata="ss_blocks_to_swap",
         ),
+        Option(
+            "cpu_offload_checkpointing",
+            bool,
+            False,
+            "keep in the host's memory what --gradient_checkpointing keeps of the denoiser",
+        ),
         Option("torch_compile", bool, False, "compile the denoiser's blocks: faster steps after minutes of waiting"),
+        Option("compile", bool, False, "the same here"),
         Option(
             "dynamo_backend",
             str,
@@ -497,7 +501,6 @@ OPTIONS: list[Option] = [
         Option("cuda_allow_tf32", bool, False, "matrix products in TF32, of float32 on GPUs"),
         Option("cuda_cudnn_benchmark", bool, False, "let cuDNN try which of its convolutions is fastest"),
         *refused("accelerate chooses it; hide others by the environment's CUDA_VISIBLE_DEVICES", "device"),
-        *to_come(_MEMORY, "cpu_offload_checkpointing", "compile", switch=True),
         no_effect("files are read as safetensors reads them", "disable_mmap_load_safetensors", bool),
         *always(
             "the adapter's gradients alone go between processes, all in one piece",
