@@ -194,9 +194,9 @@ def in_bf16(bench: Bench, keep: Keep) -> None:
         bench.run(Run(f"beside{batch}", 1, options, 1024, steps), Run(f"other{batch}", 1, options, 1024, steps, gpu=1))
         rates = {who: bench.rate(f"{who}{batch}") for who in ("alone", "two", "beside", "other")}
         keep(f"batch {batch} each", rates)
-        alone, two, *apart = (rate["s_per_step"] for rate in rates.values())
+        alone, two, *others = (rate["s_per_step"] for rate in rates.values())
         keep(f"batch {batch} each, pictures a second of one's", {
-            "two processes": 2 * alone / two, "two trainings side by side": sum(alone / s for s in apart)
+            "two processes": 2 * alone / two, "two trainings side by side": sum(alone / s for s in others)
         })  # fmt: skip
     options = f"{HALVES} {BATCH} {ACCUMULATED}"
     bench.run(Run("one_bf16", 1, options, 1024), Run("again_bf16", 1, options, 1024, gpu=1))

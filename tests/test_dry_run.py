@@ -15,12 +15,15 @@ from library.estimate.ledger import BLOCK, Ledger, Rates
 from library.models import sd
 from library.models.family import TILE, Family
 from library.options.parse import parse
+from library.options.rooms import Run
 from library.training import given
 from library.training.state import Length
 from tests import small_flux, small_models, small_omnigen
 from tests.conftest import arguments, loaded, reset_accelerator
 
 RATES = Rates({torch.float32: 1e12}, 1e12, 1e6)
+FEW = {"network_dim": 2, "network_train_unet_only": True,
+       "network_args": ["network_reg_dims=down_blocks=0,up_blocks=0"]}  # fmt: skip
 
 
 def test_bytes_of_a_network_that_can_be_counted_by_hand():
@@ -122,9 +125,9 @@ def test_families(kind, photos, tmp_path, monkeypatch, fresh_accelerator, capsys
 def test_samples_are_told_whole_and_in_tiles(model_folder, photos, tmp_path, monkeypatch):
     """What decides is what is needed: that of a picture that is decoded in tiles from the start."""
     found = {}
-    for size, in_tiles in ((1024, False), (1024, True), (64, False)):
-        (tmp_path / "p.txt").write_text(f"a cat --w {size} --h {size}")
-        options = {"sample_prompts": tmp_path / "p.txt", "sample_at_first": True, "network_dim": 2}
+    for size, in_tiles in ((768, False), (768, True), (64, False)):
+        (tmp_path / "p.txt").write_text(f"a cat --w {size} --h {size} --s 2")
+        options = FEW | {"sample_prompts": tmp_path / "p.txt", "sample_at_first": True}
         trial = parse(arguments(model_folder, photos, tmp_path, **options))
         with monkeypatch.context() as patched:
             if in_tiles:
@@ -136,15 +139,44 @@ def test_samples_are_told_whole_and_in_tiles(model_folder, photos, tmp_path, mon
                     return decode(model, latents)
 
                 patched.setattr(Family, "decode", short)
-            estimate = phases.estimate(trial, given.read(trial), phases.empty_model(trial), RATES, Length(1, 1))
-        (found[size, in_tiles],) = (phase for phase in estimate.phases if phase.name == phases.SAMPLES)
+            found[size, in_tiles] = of_samples(trial)
     whole, tiles, small = found.values()
     assert small.least == small.peak
     assert whole.least < 0.6 * whole.peak
     assert whole.least == pytest.approx(tiles.peak, rel=0.1)
     assert sum(whole.parts.values()) == whole.least
-    operations = whole.work.operations - small.work.operations  # of a larger picture there are no more
-    assert operations == pytest.approx(0, abs=0.02 * small.work.operations)
+
+
+def of_samples(run: Run) -> phases.Phase:
+    estimate = phases.estimate(
+        run, given.read(run), phases.empty_model(run), RATES, Length(1, 1), asked=[phases.SAMPLES]
+    )
+    (found,) = (phase for phase in estimate.phases if phase.name == phases.SAMPLES)
+    return found
+
+
+def test_a_samples_steps_are_many_and_its_texts_and_its_decoding_one(model_folder, photos, tmp_path, monkeypatch):
+    """Of a picture without steps, what is left is what the text encoder and the VAE have to do."""
+    operations = []
+    for steps in (1, 3):
+        (tmp_path / "p.txt").write_text(f"a cat --w 1024 --h 1024 --s {steps}")
+        options = FEW | {"sample_prompts": tmp_path / "p.txt", "sample_at_first": True}
+        operations.append(of_samples(parse(arguments(model_folder, photos, tmp_path, **options))).work.operations)
+    one, three = operations
+    a_step = (three - one) / 2
+    alone = []
+    model = loaded(model_folder)
+    for does in (lambda: model.decode(torch.zeros(1, 4, 128, 128)), lambda: model.encode_text([""])):
+        counted = Ledger(RATES)
+        with pretending.card(), counted, torch.no_grad():
+            for part in (model.vae, *model.text_encoders):
+                pretending.filled(part, pretending.CARD)
+            monkeypatch.setattr(model.pipeline.image_processor, "postprocess", phases._not_shown)
+            counted.start()
+            does()
+        alone.append(counted.work.operations)
+    assert a_step > sum(alone)
+    assert one - a_step >= alone[0] + 2 * alone[1]
 
 
 @pytest.mark.parametrize(

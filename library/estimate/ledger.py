@@ -38,6 +38,14 @@ class Work:
     operations: int = 0
     busy: float = 0.0
 
+    def add(self, other: Work, times: float) -> None:
+        """What is done so often."""
+        for dtype, number in other.flops.items():
+            self.flops[dtype] += int(number * times)
+        self.bytes += int(other.bytes * times)
+        self.operations += int(other.operations * times)
+        self.busy += other.busy * times
+
 
 @dataclass(frozen=True)
 class Rates:

@@ -289,16 +289,15 @@ class _Trial:
         model.vae.to(CARD)
         self.ledger.claim("VAE", _tensors(model.vae))
         inputs = [torch.zeros(*self._latents_of(prompt.width, prompt.height), device=CARD) for _ in prompt.inputs]
-        work = self.ledger.work
         finished = mock.patch.object(model.pipeline.image_processor, "postprocess", _not_shown)
         with torch.no_grad(), process.autocast(), finished:
             texts = self._texts()
             text, negative = texts([prompt.text], [inputs]), texts([prompt.negative])
+            once, self.ledger.work = self.ledger.work, Work()
             # by the family's own sampler: others compute their steps with numpy, and keep some latents at most
             latents = model.drawn(replace(prompt, steps=steps), text, negative, None, None, inputs)
-            more = prompt.steps / steps
-            work.busy, work.operations = work.busy * more, int(work.operations * more)
-            work.flops = type(work.flops)({dtype: int(number * more) for dtype, number in work.flops.items()})
+            once.add(self.ledger.work, prompt.steps / steps)
+            self.ledger.work = once
             self.short = self._decoded_in_tiles(latents)
             model.decode(latents)
 

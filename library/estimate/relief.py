@@ -23,7 +23,8 @@ from networks.deft_config import reason_of
 
 logger = logging.getLogger(__name__)
 
-_TOLD = ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough")
+_TOLD = ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough",
+         "CUDA error: out of memory")  # fmt: skip  # the last: of the host's, that is locked for a card
 MOST = 3  # settings that are named
 LEAST = 2**26  # bytes that are worth it
 SECONDS = 50.0  # that figures may take
@@ -45,8 +46,8 @@ def told(run: Run, given: Given, phase: str, saved: Callable[[], str]) -> Iterat
         line = f"out of memory while {phase}; {saved()}"
         if not start.is_main_process():
             raise TrainingStopped(line) from None
-        reason = reason_of(error)
-    raise TrainingStopped(f"{line}. {_helps(run, given, phase)} ({reason})")
+        reason, of_card = reason_of(error), isinstance(error, torch.OutOfMemoryError)
+    raise TrainingStopped(f"{line}. {_helps(run, given, phase, of_card)} ({reason})")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -54,9 +55,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(line in str(error) for line in _TOLD)
 
 
-def changes(run: Run, given: Given, phase: str = phases.TRAINING) -> Iterator[tuple[str, Run, Given]]:
+def changes(
+    run: Run, given: Given, phase: str = phases.TRAINING, of_card: bool = True
+) -> Iterator[tuple[str, Run, Given]]:
     """Settings that are not in use, go together with the others and take less memory in a phase: what saves most
-    usually comes first. Each with what it makes of the options and files."""
+    usually comes first. Each with what it makes of the options and files.
+
+    :param of_card: whether the memory is a card's: else the host's is no other
+    """
     model, process, caches, network = run.model, run.process, run.data.caches, run.network
 
     def cached(**to: Any) -> Run:
@@ -80,11 +86,11 @@ def changes(run: Run, given: Given, phase: str = phases.TRAINING) -> Iterator[tu
     if process.mixed_precision != "no" and not (model.fp8_base or model.quantize_base or model.torch_compile):
         yield "--fp8_base", replace(run, model=replace(model, fp8_base=True)), given
     half = 0
-    if model.gradient_checkpointing and not (model.blocks_to_swap or model.torch_compile):
+    if of_card and model.gradient_checkpointing and not (model.blocks_to_swap or model.torch_compile):
         half = len(phases.empty_model(run).swappable()) // 2
     if half:
         yield f"--blocks_to_swap {half}", replace(run, model=replace(model, blocks_to_swap=half)), given
-    if model.gradient_checkpointing and not model.cpu_offload_checkpointing:
+    if of_card and model.gradient_checkpointing and not model.cpu_offload_checkpointing:
         yield "--cpu_offload_checkpointing", replace(run, model=replace(model, cpu_offload_checkpointing=True)), given
     changing = any(subset.captions.changing for dataset in run.data.datasets for subset in dataset.subsets)
     may_keep = not (caches.cache_text_encoder_outputs or changing or network.network_train_text_encoder_only)
@@ -101,12 +107,12 @@ def changes(run: Run, given: Given, phase: str = phases.TRAINING) -> Iterator[tu
         yield "--optimizer_type AdamW8bit", replace(run, optimizer=eight), given
 
 
-def _helps(run: Run, given: Given, phase: str) -> str:
+def _helps(run: Run, given: Given, phase: str, of_card: bool) -> str:
     """What would save most; without figures where they cannot be had, or not in `SECONDS`."""
     asked = {phase if phase in phases.PHASES else phases.TRAINING}
     if phases.TRAINING in asked and given.samples:
         asked.add(phases.SAMPLES)
-    possible, found = list(changes(run, given, phase)), []
+    possible, found = list(changes(run, given, phase, of_card)), []
     begin, now = time.monotonic(), 0
     try:
         now = _needed(run, given, asked)

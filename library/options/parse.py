@@ -137,7 +137,7 @@ def _run(values: dict[str, Any]) -> Run:
         values["network_module"] = "networks.deft"
     values["optimizer_type"] = _optimizer_type(values)
     if values["cpu_offload_checkpointing"] and not values["gradient_checkpointing"]:
-        logger.warning("--cpu_offload_checkpointing: --gradient_checkpointing is on with it, as in sd-scripts")
+        logger.warning("--cpu_offload_checkpointing: --gradient_checkpointing is on with it")
         values["gradient_checkpointing"] = True
     values["text_encoder_lr"] = values["text_encoder_lr"] or None
     recorded = {option.metadata: values[option.name] for option in OPTIONS if option.metadata}
@@ -158,8 +158,11 @@ def _run(values: dict[str, Any]) -> Run:
     if values["blocks_to_swap"] and not values["gradient_checkpointing"]:
         raise DeftError("--blocks_to_swap needs --gradient_checkpointing: without it, weights have to stay for the "
                         "backward pass")  # fmt: skip
-    compiled = (values["torch_compile"] or values["compile"]) and values["dynamo_backend"] != "no"
-    values["torch_compile"] = values["dynamo_backend"] if compiled else None
+    backend = values["dynamo_backend"]
+    if values["compile"] and backend == "no":  # which is --torch_compile's, and in every file of the GUI's
+        backend = "inductor"
+    compiled = (values["torch_compile"] or values["compile"]) and backend != "no"
+    values["torch_compile"] = backend if compiled else None
     for name, why in _NOT_COMPILED.items():
         if compiled and values[name]:
             raise DeftError(f"--torch_compile and --{name} do not go together: {why}")
