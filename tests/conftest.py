@@ -32,10 +32,26 @@ def _seeded():
     torch.manual_seed(0)
 
 
+DEPTHS = (1, 4)  # layers of a block of the small model's U-Net, and of its text encoder: time goes by their number
+TEXT, UNET = 24, 120  # of them that are adapted
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     tiny_model = pytest.importorskip("library.world.tiny_model")
-    return tiny_model.build(tmp_path_factory.mktemp("model"))
+    return tiny_model.build(tmp_path_factory.mktemp("model"), depths=DEPTHS)
+
+
+@pytest.fixture(scope="session")
+def whole_folder(tmp_path_factory) -> Path:
+    """With as many layers as Stable Diffusion 1.5."""
+    tiny_model = pytest.importorskip("library.world.tiny_model")
+    return tiny_model.build(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def whole(whole_folder):
+    return loaded(whole_folder)
 
 
 @pytest.fixture

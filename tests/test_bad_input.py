@@ -136,7 +136,7 @@ BAD_INPUT = {
     ),
     "v2 with a model of 1.x": (None, {"v2": True}, "is of Stable Diffusion 1.x; leave the option out"),
     "v2 with SDXL": (folder_of("StableDiffusionXLPipeline"), MODEL | {"v2": True}, "is SDXL; leave the option out"),
-    "a layer that is not there": (None, {"clip_skip": 13}, "--clip_skip=13: the text encoder has 12 layers"),
+    "a layer that is not there": (None, {"clip_skip": 13}, "--clip_skip=13: the text encoder has 4 layers"),
     "no layer": (None, {"clip_skip": 0}, "--clip_skip=0: must be at least 1"),
     "another length": (None, {"max_token_length": 100}, "--max_token_length: invalid choice: 100"),
     "no VAE": (None, {"vae": "nowhere.safetensors"}, "--vae nowhere.safetensors: no such file or folder"),

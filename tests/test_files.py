@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from networks import deft
 from networks.deft_config import DeftError
-from tests.conftest import deltas, largest_error, network_of, relative_error
+from tests.conftest import TEXT, UNET, deltas, largest_error, network_of, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {None: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -136,24 +136,24 @@ def test_pad_false_keeps_each_layers_rank(model, tmp_path):
     assert all(tensors[f"{k.split('.')[0]}.alpha"] == t.shape[0] for k, t in tensors.items() if "lora_down" in k)
 
 
-def test_loads_in_diffusers_with_every_module_and_the_same_output(model, tmp_path):
+def test_loads_in_diffusers_with_every_module_and_the_same_output(whole, tmp_path):
     from library import sampling
     from library.prompts import Prompt
 
     prompts = [Prompt("sks cat", width=128, height=128, seed=3, guidance=2.0, steps=3)]
-    base = sampling.draw(model.pipeline, prompts)[0]
-    network = network_of(model, conv_dim="2", dim=8, alpha=8)
-    wanted, ours = deltas(network), sampling.draw(model.pipeline, prompts)[0]
+    base = sampling.draw(whole.pipeline, prompts)[0]
+    network = network_of(whole, conv_dim="2", dim=8, alpha=8)
+    wanted, ours = deltas(network), sampling.draw(whole.pipeline, prompts)[0]
     file = save(network, tmp_path)
     network.remove()
-    model.pipeline.load_lora_weights(str(tmp_path), weight_name=Path(file).name)
-    drawn = sampling.draw(model.pipeline, prompts)[0]
+    whole.pipeline.load_lora_weights(str(tmp_path), weight_name=Path(file).name)
+    drawn = sampling.draw(whole.pipeline, prompts)[0]
     pixels = [torch.tensor(list(image.tobytes()), dtype=torch.float32) for image in (base, ours, drawn)]
     assert (pixels[2] - pixels[1]).abs().max() < 2
     assert (pixels[1] - pixels[0]).abs().max() > 10  # the adapter is seen at all
     found = 0
     by_layer = {m.org_module: m.lora_name for m in network.all_modules}
-    for part in (model.denoiser, *model.text_encoders):
+    for part in (whole.denoiser, *whole.text_encoders):
         for layer in part.modules():
             if hasattr(layer, "get_delta_weight"):
                 delta = layer.get_delta_weight(layer.active_adapters[0]).flatten(1)
@@ -162,9 +162,9 @@ def test_loads_in_diffusers_with_every_module_and_the_same_output(model, tmp_pat
     assert found == len(network.all_modules)
 
 
-def test_no_layer_outside_of_the_blocks_is_adapted(model, tmp_path):
+def test_no_layer_outside_of_the_blocks_is_adapted(whole, tmp_path):
     # diffusers before 0.39 drops such layers of a file; OneTrainer writes them (docs/clients.md)
-    names = {key.split(".")[0] for key in load_file(save(network_of(model, conv_dim="2"), tmp_path))}
+    names = {key.split(".")[0] for key in load_file(save(network_of(whole, conv_dim="2"), tmp_path))}
     blocks = (
         "lora_te_text_model_encoder_layers_",
         "lora_unet_down_blocks_",
@@ -208,7 +208,7 @@ def test_any_plain_lora_becomes_a_deft(model, tmp_path, form, rank, alpha):
     network = network_of(model, trained=False, **form)
     tensors = plain_lora(network, rank, alpha, random_lora)
     save_file(tensors, tmp_path / "other.safetensors")
-    assert "264 modules loaded" in str(network.load_weights(str(tmp_path / "other.safetensors")))
+    assert f"{TEXT + UNET} modules loaded" in str(network.load_weights(str(tmp_path / "other.safetensors")))
     assert largest_error(deltas(network), deltas_of_lora(tensors)) < 1e-6
     network.remove()
     again = loaded_from(str(tmp_path / "other.safetensors"), model)  # --dim_from_weights, no metadata
@@ -240,7 +240,7 @@ def test_higher_rank_is_refused_or_truncated(model, tmp_path, caplog):
     best = float(S[4:].norm() / S.norm())
     assert relative_error(deltas(cut)[name], wanted) == pytest.approx(best, rel=1e-3)
     assert f"truncated {name}: relative error {best:.2e}" in caplog.text
-    assert "264 modules truncated" in caplog.text
+    assert f"{TEXT + UNET} modules truncated" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -313,16 +313,16 @@ def test_unreadable_files_are_refused(model, tmp_path):
             network.load_weights(str(tmp_path / name))
 
 
-def test_modules_without_counterpart_are_an_error_other_halves_are_not(model, tmp_path):
-    network = network_of(model, conv_dim="2")
+def test_modules_without_counterpart_are_an_error_other_halves_are_not(whole, tmp_path):
+    network = network_of(whole, conv_dim="2")
     file = save(network, tmp_path)
     network.remove()
-    plain = network_of(model)
+    plain = network_of(whole)
     with pytest.raises(DeftError, match=r"86 of its modules have no counterpart.*conv_dim"):
         plain.load_weights(file)
     plain.remove()
-    half = deft.create_network(1.0, 4, 4, None, model.text_encoders, model.denoiser, conv_dim="2")
-    half.apply_to(model.text_encoders, model.denoiser, apply_text_encoder=False)
+    half = deft.create_network(1.0, 4, 4, None, whole.text_encoders, whole.denoiser, conv_dim="2")
+    half.apply_to(whole.text_encoders, whole.denoiser, apply_text_encoder=False)
     assert "72 of the file belong to a half that is not trained" in str(half.load_weights(file))
 
 

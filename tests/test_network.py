@@ -13,6 +13,11 @@ from networks.deft_config import DeftError
 from tests.conftest import deltas, network_of, relative_error
 
 
+@pytest.fixture
+def model(whole):
+    return whole
+
+
 def predict(model, latents, prompts=("sks cat", "a house")):
     with torch.no_grad():
         return model.predict(latents, torch.tensor([7, 700]), model.encode_text(list(prompts)), torch.zeros(2, 6))

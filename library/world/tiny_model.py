@@ -1,7 +1,8 @@
 """A small model of Stable Diffusion 1.5's architecture with random weights, for trying the trainer and for tests.
 
-Every block and layer of the real one is there, under the same names: 192 attention layers in the U-Net, 72 layers in
-the text encoder. Only the widths are small. It has learnt nothing: its images are coloured noise.
+Every block and layer of the real one is there, under the same names, unless fewer are asked for: 192 attention layers
+in the U-Net, 72 layers in the text encoder. Only the widths are small. It has learnt nothing: its images are coloured
+noise.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ VAE = {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 8, "layers_per_
 TEXT_ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "projection_dim": 64}
 
 
-def build(folder: Path, seed: int = 0) -> Path:
-    """Writes the model as a Diffusers folder in float32 (about 10 MB), the same for the same seed."""
+def build(folder: Path, seed: int = 0, depths: tuple[int, int] = (2, 12)) -> Path:
+    """Writes the model as a Diffusers folder in float32 (about 10 MB), the same for the same seed.
+
+    :param depths: how many layers a block of the U-Net has, and how many the text encoder
+    """
     transformers.logging.disable_progress_bar()
     tokenizer = clip_tokenizer.build(folder / "tokenizer")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel.from_config(_config("unet") | UNET)
+        unet = UNet2DConditionModel.from_config(_config("unet") | UNET | {"layers_per_block": depths[0]})
         vae = AutoencoderKL.from_config(_config("vae") | VAE)
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        text = CLIPTextConfig(**_config("text_encoder") | TEXT_ENCODER | ids | {"vocab_size": len(tokenizer)})
+        ids |= {"vocab_size": len(tokenizer), "num_hidden_layers": depths[1]}
+        text = CLIPTextConfig(**_config("text_encoder") | TEXT_ENCODER | ids)
         text_encoder = CLIPTextModel(text)
     StableDiffusionPipeline(
         vae=vae,
