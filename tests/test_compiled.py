@@ -294,6 +294,8 @@ def test_weights_in_fewer_bits_are_not_compiled(more):
     with pytest.raises(DeftError, match=f"--torch_compile and {more[0]} do not go together"):
         parse([*given, "--torch_compile", *more])
     assert parse([*given, *more, "--torch_compile", "--dynamo_backend", "no"]).model.torch_compile is None
+    for backend, found in ((["--dynamo_backend", "no"], "inductor"), (["--dynamo_backend", "eager"], "eager")):
+        assert parse([*given, "--compile", *backend]).model.torch_compile == found  # as in sd-scripts
 
 
 def test_a_model_without_repeated_blocks_is_told(tmp_path):

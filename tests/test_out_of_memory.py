@@ -54,6 +54,20 @@ def test_a_step_that_finds_no_memory(run, tmp_path, monkeypatch, capsys, error):
     assert not (tmp_path / "out" / "cat.safetensors").exists()
 
 
+@pytest.mark.usefixtures("_without_figures")
+@pytest.mark.parametrize("of_card", [True, False])
+def test_the_hosts_memory_is_not_relieved_by_what_goes_there(run, monkeypatch, capsys, of_card):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory") if of_card else MemoryError("cannot allocate")
+
+    monkeypatch.setattr(Losses, "__call__", fail)
+    monkeypatch.setattr(relief, "MOST", 99)
+    assert run(gradient_checkpointing=True, mixed_precision="bf16") == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    for option in ("--blocks_to_swap", "--cpu_offload_checkpointing"):
+        assert (option in told) == of_card
+
+
 def test_pictures_that_find_no_memory(run, monkeypatch, capsys):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
