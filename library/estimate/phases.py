@@ -176,7 +176,7 @@ class _Trial:
             model.sampler(prompt.sampler or run.samples.sample_sampler)
         self.passes = {LATENTS: self.latents, TEXTS: self.encode, TRAINING: self.step, SAMPLES: self.draw}
         self.kept: Text = {}
-        self.short: tuple[int, dict[str, int]] | None = None  # a sample's peak where memory is, and what it is made of
+        self.short: tuple[int, dict[str, int]] | None = None  # a sample's peak where memory is short, and its parts
 
     def phase(self, name: str, times: int) -> Phase:
         """What the pass behind has shown."""
