@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -45,6 +45,7 @@ from networks.deft_progress import Bar
 
 LATENTS, TEXTS, TRAINING, SAMPLES = "caching latents", "caching texts", "training", "samples"
 PHASES = (LATENTS, TEXTS, TRAINING, SAMPLES)
+Peak = tuple[int, dict[str, int]]  # bytes, and what for
 _DRAWN = 1  # steps of a sample that are looked at: the later ones are as this
 
 
@@ -135,8 +136,8 @@ def estimate(
                 if times and (name in asked or name != LATENTS):
                     ledger.start()
                     with _no_bars():
-                        trial.passes[name]()
-                    phases.append(trial.phase(name, times))
+                        short = trial.passes[name]()
+                    phases.append(_phase(name, ledger, short or (ledger.peak, ledger.at_peak), times))
                 if name in asked:
                     bar.add(1)
                 if name == PHASES[max(map(PHASES.index, asked))]:
@@ -147,6 +148,14 @@ def estimate(
         found, trial.modules, trial.parameters, trial.file, trial.state, trial.host, trial.latents_kept,
         trial.texts_kept,
     )  # fmt: skip
+
+
+def _phase(name: str, ledger: Ledger, short: Peak, times: int) -> Phase:
+    """:param short: the peak where memory is short"""
+    least, parts = short
+    shown = {**{what: size for what, size in parts.items() if size > 0}, "cuBLAS": WORKSPACE}
+    in_order = dict(sorted(shown.items(), key=lambda one: -one[1]))
+    return Phase(name, ledger.peak + WORKSPACE, least + WORKSPACE, in_order, ledger.work, times)
 
 
 class _Trial:
@@ -174,17 +183,13 @@ class _Trial:
         self.batch_of = _largest(given.plan)
         for prompt in given.samples:
             model.sampler(prompt.sampler or run.samples.sample_sampler)
-        self.passes = {LATENTS: self.latents, TEXTS: self.encode, TRAINING: self.step, SAMPLES: self.draw}
+        self.passes: dict[str, Callable[[], Peak | None]] = {
+            LATENTS: self.latents,
+            TEXTS: self.encode,
+            TRAINING: self.step,
+            SAMPLES: self.draw,
+        }
         self.kept: Text = {}
-        self.short: tuple[int, dict[str, int]] | None = None  # a sample's peak where memory is short, and its parts
-
-    def phase(self, name: str, times: int) -> Phase:
-        """What the pass behind has shown."""
-        ledger = self.ledger
-        least, parts = (ledger.peak, ledger.at_peak) if self.short is None else self.short
-        shown = {**{what: size for what, size in parts.items() if size > 0}, "cuBLAS": WORKSPACE}
-        in_order = dict(sorted(shown.items(), key=lambda one: -one[1]))
-        return Phase(name, ledger.peak + WORKSPACE, least + WORKSPACE, in_order, ledger.work, times)
 
     def times(self, steps: int, drawings: int) -> tuple[int, int, int, int]:
         """How often each pass is gone through in the training."""
@@ -278,8 +283,11 @@ class _Trial:
         self.ledger.claim("optimizer state", self.kept_state)
         return sum(map(_bytes, self.kept_state))
 
-    def draw(self) -> None:
-        """The largest sample, in fewer steps."""
+    def draw(self) -> Peak:
+        """The largest sample, in fewer steps.
+
+        :returns: the peak where memory is short
+        """
         model, process = self.model, self.process
         prompt = max(self.given.samples, key=lambda one: one.width * one.height)
         steps = min(_DRAWN, prompt.steps)
@@ -298,10 +306,11 @@ class _Trial:
             latents = model.drawn(replace(prompt, steps=steps), text, negative, None, None, inputs)
             once.add(self.ledger.work, prompt.steps / steps)
             self.ledger.work = once
-            self.short = self._decoded_in_tiles(latents)
+            short = self._decoded_in_tiles(latents)
             model.decode(latents)
+            return short
 
-    def _decoded_in_tiles(self, latents: Tensor) -> tuple[int, dict[str, int]]:
+    def _decoded_in_tiles(self, latents: Tensor) -> Peak:
         """The peak by now, or that of one tile; what decoding it takes is not counted."""
         ledger = self.ledger
         drawn, work = (ledger.peak, ledger.at_peak), ledger.work

@@ -33,7 +33,7 @@ class Option:
     :param check: of each value
     :param metadata: the name of the field, `ss_...`
     :param status: "" where it is honoured; "always" where it asks for what is done anyway; "no effect" where what is
-        trained is the same without it; "refused"
+        trained is the same without it; "refused" where it would change something
     """
 
     name: str
