@@ -190,7 +190,7 @@ class AdaptedLinear(torch.autograd.Function):
 
 class FrozenLayer(torch.autograd.Function):
     """A frozen layer's own forward pass, and dx, for which W is read anew: as it is kept, it may be smaller than what
-    the forward pass computes with, which would be kept in between (torchao 0.18, diffusers' layerwise casting 0.42).
+    the forward pass computes with, which would be kept in between (torchao 0.18, a cast layer by layer).
 
     Inputs: x, (..., n), or (b, n, h, w) of a convolution that pads with zeros; the layer's forward; and the layer.
     """

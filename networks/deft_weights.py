@@ -46,7 +46,7 @@ def _dequantises_itself(layer: Layer) -> bool:
 
 
 def _itself(layer: Layer) -> Tensor:
-    return layer.weight.detach().dequantize()
+    return layer.weight.dequantize()
 
 
 # whether a layer is quantised in a way, and what its weight stands for: (m, n), in the dtype that it computes in. As

@@ -18,12 +18,13 @@ from library.estimate import phases
 from library.models import family as families
 from library.models import lending, swapping
 from library.models.flux import Flux
+from library.models.quantised import PACKAGES
 from library.models.swapping import spread
 from library.options.parse import parse
 from library.training import given
 from library.training.state import Length
 from networks.deft_config import DeftError
-from tests.conftest import arguments, reset_accelerator
+from tests.conftest import arguments, relative_error, reset_accelerator
 from tests.test_fp8_base import DEVICE, backward, placed
 
 FAMILIES = ["sd15", "sdxl", "flux", "omnigen"]
@@ -289,3 +290,21 @@ def test_a_model_says_what_device_it_is_on_while_its_blocks_wait(folders, away):
         swapping.Swapping(part, swapping.blocks_of(part), DEVICE)
         assert next(part.parameters()).device == DEVICE
     assert len(swapping.blocks_of(model.text_encoders[0])) > 0
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"removal": "1"}], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_quantised_blocks_wait_in_the_memory_of_the_host(kind, options, folders):
+    """And are read there, as a save does; gradients are those of a model that stays."""
+    pytest.importorskip(PACKAGES[kind])
+    found, norms, waiting = [], [], []
+    for number in (0, 4):
+        more = {"blocks_to_swap": number, "gradient_checkpointing": True, "quantize_base": kind}
+        model, network = placed(folders("flux"), options, **more)
+        found.append(backward(model, network))
+        norms.append(network._norms_of_base().cpu())
+        waiting.append(sum(one.device.type == "cpu" for one in model.denoiser.parameters()))
+    assert waiting[0] == 0 < waiting[1]
+    assert all(relative_error(found[1][name], found[0][name]) < 1e-2 for name in found[0])
+    assert torch.equal(*norms)

@@ -11,14 +11,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from diffusers.hooks import apply_layerwise_casting
 from PIL import Image
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from library.models.compiling import compile_blocks
-from library.models.quantised import quantise, read_anew
+from library.models.quantised import keep_in_fp8, quantise, read_anew
 from library.models.swapping import Swapping, blocks_of, spread
 from library.options.rooms import ModelOptions
 from library.prompts import GUIDANCE, Prompt
@@ -29,9 +28,6 @@ from networks.deft_progress import Bar
 
 logger = logging.getLogger(__name__)
 
-# of diffusers' layers that fp8_base leaves as they are: inputs and outputs. FLUX.1's layers that modulate are inside of
-# its norms, and a seventh of it; sd-scripts casts them too
-_NOT_CAST = ("pos_embed", "patch_embed", "embed_tokens", "^proj_in$", "^proj_out$")
 _SHARED = ("cpu", "mps")  # devices whose memory is the host's
 TILE = 64  # latents a side, of what the VAE decodes at once where memory is short
 
@@ -200,8 +196,8 @@ class Family(ABC):
             nn.Module.to(part, dtype=dtype)  # transformers hides its signature
             if part is self.denoiser and (self.options.fp8_base or self.options.quantize_base):
                 read_anew(self.denoiser)
-            if part is self.denoiser and self.options.fp8_base:  # back in dtype while a layer's turn is
-                apply_layerwise_casting(part, torch.float8_e4m3fn, dtype, _NOT_CAST)
+            if part is self.denoiser and self.options.fp8_base:
+                keep_in_fp8(part, dtype)
             if part is self.denoiser and (waiting := self._waiting(device)):
                 checkpointing = functools.partial(_swapped_or_not, Swapping(part, waiting, device))
             else:

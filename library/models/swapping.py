@@ -151,6 +151,16 @@ class _Checkpointed(CheckpointFunction):
         return found
 
 
+class _Group(ModuleGroup):
+    """diffusers', whose tensors of torchao come back whole: what 0.42 puts back still says that it is on the GPU."""
+
+    def offload_(self) -> None:
+        super().offload_()
+        for parameter, kept in self.cpu_param_dict.items():
+            if parameter.device != kept.device:
+                torch.utils.swap_tensors(parameter, kept.detach())
+
+
 def group_of(block: nn.Module, device: torch.device, stream: Any) -> Group:
     """What moves a block's weights to a GPU while it computes something else. They are copied there and forgotten, not
     copied back.
@@ -162,7 +172,7 @@ def group_of(block: nn.Module, device: torch.device, stream: Any) -> Group:
             parameter.quant_state.to(device)
     leader: Any = block
     try:
-        group = ModuleGroup(
+        group = _Group(
             [block], torch.device("cpu"), device, offload_leader=leader, onload_leader=leader, stream=stream,
             record_stream=stream is not None,
         )  # fmt: skip
