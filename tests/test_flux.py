@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import FluxPipeline
 from diffusers.loaders import lora_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 import train_network_deft
 from library.models import flux
@@ -444,28 +449,41 @@ def test_timesteps_are_rounded_before_they_are_divided(small):
     assert torch.equal(seen[1], timesteps / 1000)
 
 
-def test_what_single_blocks_put_together_is_as_wide_as_it_was_computed(small):
-    """Autocast of CUDA, not of the CPU, has queries and keys in float32 behind their norms."""
-    found, widths = [], []
-    for narrowed in (True, False):
+class Autocast(TorchFunctionMode):
+    """Notes what attention is given.
+
+    :param widens: whether autocast has norms in float32, as on GPUs since torch 2.12
+    """
+
+    def __init__(self, widens: bool):
+        super().__init__()
+        self.widens, self.dtypes = widens, Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.rms_norm and self.widens and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            self.dtypes.update(one.dtype for one in (*args, *kwargs.values()) if torch.is_tensor(one))
+        return func(*args, **kwargs)
+
+
+def test_blocks_compute_in_bf16_with_any_torch(small):
+    """Attention has queries, keys and values of one dtype, and what is put beside its outcome is not widened."""
+    found = []
+    for mode in (Autocast(widens=False), Autocast(widens=True)):
         torch.manual_seed(0)
         model = loaded(small.folder, t5xxl_max_token_length=TOKENS)
         network = network_of(model)
         model.place(torch.device("cpu"), torch.bfloat16, encoders=False)
-        for block in model.denoiser.single_transformer_blocks:
-            for norm in (block.attn.norm_q, block.attn.norm_k):
-                norm.register_forward_hook(lambda _, __, normed: normed.float())
-            block.proj_out.register_forward_pre_hook(lambda _, given: widths.append(given[0].dtype))
-            if not narrowed:
-                block.attn._forward_hooks.clear()
         config = model.denoiser.config
         text = {"pooled": torch.randn(2, config.pooled_projection_dim),
                 "hidden": torch.randn(2, TOKENS, config.joint_attention_dim)}  # fmt: skip
-        with torch.autocast("cpu", torch.bfloat16):
-            answer = model.predict(torch.randn(2, 16, 4, 4), torch.tensor([9.0, 700.0]), text, torch.zeros(2, 6))
+        given = torch.randn(2, 16, 4, 4), torch.tensor([9.0, 700.0]), text, torch.zeros(2, 6)
+        with mode, torch.autocast("cpu", torch.bfloat16):
+            answer = model.predict(*given)
         answer.float().square().mean().backward()
         found.append([answer, *(p.grad for p in network.parameters() if p.grad is not None)])
+        assert mode.dtypes == {torch.bfloat16: 3 * (config.num_layers + config.num_single_layers)}
     assert len(found[0]) > 20
-    assert set(widths[: len(widths) // 2]) == {torch.bfloat16}
-    assert set(widths[len(widths) // 2 :]) == {torch.float32}
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -60,8 +61,9 @@ class Flux(Family):
         self.tokens = _t5_tokens(options, self.is_dev)
         if options.apply_t5_attn_mask:
             self.denoiser.register_forward_pre_hook(_leave_padding_out, with_kwargs=True)
-        for block in pipeline.transformer.single_transformer_blocks:
-            block.attn.register_forward_hook(_as_computed)
+        for part in pipeline.transformer.modules():
+            if isinstance(part, nn.RMSNorm):
+                part.forward = functools.partial(_as_it_is, part.forward)  # type: ignore[method-assign]
 
     @property
     def denoiser(self) -> nn.Module:
@@ -191,10 +193,11 @@ def _leave_padding_out(transformer: nn.Module, given: tuple, named: dict[str, An
     return given, named | {"joint_attention_kwargs": {**more, "attention_mask": mask}}
 
 
-def _as_computed(attention: nn.Module, given: tuple, attended: Tensor) -> Tensor:
-    """Under autocast, normed queries are float32, and what is attended to takes their dtype. It was computed in that
-    of autocast and goes back to it without loss: else a single block would widen all that it puts beside it."""
-    return attended.to(_computed_in(attended))
+def _as_it_is(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Since torch 2.12, autocast widens what is normed: queries and keys, then all that a single block puts beside what
+    they attend to. Kernels of others do not take them beside values in bf16. The norm computes in float32 anyway."""
+    with torch.autocast(x.device.type, enabled=False):
+        return norm(x)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
