@@ -31,7 +31,7 @@ from library.models.reading import of_folder
 from library.options.rooms import ModelOptions
 from library.prompts import GUIDANCE, Prompt
 from library.sampling import counted_by
-from networks import deft_io, deft_targets
+from networks import deft_architectures, deft_io, deft_targets
 from networks.deft_config import DeftError, reason_of
 from networks.deft_keep import DIRECTIONS, Watch
 from networks.deft_progress import Bar
@@ -58,7 +58,7 @@ def directions_to_keep(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], k
     :raises DeftError: for a layer whose inputs are not finite
     """
     denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-    architecture, denoising = deft_targets.recognise(denoiser)
+    architecture, denoising = deft_architectures.recognise(denoiser)
     encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
     models = [(denoiser, denoising), *zip(filter(None, encoders), architecture.text_encoders, strict=False)]
     layers = [

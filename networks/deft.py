@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import deft_factors, deft_io, deft_keep, deft_load, deft_math, deft_weights
+from networks.deft_architectures import Part, base_metadata, recognise
 from networks.deft_batch import BatchedFactors
 from networks.deft_config import DeftConfig, DeftError, options_of_file, parse_options, user_options
 from networks.deft_factors import Factors
@@ -25,7 +26,7 @@ from networks.deft_module import DeftModule
 from networks.deft_names import looks_made_for, with_dots
 from networks.deft_progress import progress
 from networks.deft_ranks import Ranks
-from networks.deft_targets import Part, Target, as_list, base_metadata, recognise, weight_shape
+from networks.deft_targets import Target, as_list, weight_shape
 from networks.deft_weights import add_to_weight
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from networks.deft_architectures import ARCHITECTURES, Blocks
 from networks.deft_config import DeftError
-from networks.deft_targets import ARCHITECTURES, Blocks
 
 BASE = "BASE"
 SD, SDXL = (architecture.name for architecture in ARCHITECTURES if architecture.blocks)

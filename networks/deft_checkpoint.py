@@ -182,7 +182,7 @@ class Checkpoint:
     """A checkpoint that is open for reading; to be used in a `with` block, or to be closed.
 
     :ivar source: its path
-    :ivar architecture: name of a row of `deft_targets.ARCHITECTURES`
+    :ivar architecture: name of a row of `deft_architectures.ARCHITECTURES`
     :ivar layout: of `deft_layouts.LAYOUTS`
     :ivar layers: by kohya's key name of the whole weight, what sd-scripts' LoRA can adapt, in the order of the keys
     :ivar further: in the same way, other matrices that LyCORIS and its like change (embeddings of time, in and out)

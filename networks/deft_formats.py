@@ -84,7 +84,7 @@ class Adapter:
     """What an adapter file holds, whatever wrote it.
 
     :param format: of `FORMATS`
-    :param architecture: name of a row of `deft_targets.ARCHITECTURES`, "" if it cannot be seen
+    :param architecture: name of a row of `deft_architectures.ARCHITECTURES`, "" if it cannot be seen
     :param changes: by kohya's key name of the whole weight, as sd-scripts' LoRA has it; made when they are asked for
     :param left: key -> why it is no change of a weight (embeddings, biases, norms)
     :param dtype: that of most of its tensors
@@ -584,7 +584,7 @@ def tensors_as(
     :param format: "kohya", "diffusers", "comfy", or "peft", which is of one model
     :param changes: by kohya's key names, float32
     :param pad: one rank in the whole file, as `deft_io.lora_tensors`
-    :param architecture: name of a row of `deft_targets.ARCHITECTURES`
+    :param architecture: name of a row of `deft_architectures.ARCHITECTURES`
     :raises DeftError: when the format has no names for them
     """
     if not changes:

@@ -42,7 +42,7 @@ class Inventory:
 
     :param name: short
     :param title: for people
-    :param architecture: the row of `deft_targets.ARCHITECTURES`
+    :param architecture: the row of `deft_architectures.ARCHITECTURES`
     :param prefixes: part -> prefix of sd-scripts' key names
     :param original: sd-scripts' names come from the original's paths, not from Diffusers'
     """

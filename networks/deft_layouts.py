@@ -1,6 +1,6 @@
 """Checkpoint layouts as data: how a file or folder is recognised, and which of its tensors is which layer.
 
-Layers go by the key names of sd-scripts' networks.lora (commit 48d368fa), as in `deft_targets`.
+Layers go by the key names of sd-scripts' networks.lora (commit 48d368fa), as in `deft_architectures`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from networks import deft_targets
+from networks import deft_architectures
 from networks.deft_config import DeftError
 
 
@@ -61,7 +61,7 @@ class Model:
 class Layout:
     """A layout of a checkpoint.
 
-    :param architecture: name of a row of `deft_targets.ARCHITECTURES`
+    :param architecture: name of a row of `deft_architectures.ARCHITECTURES`
     :param signs: patterns of keys that it has
     :param without: pattern of keys that it has not
     :param pipelines: beginning of the class name in a Diffusers folder's model_index.json; "" of what is no folder
@@ -141,7 +141,7 @@ LAYOUTS = (
         "LDM single file",
         "Stable Diffusion 1.x or 2.x",
         (
-            Model(_SINGLE, "lora_unet", _SD_LAYERS, _SD_FURTHER, deft_targets.LDM_RENAMES),
+            Model(_SINGLE, "lora_unet", _SD_LAYERS, _SD_FURTHER, deft_architectures.LDM_RENAMES),
             _clip(r"cond_stage_model\.transformer\.", "lora_te"),
             _open_clip(r"cond_stage_model\.model\.", "lora_te"),
         ),
@@ -184,7 +184,7 @@ LAYOUTS = (
         "Diffusers",
         "SDXL",
         (
-            Model(r"(?:unet/|)", "lora_unet", _SDXL_LAYERS, _SDXL_FURTHER, deft_targets.SDXL_RENAMES),
+            Model(r"(?:unet/|)", "lora_unet", _SDXL_LAYERS, _SDXL_FURTHER, deft_architectures.SDXL_RENAMES),
             _clip("text_encoder/", "lora_te1"),
             _clip("text_encoder_2/", "lora_te2"),
         ),
@@ -206,7 +206,7 @@ LAYOUTS = (
         "Diffusers",
         "FLUX.1 or Chroma",
         (
-            Model(r"(?:transformer/|)", "lora_unet", _FLUX_LAYERS, _FLUX_FURTHER, deft_targets.FLUX_RENAMES),
+            Model(r"(?:transformer/|)", "lora_unet", _FLUX_LAYERS, _FLUX_FURTHER, deft_architectures.FLUX_RENAMES),
             _clip("text_encoder/", "lora_te1"),
             _t5("text_encoder_2/"),
         ),

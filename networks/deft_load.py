@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from networks import deft_factors
+from networks.deft_architectures import Architecture, Part
 from networks.deft_config import DeftConfig, DeftError, naming
 from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer, factors_of
@@ -16,7 +17,7 @@ from networks.deft_module import DeftModule
 from networks.deft_names import looks_made_for
 from networks.deft_progress import progress
 from networks.deft_ranks import Chosen
-from networks.deft_targets import Architecture, Part, Target, joined, outside_targets, targets, weight_shape
+from networks.deft_targets import Target, joined, outside_targets, targets, weight_shape
 
 logger = logging.getLogger(__name__)
 

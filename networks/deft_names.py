@@ -1,9 +1,9 @@
 """Names of layers: a module's path in a model, as each program writes it, and the key name of kohya's files.
 
 Paths have dots; a key name is a prefix and the path with underscores instead, in which a path is found again by the
-words that the model's modules are called by (`deft_targets.Part.words`). Diffusers' FLUX.1 has in pieces what its files
-have as one weight: such a piece is named by its numbers, "0" to "3", or "012" for the first three together; "swapped"
-is a whole weight whose halves stand the other way round.
+words that the model's modules are called by (`deft_architectures.Part.words`). Diffusers' FLUX.1 has in pieces what its
+files have as one weight: such a piece is named by its numbers, "0" to "3", or "012" for the first three together;
+"swapped" is a whole weight whose halves stand the other way round.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from networks.deft_targets import ARCHITECTURES, CROSS_ATTENTION_WIDTHS, Architecture, Part, inverted, parts_of
+from networks.deft_architectures import ARCHITECTURES, CROSS_ATTENTION_WIDTHS, Architecture, Part, inverted
+from networks.deft_targets import parts_of
 
 DENOISER = "denoiser"  # the other models are text encoders: "text_encoder", "text_encoder_2", ... in Diffusers' order
 
@@ -121,7 +122,7 @@ FORMATS = (
 
 
 def named(name: str) -> Architecture | None:
-    """The row of `deft_targets.ARCHITECTURES` of that name."""
+    """The row of `deft_architectures.ARCHITECTURES` of that name."""
     return next((row for row in ARCHITECTURES if row.name == name), None)
 
 

@@ -14,17 +14,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from networks.deft_architectures import ARCHITECTURES, Architecture, Part
 from networks.deft_config import DeftConfig, DeftError
-from networks.deft_targets import (
-    ARCHITECTURES,
-    Architecture,
-    Part,
-    Target,
-    is_pointwise,
-    joined,
-    outside_targets,
-    targets,
-)
+from networks.deft_targets import Target, is_pointwise, joined, outside_targets, targets
 
 RankAndScale = tuple[int, float]
 Chosen = list[tuple[Target, RankAndScale]]  # layers that are adapted

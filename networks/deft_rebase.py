@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from networks import deft_factors, deft_io, deft_math
+from networks.deft_architectures import ARCHITECTURES
 from networks.deft_checkpoint import Checkpoint
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_io import AdapterFile, DeftLayer
 from networks.deft_progress import progress
-from networks.deft_targets import ARCHITECTURES, TOGETHER
+from networks.deft_targets import TOGETHER
 
 
 def depends_on_base(adapter: AdapterFile) -> bool:

@@ -28,13 +28,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from networks import deft_factors, deft_formats, deft_targets, deft_tools
+from networks import deft_architectures, deft_factors, deft_formats, deft_tools
+from networks.deft_architectures import Architecture
 from networks.deft_checkpoint import Checkpoint, Entry, open_checkpoint
 from networks.deft_config import DeftError, naming
 from networks.deft_factors import Factors
 from networks.deft_formats import Adapter, Dense, OnBase
 from networks.deft_progress import progress
-from networks.deft_targets import Architecture
 
 TOOL = "extract_deft"
 CHUNK = 1 << 23  # numbers that are compared at once
@@ -184,7 +184,7 @@ def _common_architecture(org: Checkpoint, tuned: Checkpoint) -> Architecture:
             f"{tuned.source} is {tuned.architecture} and {org.source} {org.architecture}; give the base that it was "
             f"tuned from"
         )
-    return next(a for a in deft_targets.ARCHITECTURES if a.name == org.architecture)
+    return next(a for a in deft_architectures.ARCHITECTURES if a.name == org.architecture)
 
 
 def difference(org: Checkpoint, tuned: Checkpoint, name: str) -> Tensor:
@@ -290,7 +290,7 @@ def _check_fits(source: str, name: str, shape: Sequence[int], base: Checkpoint) 
 def base_metadata(architecture: str, base: Checkpoint | None) -> dict[str, str]:
     """The fields by which UIs know what model a file is for."""
     places = {} if base is None else {**base.layers, **base.further}
-    return deft_targets.base_metadata_of(architecture, {name: place.shape for name, place in places.items()})
+    return deft_architectures.base_metadata_of(architecture, {name: place.shape for name, place in places.items()})
 
 
 def own_metadata(wanted: Wanted, title: str) -> dict[str, str]:

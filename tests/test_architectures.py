@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from networks import deft, deft_formats, deft_io, deft_report
+from networks.deft_architectures import base_metadata, recognise
 from networks.deft_config import DeftError, parse_options
 from networks.deft_names import looks_made_for
 from networks.deft_ranks import numbers_of, weights_of
-from networks.deft_targets import base_metadata, recognise
 from tests.conftest import deltas, largest_error, perturb, relative_error
 
 diffusers = pytest.importorskip("diffusers")

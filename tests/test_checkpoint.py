@@ -22,11 +22,12 @@ from torch import Tensor
 
 from library.models.reading import CONFIGS
 from networks import deft_layouts, deft_scaled
+from networks.deft_architectures import ARCHITECTURES, Architecture, recognise
 from networks.deft_checkpoint import Checkpoint, open_checkpoint
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_rewrite import rewrite
-from networks.deft_targets import ARCHITECTURES, Architecture, outside_targets, recognise, targets
+from networks.deft_targets import outside_targets, targets
 from tests import small_flux, small_models
 from tests.conftest import relative_error
 

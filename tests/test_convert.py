@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from networks import convert_deft, deft, deft_io, deft_rebase, deft_targets
+from networks import convert_deft, deft, deft_architectures, deft_io, deft_rebase, deft_targets
 from networks.deft_checkpoint import open_checkpoint
 from networks.deft_clients import CLIENTS, Outline, read_by
 from networks.deft_inventory import inventory
@@ -114,7 +114,7 @@ def adapted(model: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
-def by_path(model: torch.nn.Module, part: deft_targets.Part, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_path(model: torch.nn.Module, part: deft_architectures.Part, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
     """Path in Diffusers' model -> its rows of a delta that goes by kohya's key name, as the network has them."""
     found, paths = {}, {layer: path for path, layer in model.named_modules()}
     for target in deft_targets.targets(model, part, True):
@@ -124,8 +124,8 @@ def by_path(model: torch.nn.Module, part: deft_targets.Part, deltas: dict[str, T
     return found
 
 
-def parts_of(unet: torch.nn.Module) -> dict[str, deft_targets.Part]:
-    architecture, denoiser = deft_targets.recognise(unet)
+def parts_of(unet: torch.nn.Module) -> dict[str, deft_architectures.Part]:
+    architecture, denoiser = deft_architectures.recognise(unet)
     encoders = {f"text_encoder{'_2' if i else ''}": part for i, part in enumerate(architecture.text_encoders)}
     return {"unet": denoiser, **encoders}
 
@@ -174,7 +174,7 @@ def test_flux_in_diffusers_and_peft(flux, flux_lora, tmp_path, to):
     output = tmp_path / ("x" if to == "peft" else "x.safetensors")
     convert(flux_lora, "--save_to", output, "--to", to)
     pipeline = diffusers.FluxPipeline.from_pretrained(flux)
-    expected = by_path(pipeline.transformer, deft_targets.recognise(pipeline.transformer)[1], products(flux_lora))
+    expected = by_path(pipeline.transformer, deft_architectures.recognise(pipeline.transformer)[1], products(flux_lora))
     if to == "peft":
         model = peft.PeftModel.from_pretrained(pipeline.transformer, output / "transformer")
     else:
@@ -229,7 +229,7 @@ def test_dora_is_the_weights_that_peft_merges(bases, tmp_path, capsys):
     assert convert_deft.main(arguments) == 2
     assert "DoRA, whose change depends on the base model's weight; give it with --base MODEL" in capsys.readouterr().err
     convert(*arguments, "--base", bases[0], "--energy", 1)
-    found = by_path(after[""], deft_targets.recognise(unet)[1], products(tmp_path / "x.safetensors"))
+    found = by_path(after[""], deft_architectures.recognise(unet)[1], products(tmp_path / "x.safetensors"))
     assert largest_error(found, {path: (after[path].weight - W).flatten(1) for path, W in before.items()}) < 1e-5
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from networks import deft_factors, deft_io, deft_targets, extract_deft
+from networks import deft_architectures, deft_factors, deft_io, deft_targets, extract_deft
 from tests.conftest import relative_error
 from tests.hashes import webui_hashes
 
@@ -156,12 +156,14 @@ def test_what_a_lora_has_is_seen_by_names_as_by_modules(kind, convolutions):
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config_of(kind, "unet"))
-    architecture, part = deft_targets.recognise(unet)
+    architecture, part = deft_architectures.recognise(unet)
     names = [target.name for target in deft_targets.targets(unet, part, with_convolutions=True)]
     expected = [target.name for target in deft_targets.targets(unet, part, with_convolutions=convolutions)]
     assert [name for name in names if architecture.adapts(name, convolutions)] == expected
     shapes = {target.name: target.layer.weight.shape for target in deft_targets.targets(unet, part, False)}
-    assert deft_targets.base_metadata_of(architecture.name, shapes) == deft_targets.base_metadata(unet, part)
+    assert deft_architectures.base_metadata_of(architecture.name, shapes) == deft_architectures.base_metadata(
+        unet, part
+    )
 
 
 def test_the_layouts_of_the_two_may_differ(pair):
@@ -416,11 +418,13 @@ FLUX = "FLUX.1 or Chroma"
     [("guidance_in_in_layer", "flux-1-dev"), ("img_in", "flux-1-schnell"), ("distilled_guidance_layer_in", "chroma")],
 )
 def test_kinds_of_flux_are_known_by_what_only_one_of_them_has(name, expected):
-    found = deft_targets.base_metadata_of(FLUX, {f"lora_unet_{name}": (8, 8), "lora_unet_double_blocks_0": (8, 8)})
+    found = deft_architectures.base_metadata_of(
+        FLUX, {f"lora_unet_{name}": (8, 8), "lora_unet_double_blocks_0": (8, 8)}
+    )
     assert found["modelspec.architecture"] == f"{expected}/lora"
 
 
 def test_layers_outside_of_fluxs_blocks_are_in_no_plain_lora():
-    architecture = next(a for a in deft_targets.ARCHITECTURES if a.name == FLUX)
+    architecture = next(a for a in deft_architectures.ARCHITECTURES if a.name == FLUX)
     names = [f"lora_unet_{name}" for name in ("img_in", "double_blocks_0_img_attn_qkv", "single_blocks_0_linear1")]
     assert [name for name in names if architecture.adapts(name, True)] == names[1:]

@@ -26,10 +26,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from library.models.reading import CONFIGS
 from networks import deft_factors, deft_formats, deft_names, deft_sum
+from networks.deft_architectures import ARCHITECTURES
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
 from networks.deft_formats import tensors_as
-from networks.deft_targets import ARCHITECTURES, targets
+from networks.deft_targets import targets
 from tests import small_flux, small_models
 
 SD, SDXL, FLUX = (a.name for a in ARCHITECTURES[:3])

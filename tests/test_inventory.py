@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers import CLIPTextModelWithProjection as Projected
 
 from library.models.reading import CONFIGS
-from networks import deft_targets
+from networks import deft_architectures, deft_targets
 from networks.deft_inventory import NAMES, inventory
 
 FOLDERS = {"sd1": "sd15", "sd2": "sd2", "sdxl": "sdxl", "flux": "flux"}
@@ -63,9 +63,9 @@ def test_every_layer_of_the_real_model_is_known_by_path_and_shape(name, part):
 @pytest.mark.parametrize(("name", "part"), PARTS)
 def test_key_names_are_those_that_a_network_would_write(name, part):
     model = built(name, part)
-    row = next(a for a in deft_targets.ARCHITECTURES if a.name == inventory(name).architecture)
+    row = next(a for a in deft_architectures.ARCHITECTURES if a.name == inventory(name).architecture)
     if part == "unet":
-        row, form = deft_targets.recognise(model)
+        row, form = deft_architectures.recognise(model)
     else:
         form = row.text_encoders[{"te1": 0, "te2": 1, "te3": 1}[part]]
     made = {t.file_name for t in deft_targets.targets(model, form, with_convolutions=True)}

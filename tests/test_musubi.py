@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import deft, deft_io, deft_keep, deft_names, deft_report
+from networks.deft_architectures import recognise
 from networks.deft_config import DeftError, parse_options
-from networks.deft_targets import recognise
 from tests import small_musubi
 from tests.conftest import perturb, relative_error
 from tests.test_fused import plain_delta

@@ -43,7 +43,7 @@ from library.models.reading import (
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
 from library.transfer import sent
-from networks import deft_targets
+from networks import deft_architectures
 from networks.deft_config import DeftError, reason_of
 
 logger = logging.getLogger(__name__)
@@ -504,7 +504,7 @@ def _transformer(file: Path, prefix: str, dtype: torch.dtype, empty: bool) -> nn
             return blank(Transformer, config, dtype)
         with init_empty_weights():
             transformer = Transformer.from_config(config)
-        _, part = deft_targets.recognise(transformer)
+        _, part = deft_architectures.recognise(transformer)
         state = {}
         for name, weight in transformer.named_parameters():
             path, kind = name.rsplit(".", 1)

@@ -25,7 +25,7 @@ from library.models.reading import blank, check_whole, index_of, part_of_folder,
 from library.models.vae import load_vae, own_vae
 from library.options.rooms import ModelOptions
 from library.prompts import Prompt
-from networks import deft_targets
+from networks import deft_architectures, deft_targets
 from networks.deft_config import DeftError, read_text, reason_of
 from networks.deft_names import renamed
 
@@ -94,9 +94,9 @@ class OmniGen(Family):
 
     def names(self) -> dict[str, str]:
         """See `Family`; sd-scripts has no such model, the fields are those that it gives to others."""
-        _, part = deft_targets.recognise(self.denoiser)
+        _, part = deft_architectures.recognise(self.denoiser)
         return {
-            **deft_targets.base_metadata(self.denoiser, part),
+            **deft_architectures.base_metadata(self.denoiser, part),
             "ss_sd_model_name": self.path.name,
             "ss_model_type": "omnigen",
             "modelspec.implementation": "https://github.com/VectorSpaceLab/OmniGen",
@@ -111,13 +111,13 @@ _OF_OTHERS = ("v2", "v_parameterization", "zero_terminal_snr", "clip_skip", "max
 _ORIGINAL = "model.safetensors"
 _THEIRS = next(
     part
-    for row in deft_targets.ARCHITECTURES
+    for row in deft_architectures.ARCHITECTURES
     if row.name == "OmniGen"
     for part in row.denoisers
     if part.form == "original"
 )
 _QKV = "llm.layers.0.self_attn.qkv_proj.weight"
-# the original's paths of what is not in `deft_targets`, to diffusers'
+# the original's paths of what is not in `deft_architectures`, to diffusers'
 _RENAMES = (
     (r"^llm\.", ""),
     (r"^pos_embed$", "patch_embedding.pos_embed"),

@@ -12,10 +12,11 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from networks.deft_architectures import recognise
 from networks.deft_autograd import FrozenLayer
 from networks.deft_config import DeftError, reason_of
 from networks.deft_progress import Bar
-from networks.deft_targets import recognise, targets
+from networks.deft_targets import targets
 
 PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 

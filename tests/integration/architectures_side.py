@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from networks import deft, deft_targets
+from networks import deft, deft_architectures
 
 
 def clip(width: int, layers: int, projection: bool = False) -> torch.nn.Module:
@@ -142,7 +142,7 @@ def main(file: Path) -> None:
     found: dict[str, Any] = {}
     known = bases()
     for name, (encoders, denoiser) in made.items():
-        ours = deft_targets.base_metadata(denoiser, deft_targets.recognise(denoiser)[1])
+        ours = deft_architectures.base_metadata(denoiser, deft_architectures.recognise(denoiser)[1])
         named = ours["ss_base_model_version"], ours.get("modelspec.architecture", "")
         found[f"{name} metadata"] = [known[name] if name != "sd21" else (known[name][0], ""), named]
         module = __import__(f"networks.{MODULES[name]}", fromlist=["x"])
