@@ -6,27 +6,25 @@ how to use them. Where both trainers call the same method, one signature takes w
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from networks import deft_factors, deft_io, deft_keep, deft_load, deft_math, deft_weights
+from networks import deft_factors, deft_io, deft_keep, deft_load, deft_save, deft_weights
 from networks.deft_architectures import Part, base_metadata, recognise
 from networks.deft_batch import BatchedFactors
 from networks.deft_config import DeftConfig, DeftError, options_of_file, parse_options, user_options
-from networks.deft_factors import Factors
-from networks.deft_io import AdapterFile, DeftLayer
+from networks.deft_io import AdapterFile
 from networks.deft_load import LoadResult
 from networks.deft_module import DeftModule
-from networks.deft_names import looks_made_for, with_dots
+from networks.deft_names import looks_made_for
 from networks.deft_progress import progress
 from networks.deft_ranks import Ranks
-from networks.deft_targets import Target, as_list, weight_shape
+from networks.deft_targets import as_list
 from networks.deft_weights import add_to_weight
 
 logger = logging.getLogger(__name__)
@@ -539,100 +537,25 @@ class DeftNetwork(nn.Module):
         :raises DeftError: for non-finite parameters, a failing disk, or base weights that are needed and not there;
             what was in the file's place stays
         """
-        self._check_finite(file)
+        deft_save.check_finite(self.state_dict(), file)
         streamed = self._refuse_streamed()
         dtype = dtype or torch.float32
-        exponents: Mapping[str, int] = {}
         own = [module.lora_factors() for module in self.all_modules]
-        self._warn_of_nothing_learnt(file, dtype, own)
-        if self.config.save_format == "deft":
-            tensors = deft_io.deft_tensors({m.lora_name: _as_deft_layer(m) for m in self.all_modules})
-        else:
-            factors = self._file_factors(own)
-            for line in self.ranks.architecture.warnings(factors):
-                logger.warning(f"{file}: {line}")
-            tensors, exponents = deft_io.lora_tensors(factors, dtype, self.config.pad)
-            if self.config.basis in deft_math.ORTHONORMAL:  # any scaling of up spans the same subspace
-                exponents = {}
-            tensors = with_dots(tensors, self.ranks.architecture.name)
-            self._log_padding(file, dtype, [(f.rank, f.up.shape[0] + f.down.shape[1]) for f in factors.values()])
-        recorded: dict[str, list[float]] = {}
-        for m in self.all_modules:
-            of_files = [piece.file_name for piece in m.target.pieces]
-            for name in [m.lora_name] if self.config.save_format == "deft" else of_files:
-                before = recorded.get(name, [0])[0]
-                recorded[name] = [before + m.rank, m.scale, exponents.get(name, 0)]
-        full = self._known_as | {key: str(value) for key, value in (metadata or {}).items()}
-        full |= {deft_io.VERSION_KEY: deft_io.VERSION}
-        full |= {deft_io.OPTIONS_KEY: self.config.to_json(), deft_io.LAYERS_KEY: json.dumps(recorded)}
+        deft_save.warn_of_nothing_learnt(file, dtype, own, self._norms_of_base)
+        architecture = self.ranks.architecture
+        tensors, fields = deft_save.tensors_of(self.all_modules, self.config, architecture, own, file, dtype)
+        full = self._known_as | {key: str(value) for key, value in (metadata or {}).items()} | fields
         if streamed:
             logger.warning(f"{file}: without a hash of the base model, since blocks are streamed ({streamed} for one)")
         else:
-            full |= self._base_metadata()
+            full |= deft_save.hash_of_base(self.all_modules)
         deft_io.write_hashed(tensors, file, full)
-
-    def _file_factors(self, own: Sequence[tuple[Tensor, Tensor]] | None = None) -> dict[str, Factors]:
-        """Key name -> the change of the weight that files know, parts of one weight put together.
-
-        :param own: each module's up and down, where they have been formed
-        """
-        own = [module.lora_factors() for module in self.all_modules] if own is None else own
-        parts: dict[str, list[tuple[Factors, Target]]] = {}
-        for module, (up, down) in zip(self.all_modules, own, strict=True):
-            kernel, pieces = weight_shape(module.target.layer)[1:], module.target.pieces
-            rows = [up] if len(pieces) == 1 else up.split([piece.shape[0] for piece in pieces])
-            for piece, some in zip(pieces, rows, strict=True):
-                parts.setdefault(piece.file_name, []).append((Factors(some, down, kernel), piece))
-        return {name: _of_whole(pieces) for name, pieces in parts.items()}
-
-    def _warn_of_nothing_learnt(self, file: str, dtype: torch.dtype, own: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Where no weight of a model in `dtype` would change by it, or hardly one.
-
-        :param own: each module's up and down
-        """
-        sizes = torch.stack([deft_factors.norm(up, down) for up, down in own])
-        largest = float((sizes / self._norms_of_base().to(sizes).clamp(min=1e-30)).max())
-        if largest >= torch.finfo(dtype).eps / 8:
-            return
-        told = f"the largest delta is {largest:.0e} of its weight, below {dtype}'s rounding"
-        logger.warning(
-            f"{file}: nearly nothing has been learnt yet, {told if largest else 'every delta is 0'}. Where that stays "
-            f"so: a rate of 0 or far too low, gradients that underflow in fp16 (use bf16), or a dropout of everything"
-        )
 
     def _norms_of_base(self) -> Tensor:
         """Frobenius norm of each module's weight (modules,), taken once: they are frozen."""
         if self._base_norms is None:
             self._base_norms = torch.stack([module.base_weight().float().norm() for module in self.all_modules])
         return self._base_norms
-
-    def _check_finite(self, file: str) -> None:
-        for name, tensor in self.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise DeftError(f"{file}: not saved, since {name} has non-finite values; what was there is untouched")
-
-    def _log_padding(self, file: str, dtype: torch.dtype, sizes: Sequence[tuple[int, int]]) -> None:
-        """:param sizes: each layer's rank, and its outputs and inputs together"""
-        file_rank, true_size = max(rank for rank, _ in sizes), sum(rank * size for rank, size in sizes)
-        padded_size = file_rank * sum(size for _, size in sizes)
-        if self.config.pad and padded_size > true_size:
-            byte = dtype.itemsize / 2**20
-            logger.info(
-                f"{file}: {padded_size * byte:.1f} MiB, {true_size * byte:.1f} without padding every layer to rank "
-                f"{file_rank}, which diffusers needs"
-            )
-
-    def _base_metadata(self) -> dict[str, str]:
-        dtypes: set[str] = set()
-
-        def weights() -> Iterator[tuple[str, Tensor]]:  # one at a time: quantised ones are made for it
-            for module in progress(self.all_modules, "hashing the base weights"):
-                weight = deft_weights.held_weight(module.target)
-                dtypes.update(map(deft_weights.dtype_name, module.target.places))
-                yield module.lora_name, weight
-
-        fingerprint = deft_io.base_fingerprint(weights())
-        return {deft_io.BASE_HASH_KEY: fingerprint, deft_io.BASE_DTYPE_KEY: ",".join(sorted(dtypes))}
 
     # --- generating ------------------------------------------------------------------------------------------------
 
@@ -696,20 +619,3 @@ class DeftNetwork(nn.Module):
     def set_current_generation(self, *args: Any, **kwargs: Any) -> None:
         """Called for regional prompts only; see `set_region`."""
         self.set_region(0, True, torch.ones(()))
-
-
-def _of_whole(parts: Sequence[tuple[Factors, Target]]) -> Factors:
-    """The change of a weight as files know it, of its parts' changes."""
-    if len(parts) == 1 and parts[0][1].file_rows is None:
-        return parts[0][0]
-    places = [target.file_rows or (0, 0) for _, target in parts]
-    total = max(number for _, number in places)
-    placed = [(part, first) for (part, _), (first, _) in zip(parts, places, strict=True)]
-    return deft_factors.stacked(placed, total)
-
-
-def _as_deft_layer(module: DeftModule) -> DeftLayer:
-    """As a file has it, where all of E - E0 is taken out: what `removal` leaves goes into E0."""
-    removal, E, E0 = module.config.removal, module.left_and_eraser()[1], module.E0
-    start = E if E0 is None else E0 if removal == 1 else E - removal * (E - E0)
-    return DeftLayer(module.config.basis, module.effective_P, module.effective_R, start, module.scale, module.g)

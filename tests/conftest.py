@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks import deft
+from networks import deft, deft_save
+from networks.deft_factors import Factors
 from tests import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,6 +218,11 @@ def network_of(
 def deltas(network: deft.DeftNetwork) -> dict[str, Tensor]:
     with torch.no_grad():
         return {m.lora_name: torch.matmul(*m.lora_factors()) for m in network.all_modules}
+
+
+def file_factors(net: deft.DeftNetwork) -> dict[str, Factors]:
+    """What its file would have of each weight."""
+    return deft_save.file_factors(net.all_modules, [module.lora_factors() for module in net.all_modules])
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -14,7 +14,7 @@ from networks.deft_architectures import base_metadata, recognise
 from networks.deft_config import DeftError, parse_options
 from networks.deft_names import looks_made_for
 from networks.deft_ranks import numbers_of, weights_of
-from tests.conftest import deltas, largest_error, perturb, relative_error
+from tests.conftest import deltas, file_factors, largest_error, perturb, relative_error
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -268,7 +268,7 @@ def test_split_file_is_read_into_either_form(tmp_path, split):
     model, file = Flux(), str(tmp_path / "x.safetensors")
     net = network(model, split_qkv="true")
     net.save_weights(file, torch.float32, None)
-    wanted = {name: factors.delta() for name, factors in net._file_factors().items()}
+    wanted = {name: factors.delta() for name, factors in file_factors(net).items()}
     net.remove()
     again, _ = deft.create_network_from_weights(1.0, file, None, [], model, split_qkv=split)
     again.apply_to([], model)
@@ -276,7 +276,7 @@ def test_split_file_is_read_into_either_form(tmp_path, split):
     assert len(again.all_modules) == (40 if split == "true" else 26)
     if split == "true":
         assert {m.rank for m in again.all_modules} == {4}
-    got = {name: factors.delta() for name, factors in again._file_factors().items()}
+    got = {name: factors.delta() for name, factors in file_factors(again).items()}
     assert largest_error(got, wanted) < 1e-6
 
 
@@ -354,7 +354,7 @@ def test_changes_of_fused_weights_of_omnigen_are_read(start):
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
 def test_every_form_of_an_omnigen_file_is_read_again(tmp_path, form):
     net = network(omnigen_transformer(), train_mlp="true")
-    changes = net._file_factors()
+    changes = file_factors(net)
     tensors = deft_formats.tensors_as(form, changes, torch.float32, True, "OmniGen")
     again = deft_formats.parse(tensors, {}, "x")
     assert again.architecture == "OmniGen"

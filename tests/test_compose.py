@@ -11,7 +11,7 @@ from torch import Tensor
 from networks import compose_deft, deft, deft_factors, deft_formats, deft_io, deft_keep
 from networks.deft_config import DeftError
 from networks.deft_factors import Factors
-from tests.conftest import deltas, perturb, relative_error
+from tests.conftest import deltas, file_factors, perturb, relative_error
 from tests.test_architectures import Flux, network
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -196,7 +196,7 @@ def test_a_second_adapter_adds_nothing_to_the_firsts_inputs(tmp_path, options, s
     model, file = Flux(dim=48), str(tmp_path / "first.safetensors")
     first = network(model, 2, removal="0", save_format=save_format, **options)
     first.save_weights(file, torch.float32, None)
-    whole = {name: dense(factors) for name, factors in first._file_factors().items()}
+    whole = {name: dense(factors) for name, factors in file_factors(first).items()}
     first.remove()
     for name, U in deft_keep.read_kept(file).items():
         assert relative_error(U.mT @ U, torch.eye(U.shape[1])) < 1e-6

@@ -16,7 +16,7 @@ from networks import convert_deft, deft, deft_io, deft_math, inspect_deft
 from networks.deft_config import DeftError
 from networks.deft_module import DeftModule
 from tests import small_omnigen
-from tests.conftest import arguments, deltas, largest_error, relative_error
+from tests.conftest import arguments, deltas, file_factors, largest_error, relative_error
 from tests.test_architectures import Flux, OmniGen, flux_transformer, network, omnigen_transformer, sdxl_unet
 from tests.test_conditions import gradients
 
@@ -244,7 +244,7 @@ def test_tools_take_them_apart(tmp_path, removal, capsys):
     file, model = str(tmp_path / "x.safetensors"), omnigen_transformer()
     net = network(model, fuse_qkv="true", save_format="deft", removal=removal)
     net.save_weights(file, None, None)
-    wanted = {name: factors.delta().detach() for name, factors in net._file_factors().items()}
+    wanted = {name: factors.delta().detach() for name, factors in file_factors(net).items()}
     net.remove()
     assert inspect_deft.main([file]) == 0
     more = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Phi3Config, Phi3Model
 
 from networks import convert_deft, deft, deft_formats, deft_io, merge_deft
-from tests.conftest import ROOT, deltas, largest_error, relative_error
+from tests.conftest import ROOT, deltas, file_factors, largest_error, relative_error
 from tests.test_architectures import network, omnigen_transformer
 from tests.test_fused import PIECES, answer
 
@@ -51,7 +51,7 @@ def trained_file(path: Path, **options) -> dict[str, Tensor]:
     """A file of a network that is as if trained, and its deltas by key name."""
     net = network(omnigen_transformer(), dim=R, **options)
     net.save_weights(str(path), torch.float32, {"ss_output_name": "cat"})
-    return {name: factors.delta().detach() for name, factors in net._file_factors().items()}
+    return {name: factors.delta().detach() for name, factors in file_factors(net).items()}
 
 
 def convert(*arguments) -> None:

@@ -38,7 +38,7 @@ from library.training.randoms import Randoms
 from library.training.saves import SAVE_DTYPES
 from library.training.state import Length
 from library.training.texts import Texts
-from networks import deft, deft_factors, deft_io, deft_math
+from networks import deft, deft_factors, deft_io, deft_math, deft_save
 from networks.deft import DeftNetwork
 from networks.deft_module import DeftModule
 from networks.deft_progress import Bar
@@ -428,9 +428,9 @@ def _saved(adapter: DeftAdapter, run: Run, fields: Mapping[str, str]) -> int:
         sizes.append(8 + len(json.dumps(header | {"__metadata__": dict(metadata)}, separators=(",", ":"))) + data)
 
     with (
-        mock.patch.object(DeftNetwork, "_check_finite", return_value=None),
-        mock.patch.object(DeftNetwork, "_warn_of_nothing_learnt", return_value=None),
-        mock.patch.object(DeftNetwork, "_base_metadata", return_value={}),
+        mock.patch.object(deft_save, "check_finite", return_value=None),
+        mock.patch.object(deft_save, "warn_of_nothing_learnt", return_value=None),
+        mock.patch.object(deft_save, "hash_of_base", return_value={}),
         mock.patch.object(DeftModule, "lora_factors", _factors),
         mock.patch.object(DeftModule, "left_and_eraser", lambda module: (module.P, module.P)),
         mock.patch.object(deft_factors, "balancing_exponent", return_value=0),
