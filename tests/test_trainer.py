@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import toml
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -387,3 +389,20 @@ def test_the_shipped_configurations_are_read(config):
     found = parse(["--config_file", str(ROOT / "configs" / config)])
     assert found.network.network_args.get("keep", "configs/keep.txt") == "configs/keep.txt"
     assert (ROOT / "configs" / "keep.txt").is_file()
+
+
+def test_each_card_in_flux_toml_is_one_that_was_tried():
+    """A whole training in a card's memory, by benchmarks/small_cards.py, had the options of its line."""
+    text = (ROOT / "configs" / "flux.toml").read_text(encoding="utf-8")
+    lines = re.findall(r"^#   (\d+) GB: ([^#\n]+)", text, re.M)
+    lines += [("24", re.search(r"^blocks_to_swap.*$", text, re.M)[0])]
+    assert len(lines) == 6
+    measured = json.loads((ROOT / "benchmarks" / "results" / "small_cards.json").read_text(encoding="utf-8"))["cases"]
+    trained = [(case["card_gib"], case["options"]) for case in measured.values() if "s_per_step" in case]
+    for card, line in lines:
+        given = toml.loads(line.replace(", ", "\n"))
+        words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items()]
+        assert [
+            options for gib, options in trained
+            if gib == int(card) and options.endswith(f"--gradient_checkpointing {' '.join(words)}")
+        ], line  # fmt: skip
