@@ -86,6 +86,7 @@ class Peaks:
     """What torch had allocated at most, in bytes, by phase; and when steps were done."""
 
     of: dict[str, int] = field(default_factory=dict)
+    reserved: int = 0  # with what lies between, in all phases
     times: list[float] = field(default_factory=list)
 
     def end(self, phase: str) -> None:
@@ -93,6 +94,7 @@ class Peaks:
         if CUDA:
             torch.cuda.synchronize()
             self.of[phase] = max(self.of.get(phase, 0), torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
             torch.cuda.reset_peak_memory_stats()
 
     def around(self, place: Any, name: str, phase: str, before: str = "") -> Any:
@@ -126,11 +128,11 @@ class Peaks:
 @functools.cache
 def folder_of(kind: str, world: Path, tiny: bool) -> Path:
     """A Diffusers folder without weights, or a small one with them."""
-    folder = world / kind
+    folder = world / "small_flux" / "model" if tiny and kind == "flux" else world / kind
     if folder.exists():
         return folder
     if tiny:
-        return small_flux.build(world / "small_flux").folder if kind == "flux" else small_models.build(kind, folder)
+        return small_flux.build(folder.parent).folder if kind == "flux" else small_models.build(kind, folder)
     shutil.copytree(CONFIGS / kind, folder)
     small_models.tokenizer(folder / "tokenizer")
     if kind == "sdxl":
@@ -217,6 +219,7 @@ def measured(arguments: list[str]) -> dict[str, Any]:
     file = Path(arguments[arguments.index("--output_dir") + 1]) / "last.safetensors"
     return {
         "peaks_mib": {name: round(size / 2**20) for name, size in peaks.of.items()},
+        "reserved_mib": round(peaks.reserved / 2**20),
         "s_per_step": round(sorted(spans)[len(spans) // 2], 4) if spans else None,
         "file_bytes": file.stat().st_size,
         "seconds": round(time.perf_counter() - start, 1),

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.train_step import build, synchronize  # noqa: E402
-from library.models.quantised import PACKAGES, quantise  # noqa: E402
+from library.models.quantised import PACKAGES, keep_in_fp8, quantise, read_anew  # noqa: E402
 from networks import deft  # noqa: E402
 from networks.deft_config import DeftError, reason_of  # noqa: E402
 
@@ -62,8 +62,11 @@ def steps(name: str, held: str, args: argparse.Namespace) -> dict[str, Any]:
     network = deft.create_network(1.0, args.rank, args.rank, None, [], model)
     network.apply_to([], model, False, True)
     network.to(args.device).train()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as `Family.place` does
+    if held != "bf16":
+        read_anew(model)
     if held == "fp8_base":
-        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+        keep_in_fp8(model, torch.bfloat16)
     nn.Module.to(model, args.device)
     found |= {"arriving_gib": peak(args.device)}
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)

@@ -140,7 +140,6 @@ def run(name: str, args: argparse.Namespace, world: Path) -> None:
     found = {"card_gib": size, "options": options, "pixels": pixels, **found, "host_gib": largest()}
     if CUDA:
         found["device"] = torch.cuda.get_device_name()
-        found["reserved_mib"] = torch.cuda.max_memory_reserved() >> 20
     file = out / "last.safetensors"
     plain = world / "out" / kind / "last.safetensors"
     if size and KEEP not in options and file.is_file() and plain.is_file():

@@ -487,3 +487,10 @@ def test_blocks_compute_in_bf16_with_any_torch(small):
         assert mode.dtypes == {torch.bfloat16: 3 * (config.num_layers + config.num_single_layers)}
     assert len(found[0]) > 20
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_is_never_trained_with_cudnns_attention(small):
+    """See `Family.place`: torch chooses it by itself on an H100."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    loaded(small.folder, t5xxl_max_token_length=TOKENS).place(torch.device("cpu"), torch.float32, encoders=False)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -188,6 +188,9 @@ class Family(ABC):
         :param encoders: whether the text encoders are needed in every step
         :raises DeftError: where blocks are to be swapped, and cannot be
         """
+        # of cuDNN's attention, torch 2.11's backward pass takes gradients of one layout for those of another: they are
+        # wrong or not finite in FLUX.1 on an H100, whose single and double blocks have two
+        torch.backends.cuda.enable_cudnn_sdp(False)
         parts = [self.denoiser, *(self.text_encoders if encoders else ())]
         checkpointing: Any = _checkpointed
         if self.options.torch_compile:

@@ -77,7 +77,6 @@ def accelerator_of(options: ProcessOptions, logs: LogOptions) -> tuple[Accelerat
         project_dir=_folder(logs),
         kwargs_handlers=None if timeout is None else [InitProcessGroupKwargs(timeout=timeout)],
     )
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails in FLUX.1 with torch 2.11 on an H100
     if accelerator.distributed_type not in ONE_WEIGHT_EVERYWHERE:
         raise DeftError(
             f"accelerate launch: {accelerator.distributed_type.value} splits the model over processes, which is not "
