@@ -188,8 +188,8 @@ class Family(ABC):
         :param encoders: whether the text encoders are needed in every step
         :raises DeftError: where blocks are to be swapped, and cannot be
         """
-        # of cuDNN's attention, torch 2.11's backward pass takes gradients of one layout for those of another: they are
-        # wrong or not finite in FLUX.1 on an H100, whose single and double blocks have two
+        # cuDNN's attention, torch's first choice on an H100 since 2.11, fails in its backward pass: with some masks
+        # (pytorch 196678), and in FLUX.1, whose single and double blocks give it gradients of two layouts
         torch.backends.cuda.enable_cudnn_sdp(False)
         parts = [self.denoiser, *(self.text_encoders if encoders else ())]
         checkpointing: Any = _checkpointed
