@@ -119,11 +119,14 @@ def test_output_config_writes_what_can_be_read_again(model_folder, photos, tmp_p
 
     given = arguments(model_folder, photos, tmp_path, network_args=["conv_dim=4"], noise_offset=0.1, full_bf16=True,
                       mixed_precision="bf16", optimizer_args=["betas=0.9,0.99"])  # fmt: skip
-    file = tmp_path / "mine.toml"
+    file = tmp_path / "new" / "mine.toml"
     with pytest.raises(SystemExit):
         parse([*given, "--output_config", "--config_file", str(file), "--wandb_api_key", "secret"])
+    assert [path.name for path in file.parent.iterdir()] == ["mine.toml"]
     assert "secret" not in file.read_text()
     assert toml.load(file)["noise_offset"] == 0.1
     assert parse(["--config_file", str(file)]) == parse(given)
     with pytest.raises(DeftError, match="is there already"):
         parse([*given, "--output_config", "--config_file", str(file)])
+    with pytest.raises(DeftError, match="could not be saved"):
+        parse([*given, "--output_config", "--config_file", str(file / "other.toml")])

@@ -129,6 +129,8 @@ def write_config(values: Mapping[str, Any]) -> NoReturn:
     :raises SystemExit: when it is written, as sd-scripts ends too
     :raises DeftError: when it is there already, or cannot be written
     """
+    from networks.deft_io import write_whole  # loads torch, which takes seconds; other options are read without
+
     path = values["config_file"]
     if not path:
         raise DeftError("--output_config needs --config_file FILE, which is written")
@@ -137,8 +139,8 @@ def write_config(values: Mapping[str, Any]) -> NoReturn:
         raise DeftError(f"--output_config: {file} is there already; give another --config_file")
     lines = [f"{name} = {_toml(value)}\n" for name, value in given(values).items()]
     try:
-        file.write_text("".join(lines), encoding="utf-8")
-    except (OSError, ValueError) as error:
+        write_whole(file, "".join(lines).encode())
+    except ValueError as error:  # a name that no file has
         raise DeftError(f"--output_config {file}: {reason_of(error)}") from None
     logger.warning(f"written: {file}; train with --config_file {file}")
     raise SystemExit(0)
