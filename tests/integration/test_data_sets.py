@@ -41,6 +41,7 @@ from library.data.pixels import read_picture
 from library.data.plan import Dataset, Picture, Plan, plan_of
 from library.data.remarks import Remarks
 from library.models.clip import OPEN_CLIP_PADDING, Reader, cleaned
+from library.models.family import Family
 from library.models.flux import Flux
 from library.options.parse import parse
 from library.options.rooms import Run
@@ -377,6 +378,7 @@ class Pixels:
     """A model whose latents are the pixels themselves, 8 x 8 of them in the channels of one latent."""
 
     multiple_of = pixels_per_latent = 8
+    takes_pictures, dropped = Family.takes_pictures, Family.dropped
 
     def __init__(self) -> None:
         self.vae = torch.nn.Identity()

@@ -126,7 +126,7 @@ OTHERWISE = {"network_args", "optimizer_args", "lr_scheduler_args", "base_weight
              "optimizer_type", "text_encoder_lr", "cache_text_encoder_outputs", "fp8_base", "train_data_dir",
              "reg_data_dir"}  # fmt: skip
 OFF = {"min_snr_gamma", "noise_offset", "multires_noise_iterations", "ip_noise_gamma", "v_pred_like_loss",
-       "adaptive_noise_scale", "max_train_epochs"}  # fmt: skip
+       "adaptive_noise_scale", "max_train_epochs", "blocks_to_swap", "torch_compile"}  # fmt: skip
 DEFAULTS = {"learning_rate": (1e-4, 2e-6), "output_name": ("last", None), "save_precision": ("fp16", None),
             "max_timestep": (1000, None), "min_timestep": (0, None), "lr_scheduler_type": (None, ""),
             "sample_sampler": (None, "ddim"), "console_log_level": ("INFO", None)}  # fmt: skip
