@@ -99,7 +99,7 @@ class _Widened(ModelHook):
 
 
 def keep_in_fp8(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """--fp8_base.
+    """--fp8_base: Linear and Conv2d layers, but inputs and outputs. Comes behind `read_anew`.
 
     :param dtype: that layers compute in
     """
